@@ -1,0 +1,73 @@
+"""Fixtures that every test may use: the parity goldens, the real data, and checked shapes."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+PARITY_ROOT = REPO_ROOT / "tests" / "parity"
+
+torch.set_num_threads(2)
+
+# Shapes in jaxtyping annotations are checked while tests run. The hook works on modules that are
+# imported after it, so it stays here, in front of every test module.
+install_import_hook(["kinema.models", "kinema.kernels"], "beartype.beartype")
+
+
+def _load_fill() -> ModuleType:
+    """tests/parity/fill.py as a module; it is a file to run with, not part of any package."""
+    if "parity_fill" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("parity_fill", PARITY_ROOT / "fill.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["parity_fill"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["parity_fill"]
+
+
+@pytest.fixture(scope="session")
+def fill() -> ModuleType:
+    """The module that draws weights and inputs: `fill.fill_(net, seed, manifest)`, `fill.image(...)`."""
+    return _load_fill()
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden("raft__s0_128x160")`: reference arrays; `.check(name, value, atol, rtol)`, `.meta`, `.data`."""
+    return lambda name: _load_fill().Golden(str(PARITY_ROOT / "goldens" / f"{name}.npz"))
+
+
+@pytest.fixture(scope="session")
+def manifest():
+    """`manifest("raft")`: the state-dict contract of a published model, as a dictionary."""
+    return lambda name: _load_fill().load_manifest(PARITY_ROOT / "manifests" / f"{name}.json")
+
+
+@pytest.fixture(scope="session")
+def assert_state_matches():
+    """`assert_state_matches(net, manifest)`: names, shapes and dtypes equal the published state dict's."""
+
+    def check(net: torch.nn.Module, expected: dict) -> None:
+        state = net.state_dict()
+        assert set(state) == set(expected["tensors"])
+        found = {
+            k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")}
+            for k, v in state.items()
+        }
+        wanted = {k: {"shape": v["shape"], "dtype": v["dtype"]} for k, v in expected["tensors"].items()}
+        assert found == wanted
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with real videos, flow ground truth, DAVIS samples and weights, beside the checkout."""
+    folder = REPO_ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}: this test needs the real data kept beside the checkout")
+    return folder
