@@ -1,0 +1,47 @@
+# make env | demo [VIDEOS=folder] | test | test-slow | chaos | bench | gpu | lint
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+WORKSPACE ?= workspace/demo
+TEST_WORKERS ?= 2
+
+.PHONY: env demo test test-slow chaos bench gpu lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1s/^# //p' Makefile
+
+env: $(VENV)/.ready
+
+# The stamp depends on the pins: changing them renews the environment.
+$(VENV)/.ready: constraints.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned environment into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: env
+	@$(BIN)/kinema demo flowfeat workspace=$(WORKSPACE) $(if $(VIDEOS),videos=$(VIDEOS))
+
+test: env
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadgroup -m "not slow and not chaos and not gpu"
+
+test-slow: env
+	@$(BIN)/pytest -m slow --timeout 1800
+
+chaos: env
+	@$(BIN)/pytest -m chaos --timeout 3600
+
+bench: env
+	@$(BIN)/python -m kinema.pipelines.bench
+
+gpu:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m kinema.kernels.gpu
+
+lint: env
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf build dist $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,34 @@
+"""Settings: dataclasses (`schema`) and how files and command lines become them (`load`)."""
+
+from kinema.configs.load import build, config_hash, load_stage, resolve_config_path
+from kinema.configs.schema import (
+    STAGES,
+    ClipConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    FlowFeatConfig,
+    LoaderConfig,
+    RegisterConfig,
+    ShardConfig,
+    TeachConfig,
+    TrainConfig,
+    WorkflowConfig,
+)
+
+__all__ = [
+    "STAGES",
+    "ClipConfig",
+    "EmbedConfig",
+    "EvaluateConfig",
+    "FlowFeatConfig",
+    "LoaderConfig",
+    "RegisterConfig",
+    "ShardConfig",
+    "TeachConfig",
+    "TrainConfig",
+    "WorkflowConfig",
+    "build",
+    "config_hash",
+    "load_stage",
+    "resolve_config_path",
+]

@@ -1,0 +1,155 @@
+"""Config files and command lines into frozen dataclasses: defaults < yaml < `key=value`.
+
+An unknown key names its nearest neighbour; a wrong value names the key, the value and what it may be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError, safe_load
+
+from kinema.configs.schema import STAGES, WorkflowConfig
+
+T = TypeVar("T")
+FOLDER = Path(__file__).resolve().parent
+
+
+def load_stage(stage: str, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
+    """The config of one stage.
+
+    Args: stage, a key of `STAGES`; path, a workflow file (its section `stage` is read; for `run` all of it);
+        overrides, `key=value` with dotted keys relative to the stage's section.
+    Returns: the stage's frozen dataclass.
+    Raises: ValueError naming the key or value, what is allowed, and the nearest key.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r} is not known; stages are {', '.join(STAGES)}")
+    workflow = _read_yaml(path) if path else {}
+    _check_keys(workflow, WorkflowConfig, where=str(path))
+    section = workflow if stage == "run" else workflow.get(stage) or {}
+    return build(STAGES[stage], section, overrides)
+
+
+def build(schema: type[T], values: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> T:
+    """An instance of the dataclass `schema` from a nested mapping and `key=value` overrides."""
+    values = dict(values or {})
+    _check_keys(values, schema, where="config")
+    merged = _merge(OmegaConf.structured(schema), values, "config file")
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise ValueError(f"argument {override!r} is not key=value; write for example steps=100")
+        leaf = _leaf_type(key, schema)
+        try:
+            value = text if leaf is str else safe_load(text)
+        except YAMLError:
+            raise ValueError(f"{override}: the value is not valid YAML; write lists as [1,2]") from None
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        merged = _merge(merged, nested, override)
+    return typing.cast(T, _tuples(OmegaConf.to_object(merged)))
+
+
+def _merge(base: DictConfig, values: Mapping[str, Any], source: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(base, OmegaConf.create(dict(values)))
+    except OmegaConfBaseException as error:
+        line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+        key = getattr(error, "full_key", None)
+        line = line.replace("Value '$VALUE' of type '$VALUE_TYPE'", "an element")
+        raise ValueError(f"{source}: {f'{key}: ' if key and '=' not in source else ''}{line}") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def resolve_config_path(name: str | Path) -> Path:
+    """A config file by path, or by the name of one of the packaged configs (`demo`, `demo.yaml`)."""
+    path = Path(name)
+    for candidate in (path, FOLDER / path.name, FOLDER / f"{path.name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    packaged = ", ".join(sorted(p.name for p in FOLDER.glob("*.yaml")))
+    raise ValueError(f"config file {str(name)!r} does not exist; packaged ones are {packaged}")
+
+
+def config_hash(config: Any) -> str:
+    """blake2b-128 hex of a dataclass (or mapping) in canonical JSON."""
+    mapping = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
+    text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _read_yaml(name: str | Path) -> dict[str, Any]:
+    path = resolve_config_path(name)
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(
+            f"config file {path} holds a {type(loaded).__name__}; write `section: {{key: value}}`"
+        )
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _fields(schema: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(schema)
+    return {f.name: hints[f.name] for f in dataclasses.fields(schema)}
+
+
+def _unknown(key: str, schema: Any, prefix: str, where: str) -> ValueError:
+    names = sorted(_fields(schema))
+    near = difflib.get_close_matches(key.rsplit(".", 1)[-1], names, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"keys here are {', '.join(names)}"
+    return ValueError(f"{where}: unknown key {prefix}{key}; {hint}")
+
+
+def _check_keys(values: Mapping[Any, Any], schema: Any, where: str, prefix: str = "") -> None:
+    fields = _fields(schema)
+    for key, value in values.items():
+        if key not in fields:
+            raise _unknown(str(key), schema, prefix, where)
+        if dataclasses.is_dataclass(fields[key]):
+            if value is not None and not isinstance(value, Mapping):
+                raise ValueError(
+                    f"{where}: {prefix}{key}={value!r} is a section; write {prefix}{key}.KEY=VALUE"
+                )
+            _check_keys(value or {}, fields[key], where, f"{prefix}{key}.")
+
+
+def _leaf_type(key: str, schema: Any) -> Any:
+    """The annotated type of a dotted key; ValueError for unknown keys and for whole sections."""
+    parts, prefix = key.split("."), ""
+    for depth, part in enumerate(parts):
+        fields = _fields(schema)
+        if part not in fields:
+            raise _unknown(part, schema, prefix, "command line")
+        prefix += part + "."
+        if depth + 1 < len(parts):
+            if not dataclasses.is_dataclass(fields[part]):
+                raise ValueError(
+                    f"command line: {key} goes below {prefix[:-1]}, which has no keys of its own"
+                )
+            schema = fields[part]
+        elif dataclasses.is_dataclass(fields[part]):
+            raise ValueError(f"command line: {key} is a section; write {key}.KEY=VALUE")
+    return fields[parts[-1]]
+
+
+def _tuples(value: Any) -> Any:
+    """OmegaConf turns tuples into lists; the schema's frozen dataclasses hold tuples."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changes = {f.name: _tuples(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changes)
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,424 @@
+"""Every setting of every stage, as frozen dataclasses.
+
+A workflow file (configs/*.yaml) has one section per stage; a stage command reads its own section and takes
+`key=value` overrides relative to it. `kinema.configs.load` merges defaults < file < command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _require(holds: bool, key: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{key}={value} is out of range: {rule}")
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """How clips are cut, resampled and encoded. Its hash is part of every sample key and of the artifact."""
+
+    seconds: float = 4.0
+    """Longest clip, in seconds; a shot is divided into clips of equal length no longer than this."""
+    fps: float = 0.0
+    """Frames per second of the clips; 0 keeps the source's average rate. Resampled by timestamps."""
+    min_frames: int = 2
+    """Shots and remainders with fewer frames (after resampling) are dropped and counted."""
+    short_side: int = 0
+    """Resize so that the shorter side has this many pixels (never enlarged); 0 keeps the size."""
+    cuts: Literal["content", "adaptive", "none"] = "content"
+    """Shot detector (PySceneDetect's ContentDetector or AdaptiveDetector), or no cuts at all."""
+    cut_threshold: float = 27.0
+    """Threshold of the detector, in its own units (27 is ContentDetector's published default)."""
+    codec: Literal["h264", "h264_lossless", "hevc", "av1", "mjpeg"] = "h264"
+    """`h264_lossless` is yuv444p at quantiser 0 with an RGB-exact colour matrix; the others are lossy."""
+    crf: int = 18
+    """Quality of h264, hevc, av1 (constant rate factor, 0..51, lower is better); mjpeg: qscale 2 + crf/6."""
+    gop: int = 12
+    """Closed group of pictures, in frames: every `gop` frames a keyframe that nothing refers across."""
+    preset: str = "medium"
+    """Encoder speed preset of x264/x265, for example `veryfast`."""
+
+    def __post_init__(self) -> None:
+        _require(self.seconds > 0, "clip.seconds", self.seconds, "use a positive number of seconds")
+        _require(self.fps >= 0, "clip.fps", self.fps, "use a positive rate, or 0 to keep the source's")
+        _require(self.min_frames >= 1, "clip.min_frames", self.min_frames, "use 1 or more")
+        _require(
+            self.short_side == 0 or self.short_side >= 16,
+            "clip.short_side",
+            self.short_side,
+            "use 0 or >= 16",
+        )
+        _require(0 <= self.crf <= 51, "clip.crf", self.crf, "use 0 (best) to 51")
+        _require(self.gop >= 1, "clip.gop", self.gop, "use 1 or more frames")
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """`kinema shard`: videos in, clips/ out."""
+
+    videos: str = ""
+    """Folder, glob, file, bucket URL, list file (.txt), manifest (.csv, .parquet), frame folders, or tars."""
+    out: str = ""
+    """Folder or URL of the clips artifact."""
+    layout: Literal["auto", "videos", "frames", "webdataset", "manifest", "list"] = "auto"
+    """What `videos` holds; `auto` looks at it."""
+    frames_fps: float = 24.0
+    """Frame rate given to frame folders, which carry none (DAVIS 24; YouTube-VOS 30, or 6 if every fifth)."""
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    """How clips are cut and encoded."""
+    shard_mb: int = 384
+    """Intended size of a shard in MB; 256 to 512 keeps object stores and readers content."""
+    min_shards: int = 8
+    """At least this many shards where there are that many clips (4 per rank and loader worker is the aim)."""
+    motion: Literal["vectors", "flow", "none"] = "vectors"
+    """Motion score from the codec's motion vectors, from DIS flow on small frames, or not at all."""
+    near_duplicate_bits: int = 4
+    """Clips whose perceptual hashes differ in at most this many of 64 bits are marked as near duplicates."""
+    allowed_quarantine: float = 0.5
+    """Exit status 3 when more than this share of the sources was quarantined."""
+    source_timeout_s: float = 1800.0
+    """A source whose decoder makes no progress for this long is killed and quarantined."""
+    num_workers: int = 0
+    """Shards built at once; 0 means one per CPU that Ray has."""
+
+    def __post_init__(self) -> None:
+        _require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "use 1 or more (256 to 512 is usual)")
+        _require(self.min_shards >= 1, "min_shards", self.min_shards, "use 1 or more")
+        _require(self.frames_fps > 0, "frames_fps", self.frames_fps, "use a positive rate")
+        _require(
+            0 <= self.allowed_quarantine <= 1,
+            "allowed_quarantine",
+            self.allowed_quarantine,
+            "use a share, 0 to 1",
+        )
+
+
+@dataclass(frozen=True)
+class TeachConfig:
+    """`kinema teach`: clips/ in, flow/TEACHER/ out."""
+
+    clips: str = ""
+    """The clips artifact."""
+    out: str = ""
+    """Folder or URL of the flow artifact; empty: flow/TEACHER beside clips."""
+    teacher: Literal["dis", "raft", "raft_small"] = "dis"
+    """Flow network; `dis` needs no weights."""
+    weights: str = ""
+    """Checkpoint file or URL of the teacher; empty: the published weights of the ledger."""
+    gaps: tuple[int, ...] = (1, 2)
+    """Distances between the frames of a pair."""
+    directions: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
+    """forward: t -> t + gap; backward: t + gap -> t."""
+    stride: int = 1
+    """Pairs start at every `stride`-th frame."""
+    iters: int = 0
+    """Refinement iterations of RAFT networks; 0 means the network's default (RAFT 20, RAFT-small 20)."""
+    short_side: int = 0
+    """Shorter side of the frames the teacher sees; flow is stored at that size; 0: original size."""
+    occlusion: bool = True
+    """Store forward-backward occlusion (needs both directions)."""
+    batch_pairs: int = 4
+    """Pairs per network call."""
+    num_actors: int = 0
+    """Teacher actors; 0 means one per GPU, or one per two CPUs without a GPU."""
+    threads_per_actor: int = 1
+    """CPU threads each actor uses."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the teacher runs."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast dtype of the teacher; bf16 on GPU only."""
+    allowed_quarantine: float = 0.05
+    """Exit status 3 when more than this share of the clips was quarantined."""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.gaps) and min(self.gaps) >= 1,
+            "gaps",
+            list(self.gaps),
+            "use frame distances of 1 or more",
+        )
+        _require(bool(self.directions), "directions", list(self.directions), "name forward, backward or both")
+        _require(self.stride >= 1, "stride", self.stride, "use 1 or more")
+        _require(self.iters >= 0, "iters", self.iters, "use 1 or more, or 0 for the network's default")
+        _require(self.batch_pairs >= 1, "batch_pairs", self.batch_pairs, "use 1 or more")
+        _require(
+            0 <= self.allowed_quarantine <= 1,
+            "allowed_quarantine",
+            self.allowed_quarantine,
+            "use a share, 0 to 1",
+        )
+
+
+@dataclass(frozen=True)
+class FlowFeatConfig:
+    """The FlowFeat model and its loss (recipes: NeurIPS 2025, section 3 and supplement)."""
+
+    variant: str = "dinov2_vits14_yt"
+    """Hub name, such as dino_vits16_yt, mae_vitb16_kt or dinov2_vitb14_kt."""
+    backbone_weights: str = ""
+    """Checkpoint of the frozen encoder: file, URL, `published` (ledger) or empty (untrained, said aloud)."""
+    resize: int = 448
+    """Short side of the frame before the centre square crop."""
+    crop: int = 224
+    """Side of both training crops and of the teacher flow, in pixels."""
+    crop_scale: tuple[float, float] = (0.5, 0.75)
+    """Range of the crops' side relative to the square frame."""
+    gap: int = 2
+    """Largest distance between the frames of a pair; 1..gap and both signs are drawn when available."""
+    time_flip: bool = True
+    """Also learn from backward pairs (YouTube-VOS: on, Kinetics: off)."""
+    ridge_alpha: float = 0.1
+    """Regulariser of the linear map (YouTube-VOS 0.1, Kinetics 1.0)."""
+    flow_weight: float = 0.1
+    """Weight of the L1 flow loss."""
+    edge_weight: float = 1.0
+    """Weight of the edge loss."""
+    edge_sigma: float = 0.1
+    """Scale of the teacher gradient in the edge weights."""
+    ema_decay: float = 0.999
+    """Decay of the decoder's moving average."""
+    ema_every: int = 5
+    """Optimizer steps between updates of the moving average."""
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, "flowfeat.crop_scale", [low, high], "use 0 < low <= high <= 1")
+        _require(
+            self.resize >= self.crop >= 16,
+            "flowfeat.resize",
+            self.resize,
+            f"use at least crop={self.crop} (>= 16)",
+        )
+        _require(self.gap >= 1, "flowfeat.gap", self.gap, "use 1 or more")
+        _require(self.ridge_alpha > 0, "flowfeat.ridge_alpha", self.ridge_alpha, "use a positive number")
+        _require(0 <= self.ema_decay < 1, "flowfeat.ema_decay", self.ema_decay, "use 0 <= decay < 1")
+        _require(self.ema_every >= 1, "flowfeat.ema_every", self.ema_every, "use 1 or more steps")
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How training samples are drawn. Order and content follow from the seed alone, not from the workers."""
+
+    num_workers: int = 2
+    """Loader processes per rank; 0 reads in the training process."""
+    prefetch: int = 2
+    """Batches each worker keeps ready."""
+    samples_per_clip: int = 1
+    """Samples taken from a clip each epoch while it is open, spread by the shuffle window."""
+    shuffle_window: int = 256
+    """Clips among which samples of the same clip are spread (only when samples_per_clip > 1)."""
+    min_motion: float = 0.0
+    """Clips with a lower motion score are left out and counted."""
+    skip_duplicates: bool = True
+    """Clips marked as exact duplicates are left out and counted."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_workers >= 0, "loader.num_workers", self.num_workers, "use 0 or more")
+        _require(self.prefetch >= 1, "loader.prefetch", self.prefetch, "use 1 or more")
+        _require(
+            self.samples_per_clip >= 1, "loader.samples_per_clip", self.samples_per_clip, "use 1 or more"
+        )
+        _require(
+            self.shuffle_window >= 1, "loader.shuffle_window", self.shuffle_window, "use 1 or more clips"
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`kinema train`: clips/ + sidecars in, a run out."""
+
+    clips: str = ""
+    """The clips artifact."""
+    flow: str = ""
+    """The flow artifact (one teacher)."""
+    tracks: str = ""
+    """The tracks artifact, for models that need one."""
+    out: str = ""
+    """Folder of the run: checkpoints and logs."""
+    model: Literal["flowfeat"] = "flowfeat"
+    """Which recipe trains."""
+    weights: str = ""
+    """Checkpoint to start the model from (file or URL); empty: from initialisation."""
+    flowfeat: FlowFeatConfig = field(default_factory=FlowFeatConfig)
+    """Settings of the FlowFeat recipe."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """How samples are drawn."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Samples per optimizer step over all ranks; divisible by num_workers * accumulate."""
+    accumulate: int = 1
+    """Backward passes per optimizer step."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW moment decays."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    schedule: Literal["constant", "cosine", "poly", "linear"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end of cosine, poly and linear schedules."""
+    clip_norm: float = 0.0
+    """Largest gradient norm; 0 means no clipping."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on GPU, fp32 on CPU."""
+    seed: int = 0
+    """Seed of initialisation, order and every random choice."""
+    num_workers: int = 1
+    """Ray Train workers (ranks)."""
+    use_gpu: Literal["auto", "yes", "no"] = "auto"
+    """Whether each worker gets a GPU."""
+    cpus_per_worker: float = 1.0
+    """CPUs Ray reserves for each worker; threads follow it."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is also written at the end and at a stop signal."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    log_every: int = 10
+    """Steps between metric points."""
+    pictures_every: int = 500
+    """Steps between pictures (input, teacher flow, predicted flow, feature PCA); 0 means only at the end."""
+    max_failures: int = 3
+    """Lost workers that are replaced before the run fails."""
+    experiment: str = "kinema"
+    """MLflow experiment."""
+    run_name: str = ""
+    """MLflow run name; empty: model and config hash."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "steps", self.steps, "use 1 or more")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
+        _require(self.accumulate >= 1, "accumulate", self.accumulate, "use 1 or more")
+        _require(self.num_workers >= 1, "num_workers", self.num_workers, "use 1 or more ranks")
+        _require(self.lr > 0, "lr", self.lr, "use a positive rate")
+        _require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "use a positive norm, or 0 for none")
+        _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "use 1 or more steps")
+        _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "use 1 or more")
+        _require(self.log_every >= 1, "log_every", self.log_every, "use 1 or more steps")
+        world = self.num_workers * self.accumulate
+        if self.batch_size % world:
+            low, high = self.batch_size // world * world, -(-self.batch_size // world) * world
+            sizes = f"{low} or {high}" if low else f"{high}"
+            rule = f"is not divisible by num_workers * accumulate = {world}"
+            raise ValueError(f"batch_size={self.batch_size} {rule}; use {sizes}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """`kinema evaluate`: a model and a benchmark folder in, one table out."""
+
+    model: str = ""
+    """Run folder, checkpoint, registry URI (models:/...) or a flow network's name (dis, raft, raft_small)."""
+    weights: str = ""
+    """Weights for a flow network or a FlowFeat variant given by name."""
+    benchmark: Literal["davis", "sintel", "kitti", "middlebury"] = "davis"
+    """Which measures."""
+    data: str = ""
+    """The benchmark's folder."""
+    out: str = ""
+    """Folder for the table (JSON, CSV) and pictures; empty: nothing is written."""
+    protocols: tuple[Literal["mlp", "propagation", "attention"], ...] = ("mlp",)
+    """DAVIS: FlowFeat's MLP, DINO's label propagation, attention probe."""
+    sequences: tuple[str, ...] = ()
+    """DAVIS sequences; empty means all found."""
+    features: Literal["y_dec", "y_enc"] = "y_dec"
+    """Which features are evaluated."""
+    short_side: int = 480
+    """Frames are resized to this shorter side (rounded to the patch size)."""
+    max_frames: int = 0
+    """Only the first frames of each sequence; 0 means all."""
+    iters: int = 0
+    """Refinement iterations; 0 means the benchmark's usual number (Sintel 32, KITTI 24)."""
+    run_id: str = ""
+    """MLflow run that gets the table; empty: the model's own run if it has one."""
+
+
+@dataclass(frozen=True)
+class RegisterConfig:
+    """`kinema register`: a run in, a registry version out."""
+
+    model: str = ""
+    """Run folder or checkpoint."""
+    name: str = "kinema-flowfeat"
+    """Registered model name."""
+    metric: str = ""
+    """Metric that decides about `champion`, for example davis_jf; empty: the first of the evaluation."""
+    higher_is_better: bool = True
+    """Direction of the metric."""
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """`kinema embed`: a registry model and clips/ in, features/ out."""
+
+    model: str = "models:/kinema-flowfeat@champion"
+    """Registry URI, run folder or checkpoint."""
+    clips: str = ""
+    """The clips artifact."""
+    out: str = ""
+    """Folder or URL of the features artifact."""
+    features: Literal["y_dec", "y_enc", "pooled"] = "pooled"
+    """Dense decoder or encoder maps, or their mean over the frame."""
+    frame_stride: int = 12
+    """Every how many frames one is embedded."""
+    short_side: int = 224
+    """Frames are resized to this shorter side (rounded to the patch size)."""
+    batch_frames: int = 8
+    """Frames per network call."""
+    num_actors: int = 0
+    """Actors; 0 means one per GPU, or one per two CPUs without a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    allowed_quarantine: float = 0.05
+    """Exit status 3 when more than this share of the clips was quarantined."""
+
+    def __post_init__(self) -> None:
+        _require(self.frame_stride >= 1, "frame_stride", self.frame_stride, "use 1 or more")
+        _require(self.batch_frames >= 1, "batch_frames", self.batch_frames, "use 1 or more")
+        _require(self.short_side >= 16, "short_side", self.short_side, "use 16 or more pixels")
+
+
+@dataclass(frozen=True)
+class WorkflowConfig:
+    """`kinema run`: all stages in order. Paths left empty are filled in under `workspace`."""
+
+    name: str = "workflow"
+    """Name of the parent MLflow run."""
+    workspace: str = "workspace"
+    """Folder under which stages write unless told otherwise."""
+    stages: tuple[Literal["shard", "teach", "train", "evaluate", "register", "embed"], ...] = (
+        "shard",
+        "teach",
+        "train",
+        "register",
+        "embed",
+    )
+    """Stages to run."""
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    """Section of `kinema shard`."""
+    teach: TeachConfig = field(default_factory=TeachConfig)
+    """Section of `kinema teach`."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Section of `kinema train`."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Section of `kinema evaluate`."""
+    register: RegisterConfig = field(default_factory=RegisterConfig)
+    """Section of `kinema register`."""
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    """Section of `kinema embed`."""
+
+
+STAGES: dict[str, Any] = {
+    "shard": ShardConfig,
+    "teach": TeachConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "register": RegisterConfig,
+    "embed": EmbedConfig,
+    "run": WorkflowConfig,
+}
