@@ -1,0 +1,185 @@
+"""The flow sidecar's blob: error bound, saturation, random access, damage."""
+
+import numpy as np
+import pytest
+
+from kinema.pipelines.flow_codec import FlowBlob, FlowPair, encode_clip_flow
+
+
+def smooth_flow(seed: int, height: int, width: int, amplitude_px: float = 20.0) -> np.ndarray:
+    """A smooth field with a sharp motion edge and sensor-like noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    flow = np.stack([np.sin(x / 17 + y / 29), np.cos(x / 23 - y / 13)]) * amplitude_px
+    flow[:, height // 3 :, width // 2 :] += 7.3
+    return (flow + rng.normal(0, 0.02, flow.shape)).astype(np.float32)
+
+
+def encode(pairs, height=37, width=53, frames=9, **kwargs):
+    return encode_clip_flow(
+        pairs, height=height, width=width, teacher="dis", weights_hash="none", frames=frames, **kwargs
+    )
+
+
+def make_pairs(height=37, width=53):
+    rng = np.random.default_rng(5)
+    places = [(0, 1), (1, 1), (1, -1), (3, 2), (8, -8)]
+    return [
+        FlowPair(t, gap, smooth_flow(i, height, width), None if i == 2 else rng.random((height, width)) < 0.1)
+        for i, (t, gap) in enumerate(places)
+    ]
+
+
+@pytest.mark.parametrize(("height", "width"), [(37, 53), (1, 1), (1, 9), (9, 1), (64, 96)])
+def test_every_pair_comes_back_within_half_a_step(height, width):
+    pairs = make_pairs(height, width)
+    blob = FlowBlob(encode(pairs, height, width))
+    assert blob.pairs == sorted((p.t, p.gap) for p in pairs)
+    assert (blob.header.height, blob.header.width, blob.header.frames) == (height, width, 9)
+    assert (blob.header.teacher, blob.header.weights_hash, blob.num_saturated) == ("dis", "none", 0)
+    for pair in pairs:
+        flow = blob.flow(pair.t, pair.gap)
+        assert flow.dtype == np.float32 and flow.shape == (2, height, width)
+        assert np.abs(flow - pair.flow_px).max() <= 1 / 128
+        stored = blob.occlusion(pair.t, pair.gap)
+        if pair.occlusion is None:
+            assert stored is None
+        else:
+            np.testing.assert_array_equal(stored, pair.occlusion)
+        both = blob.pair(pair.t, pair.gap)
+        np.testing.assert_array_equal(both.flow_px, flow)
+        assert (both.occlusion is None) == (pair.occlusion is None)
+
+
+def test_full_range_of_the_fine_scale_survives_the_differences():
+    # Neighbours 1024 px apart: their difference does not fit into int16.
+    flow = np.empty((2, 4, 50), np.float32)
+    flow[..., ::2], flow[..., 1::2] = -512.0, 511.984375
+    blob = FlowBlob(encode([FlowPair(0, 1, flow)], 4, 50))
+    np.testing.assert_array_equal(blob.flow(0, 1), flow)
+    assert blob.num_saturated == 0
+
+
+def test_saturated_pair_is_stored_coarser_and_counted_and_its_neighbour_is_not():
+    calm, wild = smooth_flow(0, 20, 30), smooth_flow(1, 20, 30)
+    wild[0, 3, 4], wild[1, 5, 6], wild[0, 7, 8] = 700.26, -1999.9, 5000.0
+    blob = FlowBlob(encode([FlowPair(0, 1, calm), FlowPair(1, 1, wild)], 20, 30))
+    assert (blob.num_saturated, blob.num_clipped) == (3, 1)
+    assert np.abs(blob.flow(0, 1) - calm).max() <= 1 / 128
+    decoded = blob.flow(1, 1)
+    assert decoded[0, 7, 8] == 32767 / 16
+    wild[0, 7, 8] = decoded[0, 7, 8]
+    assert np.abs(decoded - wild).max() <= 1 / 32
+
+
+def test_largest_floats_are_clipped_not_wrapped():
+    flow = np.zeros((2, 3, 3), np.float32)
+    flow[0, 0, 0], flow[1, 2, 2] = np.finfo(np.float32).max, np.finfo(np.float32).min
+    decoded = FlowBlob(encode([FlowPair(0, 1, flow)], 3, 3)).flow(0, 1)
+    assert decoded[0, 0, 0] == 32767 / 16 and decoded[1, 2, 2] == -2048.0
+    assert np.count_nonzero(decoded) == 2
+
+
+def test_bytes_do_not_depend_on_order_or_memory_layout():
+    pairs = make_pairs()
+    strided = [FlowPair(p.t, p.gap, np.asfortranarray(p.flow_px), p.occlusion) for p in reversed(pairs)]
+    assert encode(pairs) == encode(strided) == encode(iter(pairs))
+
+
+@pytest.mark.parametrize("size_known", [True, False])
+def test_one_pair_is_read_without_the_others(size_known):
+    pairs = make_pairs(120, 160)
+    data = encode(pairs, 120, 160)
+    reads = []
+
+    def source(offset, size):
+        reads.append((offset, size))
+        return data[offset : offset + size]
+
+    blob = FlowBlob(source, size=len(data) if size_known else None)
+    assert len(reads) == (1 if size_known else 2)
+    index_reads = list(reads)
+    flow = blob.flow(1, -1)
+    assert np.abs(flow - pairs[2].flow_px).max() <= 1 / 128
+    assert len(reads) == len(index_reads) + 1
+    assert reads[-1][1] < len(data) / 4
+    blob.pair(3, 2)
+    assert len(reads) == len(index_reads) + 2
+
+
+def test_many_pairs_whose_table_exceeds_the_first_read():
+    flow = np.zeros((2, 2, 2), np.float32)
+    pairs = [FlowPair(t, 1, flow + t) for t in range(600)]
+    data = encode(pairs, 2, 2, frames=601)
+    blob = FlowBlob(lambda offset, size: data[offset : offset + size], size=len(data))
+    assert len(blob.pairs) == 600
+    assert (blob.flow(599, 1) == 599).all() and (blob.flow(0, 1) == 0).all()
+
+
+def test_no_pairs_is_a_valid_blob():
+    blob = FlowBlob(encode([]))
+    assert blob.pairs == [] and blob.num_saturated == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(value):
+    flow = smooth_flow(0, 37, 53)
+    flow[1, 2, 3] = value
+    with pytest.raises(ValueError, match="t=2 gap=-1 has 1 values that are not finite"):
+        encode([FlowPair(2, -1, flow)])
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (FlowPair(0, 0, np.zeros((2, 37, 53), np.float32)), "not a pair of two frames"),
+        (FlowPair(8, 1, np.zeros((2, 37, 53), np.float32)), "not a pair of two frames"),
+        (FlowPair(0, -1, np.zeros((2, 37, 53), np.float32)), "not a pair of two frames"),
+        (FlowPair(0, 1, np.zeros((2, 53, 37), np.float32)), "has shape"),
+        (FlowPair(0, 1, np.zeros((2, 37, 53), np.float32), np.zeros((3, 3), bool)), "occlusion of shape"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_refused(pair, message):
+    with pytest.raises(ValueError, match=message):
+        encode([pair])
+
+
+def test_a_pair_given_twice_is_refused():
+    pair = FlowPair(0, 1, np.zeros((2, 37, 53), np.float32))
+    with pytest.raises(ValueError, match="given twice"):
+        encode([pair, pair])
+
+
+def test_a_missing_pair_is_named_with_what_is_there():
+    with pytest.raises(KeyError, match=r"t=4 gap=1; stored: 5 pairs, gaps \[-8, -1, 1, 2\]"):
+        FlowBlob(encode(make_pairs())).flow(4, 1)
+
+
+def test_every_flipped_byte_is_noticed():
+    pairs = make_pairs()
+    data = encode(pairs)
+    rng = np.random.default_rng(0)
+    places = [*range(0, 40), *rng.integers(40, len(data), 300).tolist(), len(data) - 1]
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        with pytest.raises(ValueError):
+            blob = FlowBlob(bytes(damaged))
+            for t, gap in blob.pairs:
+                blob.pair(t, gap)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 31, 32, 100, 500, -1])
+def test_a_cut_blob_is_noticed(kept):
+    data = encode(make_pairs())[:kept]
+    with pytest.raises(ValueError):
+        FlowBlob(data)
+    with pytest.raises(ValueError):
+        blob = FlowBlob(lambda offset, size: data[offset : offset + size])
+        for t, gap in blob.pairs:
+            blob.pair(t, gap)
+
+
+def test_other_bytes_are_named():
+    with pytest.raises(ValueError, match="not a flow blob"):
+        FlowBlob(b"PK\x03\x04" + bytes(100))
