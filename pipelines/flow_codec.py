@@ -7,12 +7,12 @@ Layout, little-endian:
     table     a fixed-size row per pair, ordered by (t, gap): where its payload lies, sizes, CRC-32s, counts
     payloads  per pair: flow, then packed occlusion (where stored), each one zstd frame
 
-A flow payload is int16 fixed point (1/64 px), planar (u, then v), each row as differences in x. The differences
-are folded to unsigned (0, -1, 1, -2 -> 0, 1, 2, 3), so that their high bytes are nearly all zero, and low and
-high bytes are stored as two planes, which zstd packs a quarter smaller and unpacks twice as fast as interleaved
-ones. Differences wrap modulo 2^16 and so does their sum: the integers come back exactly. The rounding error is at
-most 1/128 px. A pair with values beyond +-512 px is stored at 1/16 px (error 1/32 px); values beyond +-2048 px
-are clipped.
+A flow payload is int16 fixed point (1/64 px), planar (u, then v), each row as differences in x. The
+differences are folded to unsigned (0, -1, 1, -2 -> 0, 1, 2, 3), so that their high bytes are nearly all zero,
+and low and high bytes are stored as two planes, which zstd packs a quarter smaller and unpacks twice as fast
+as interleaved ones. Differences wrap modulo 2^16 and so does their sum: the integers come back exactly. The
+rounding error is at most 1/128 px. A pair with values beyond +-512 px is stored at 1/16 px (error 1/32 px);
+values beyond +-2048 px are clipped.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class FlowBlob:
 
     Args: source, the blob's bytes, or a function (offset, size) -> bytes; size, the blob's size in bytes if
         known: it lets header and table come in one read instead of two.
-    Raises: ValueError when the bytes are not a blob, are cut short or damaged; on reading a pair: KeyError for
-        a pair that is not stored, ValueError when its bytes are damaged.
+    Raises: ValueError when the bytes are not a blob, are cut short or damaged; on reading a pair: KeyError
+        for a pair that is not stored, ValueError when its bytes are damaged.
     """
 
     def __init__(self, source: bytes | ReadRange, size: int | None = None):
