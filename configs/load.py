@@ -97,9 +97,7 @@ def _read_yaml(name: str | Path) -> dict[str, Any]:
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
-        raise ValueError(
-            f"config file {path} holds a {type(loaded).__name__}; write `section: {{key: value}}`"
-        )
+        raise ValueError(f"config file {path} holds a {type(loaded).__name__}; write `section: {{key: value}}`")
     return {str(key): value for key, value in loaded.items()}
 
 
@@ -122,9 +120,7 @@ def _check_keys(values: Mapping[Any, Any], schema: Any, where: str, prefix: str 
             raise _unknown(str(key), schema, prefix, where)
         if dataclasses.is_dataclass(fields[key]):
             if value is not None and not isinstance(value, Mapping):
-                raise ValueError(
-                    f"{where}: {prefix}{key}={value!r} is a section; write {prefix}{key}.KEY=VALUE"
-                )
+                raise ValueError(f"{where}: {prefix}{key}={value!r} is a section; write {prefix}{key}.KEY=VALUE")
             _check_keys(value or {}, fields[key], where, f"{prefix}{key}.")
 
 
@@ -138,9 +134,7 @@ def _leaf_type(key: str, schema: Any) -> Any:
         prefix += part + "."
         if depth + 1 < len(parts):
             if not dataclasses.is_dataclass(fields[part]):
-                raise ValueError(
-                    f"command line: {key} goes below {prefix[:-1]}, which has no keys of its own"
-                )
+                raise ValueError(f"command line: {key} goes below {prefix[:-1]}, which has no keys of its own")
             schema = fields[part]
         elif dataclasses.is_dataclass(fields[part]):
             raise ValueError(f"command line: {key} is a section; write {key}.KEY=VALUE")

@@ -217,12 +217,8 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         _require(self.num_workers >= 0, "loader.num_workers", self.num_workers, "use 0 or more")
         _require(self.prefetch >= 1, "loader.prefetch", self.prefetch, "use 1 or more")
-        _require(
-            self.samples_per_clip >= 1, "loader.samples_per_clip", self.samples_per_clip, "use 1 or more"
-        )
-        _require(
-            self.shuffle_window >= 1, "loader.shuffle_window", self.shuffle_window, "use 1 or more clips"
-        )
+        _require(self.samples_per_clip >= 1, "loader.samples_per_clip", self.samples_per_clip, "use 1 or more")
+        _require(self.shuffle_window >= 1, "loader.shuffle_window", self.shuffle_window, "use 1 or more clips")
 
 
 @dataclass(frozen=True)

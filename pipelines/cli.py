@@ -1,0 +1,220 @@
+"""`kinema STAGE --config configs/x.yaml key=value ...`: parsing, exit status and the JSON line.
+
+Exit status: 0 done; 1 failed; 2 bad arguments or config; 3 finished, but too many inputs were quarantined.
+Logs and progress go to stderr; stdout carries the summary only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import importlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import kinema
+from kinema.configs import STAGES, load_stage
+from kinema.configs.describe import describe
+from kinema.pipelines.errors import StageError
+
+STAGE_MODULES = {
+    "shard": "kinema.pipelines.shard",
+    "teach": "kinema.pipelines.teach",
+    "train": "kinema.pipelines.train",
+    "evaluate": "kinema.pipelines.evaluate.stage",
+    "register": "kinema.pipelines.registry",
+    "embed": "kinema.pipelines.embed",
+    "run": "kinema.pipelines.workflow",
+}
+PURPOSE = {
+    "shard": "videos -> clips/: probe, cut, resample, encode, pack",
+    "teach": "clips/ -> flow/TEACHER/: optical flow between frames",
+    "train": "clips/ + flow/ -> a run: checkpoints, metrics, pictures",
+    "evaluate": "a model + a benchmark folder -> one table",
+    "register": "a run -> a version in the MLflow registry",
+    "embed": "a registry model + clips/ -> features",
+    "run": "all stages of one workflow file; finished stages are skipped",
+    "submit": "any of the above as a Ray job on a cluster, logs followed",
+    "verify": "re-hash an artifact and report every difference",
+    "inspect": "a page with figures and pictures of an artifact or run",
+    "demo": "the whole path on your videos, or on rendered scenes, with a page at the end",
+}
+DONE, FAILED, USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    args = _parse(list(sys.argv[1:] if argv is None else argv))
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    with _stdout_for_summary() as stdout:
+        try:
+            return _dispatch(args, stdout)
+        except ValueError as error:
+            return _refuse(args.command, error, USAGE)
+        except StageError as error:
+            return _refuse(args.command, error, FAILED)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                fix = "free some space or set out= to another disk"
+                return _refuse(args.command, f"disk full while writing {error.filename or 'output'}; {fix}", FAILED)
+            return _unexpected(args.command, error)
+        except KeyboardInterrupt:
+            return _refuse(args.command, "stopped by the user; run the same command again to go on", FAILED)
+        except Exception as error:  # noqa: BLE001 - the last line of defence: one line, details in a file
+            return _unexpected(args.command, error)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="kinema",
+        description="Raw videos in, motion models out.",
+        epilog="`kinema STAGE --help` lists the keys of a stage.",
+    )
+    parser.add_argument("--version", action="version", version=f"kinema {kinema.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, purpose in PURPOSE.items():
+        keys = f"keys (key=value):\n{describe(STAGES[name])}" if name in STAGES else None
+        sub = commands.add_parser(
+            name,
+            help=purpose,
+            description=purpose,
+            epilog=keys,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+        if name == "submit":
+            sub.add_argument("--address", default=None, help="http://HEAD:8265; default: RAY_ADDRESS")
+            sub.add_argument("--no-wait", action="store_true", help="return after submission")
+            sub.add_argument("stage", choices=sorted(STAGES), help="the stage to submit")
+            sub.add_argument("rest", nargs=argparse.REMAINDER, help="its arguments")
+        elif name in ("verify", "inspect"):
+            sub.add_argument("target", help="folder or URL of an artifact" + (" or run" if name == "inspect" else ""))
+            if name == "inspect":
+                sub.add_argument("--out", default="", help="where the page goes; default: beside the target")
+        else:
+            if name == "demo":
+                sub.add_argument("model", choices=["flowfeat"], help="which model")
+            sub.add_argument("--config", default=None, help="workflow file; its section for this stage is read")
+            sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, dotted keys")
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives up on `a=1 --json b=2`; settings behind a flag are settings all the same.
+    wrong = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
+    if wrong:
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
+    if args.command == "verify":
+        return _verify(args, stdout)
+    if args.command == "submit":
+        from kinema.pipelines.submit import submit
+
+        return submit(args.stage, args.rest, address=args.address, wait=not args.no_wait, stdout=stdout)
+    if args.command == "inspect":
+        from kinema.pipelines.report.inspect import inspect
+
+        summary: Any = inspect(args.target, args.out or None)
+    elif args.command == "demo":
+        from kinema.pipelines.demo import demo
+
+        summary = demo(args.model, config_path=args.config, overrides=args.overrides)
+    else:
+        config = load_stage(args.command, args.config, args.overrides)
+        _sigterm_interrupts()
+        summary = importlib.import_module(STAGE_MODULES[args.command]).run(config)
+    print_summary(summary, args.json, stdout)
+    return int(getattr(summary, "exit_status", DONE))
+
+
+def print_summary(summary: Any, as_json: bool, stdout: TextIO) -> None:
+    """One JSON object on one line, or `key  value` lines for people."""
+    fields = dataclasses.asdict(summary) if dataclasses.is_dataclass(summary) else dict(summary)  # type: ignore[arg-type]
+    fields.pop("exit_status", None)
+    if as_json:
+        stdout.write(json.dumps(fields, default=str) + "\n")
+    else:
+        width = max((len(key) for key in fields), default=0)
+        for key, value in fields.items():
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            stdout.write(f"{key:<{width}}  {shown}\n")
+    stdout.flush()
+
+
+def _verify(args: argparse.Namespace, stdout: TextIO) -> int:
+    from kinema.pipelines.artifacts import Artifact
+
+    problems = Artifact.read(args.target).verify()
+    for problem in problems:
+        sys.stderr.write(f"{problem}\n")
+    print_summary({"artifact": args.target, "problems": len(problems)}, args.json, stdout)
+    return FAILED if problems else DONE
+
+
+def _refuse(command: str, reason: object, status: int) -> int:
+    sys.stderr.write(f"kinema {command}: {' '.join(str(reason).split())}\n")
+    return status
+
+
+def _unexpected(command: str, error: BaseException) -> int:
+    """A failure nobody foresaw: one line for the user, the traceback in a file (or shown by KINEMA_DEBUG=1)."""
+    if os.environ.get("KINEMA_DEBUG") == "1":
+        traceback.print_exception(error)
+        return FAILED
+    with tempfile.NamedTemporaryFile("w", prefix="kinema-", suffix=".log", delete=False) as log:
+        traceback.print_exception(error, file=log)
+    line = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    return _refuse(command, f"{line} (details in {log.name}; KINEMA_DEBUG=1 shows them here)", FAILED)
+
+
+def _sigterm_interrupts() -> None:
+    """A job that is stopped gets SIGTERM: stages then end as on Ctrl-C. Training installs its own handler."""
+
+    def interrupt(_signum: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+@contextlib.contextmanager
+def _stdout_for_summary() -> Iterator[TextIO]:
+    """Keep stdout for the summary: whatever else is printed, by workers too, goes to stderr."""
+    sys.stdout.flush()
+    try:
+        saved = os.dup(1)
+    except OSError:
+        yield sys.stdout
+        return
+    os.dup2(2, 1)
+    stream = os.fdopen(saved, "w", encoding="utf-8", closefd=False)
+    try:
+        yield stream
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def entry() -> None:
+    """Console script."""
+    # The repository root must not shadow other packages named `models` or `kernels`.
+    root = str(Path(__file__).resolve().parents[1])
+    sys.path[:] = [p for p in sys.path if p not in ("", root)]
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,263 @@
+"""`kinema run`: all stages of one file, in order; what is finished and unchanged is skipped.
+
+A stage is skipped when its settings, its inputs' contents and its outputs' files are those of its last finished run
+and no stage before it had to run. Stamps live in WORKSPACE/_workflow/STAGE.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from kinema.configs import WorkflowConfig, config_hash
+
+UPSTREAM: dict[str, tuple[str, ...]] = {
+    "shard": (),
+    "teach": ("shard",),
+    "train": ("shard", "teach"),
+    "evaluate": ("train",),
+    "register": ("train", "evaluate"),
+    "embed": ("shard", "register"),
+}
+# Settings that change how a run is watched or how far it goes, not what it is: a longer run goes on in its folder.
+RUN_CADENCE = (
+    "out",
+    "steps",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "pictures_every",
+    "run_name",
+)
+SETTINGS = "settings or inputs changed, running"
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkflowSummary:
+    """What each stage did, and where things are."""
+
+    stages: dict[str, str]
+    """{stage: `done` or `skipped`}."""
+    outputs: dict[str, str]
+    """{stage: folder or URL}."""
+    summaries: dict[str, dict[str, Any]]
+    """{stage: its own summary}; of skipped stages, that of the run that made it."""
+    seconds: float
+    """Wall time."""
+    exit_status: int = 0
+    """3 if a stage quarantined more than allowed."""
+
+
+def run(config: WorkflowConfig, *, report: Callable[[str], None] | None = None) -> WorkflowSummary:
+    """Bring every stage of `config` up to date.
+
+    Raises: ValueError for settings that cannot work; StageError from a stage.
+    """
+    report = report or (lambda line: print(line, file=sys.stderr, flush=True))
+    started = time.monotonic()
+    if "shard" in config.stages and not config.shard.videos:
+        raise ValueError("shard.videos is empty; name the folder with your videos: shard.videos=DIR")
+    workspace = Path(config.workspace).expanduser().resolve()
+    _prepare(workspace)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'mlflow.db'}")
+    outputs: dict[str, str] = {}
+    states: dict[str, str] = {}
+    summaries: dict[str, dict[str, Any]] = {}
+    status = 0
+    with _ParentRun(config) as parent:
+        for stage in [s for s in UPSTREAM if s in config.stages]:
+            section = resolve_stage(config, stage, workspace, outputs)
+            fingerprint = _fingerprint(stage, section, outputs)
+            stamp_path = workspace / "_workflow" / f"{stage}.json"
+            stamp = _read_stamp(stamp_path)
+            outputs[stage] = getattr(section, "out", "") or ""
+            changed_above = any(states.get(up) == "done" for up in UPSTREAM[stage])
+            reason = _why_run(stamp, fingerprint, outputs[stage], changed_above)
+            if reason is None:
+                assert stamp is not None
+                states[stage], summaries[stage] = "skipped", stamp["summary"]
+                report(f"{stage}: up to date, skipped")
+                continue
+            report(f"{stage}: {reason}")
+            parent.start()
+            stamp_path.unlink(missing_ok=True)
+            same_place = stamp is not None and stamp["out"] == outputs[stage]
+            if same_place and (stage == "embed" or (stage == "train" and reason != SETTINGS)):
+                _remove_output(outputs[stage], workspace, report)
+            summary = importlib.import_module(_module(stage)).run(section)
+            status = max(status, int(getattr(summary, "exit_status", 0)))
+            summaries[stage] = {k: v for k, v in dataclasses.asdict(summary).items() if k != "exit_status"}
+            states[stage] = "done"
+            _write_stamp(stamp_path, fingerprint, outputs[stage], summaries[stage])
+    return WorkflowSummary(states, outputs, summaries, round(time.monotonic() - started, 2), status)
+
+
+def resolve_stage(config: WorkflowConfig, stage: str, workspace: Path, outputs: Mapping[str, str]) -> Any:
+    """A stage's section with the paths that were left empty filled in."""
+    section = getattr(config, stage)
+    clips = outputs.get("shard") or config.shard.out or str(workspace / "clips")
+    teacher_out = config.teach.out or str(workspace / "flow" / config.teach.teacher)
+    flow = outputs.get("teach") or teacher_out
+    if stage == "shard":
+        return dataclasses.replace(section, out=section.out or clips)
+    if stage == "teach":
+        return dataclasses.replace(section, clips=section.clips or clips, out=section.out or flow)
+    if stage == "train":
+        section = dataclasses.replace(section, clips=section.clips or clips, flow=section.flow or flow)
+        return dataclasses.replace(section, out=section.out or str(_run_folder(section, workspace)))
+    run_folder = outputs.get("train", "")
+    if stage == "evaluate":
+        out = section.out or str(workspace / "evaluation")
+        return dataclasses.replace(section, model=section.model or run_folder, out=out)
+    if stage == "register":
+        return dataclasses.replace(section, model=section.model or run_folder)
+    default_model = type(section)().model
+    model = section.model
+    if model == default_model:
+        model = f"models:/{config.register.name}@champion"
+    return dataclasses.replace(
+        section, model=model, clips=section.clips or clips, out=section.out or str(workspace / "features")
+    )
+
+
+def _run_folder(section: Any, workspace: Path) -> Path:
+    """A training's folder is named by what it is, so that another recipe or other data never resumes into it."""
+    settings = {k: v for k, v in dataclasses.asdict(section).items() if k not in RUN_CADENCE}
+    identity = config_hash({"settings": settings, "data": [content_hash(section.clips), content_hash(section.flow)]})
+    return workspace / "runs" / f"{section.model}-{identity[:8]}"
+
+
+def _module(stage: str) -> str:
+    from kinema.pipelines.cli import STAGE_MODULES
+
+    return STAGE_MODULES[stage]
+
+
+def _prepare(workspace: Path) -> None:
+    try:
+        (workspace / "_workflow").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"workspace={workspace} cannot be created ({error.strerror}); choose another") from None
+
+
+def _why_run(stamp: Mapping[str, Any] | None, fingerprint: str, out: str, changed_above: bool) -> str | None:
+    """Why a stage has to run, in words, or None."""
+    if stamp is None:
+        return "running"
+    if stamp["fingerprint"] != fingerprint:
+        return SETTINGS
+    if changed_above:
+        return "a stage before it ran, running"
+    if stamp["out"] != out or stamp["files"] != _output_state(out):
+        return "its output changed or is gone, running"
+    return None
+
+
+def _fingerprint(stage: str, section: Any, outputs: Mapping[str, str]) -> str:
+    parts = {"config": dataclasses.asdict(section)}
+    if stage == "shard":
+        parts["videos"] = source_listing(section.videos)
+    for upstream in UPSTREAM[stage]:
+        if outputs.get(upstream):
+            parts[upstream] = content_hash(outputs[upstream])
+    return config_hash(json.loads(json.dumps(parts, default=str)))
+
+
+def source_listing(videos: str) -> list[Any]:
+    """Names, sizes and modification times of everything under a folder, glob, file or URL."""
+    filesystem, path = fsspec.core.url_to_fs(videos)
+    if any(c in path for c in "*?["):
+        paths = sorted(filesystem.glob(path))
+    else:
+        paths = [path] if filesystem.exists(path) else []
+    found = []
+    for top in paths:
+        for name, info in sorted(filesystem.find(top, detail=True).items()):
+            stamp = info.get("mtime") or info.get("LastModified") or info.get("ETag")
+            found.append([name, info["size"], str(stamp)])
+    return found
+
+
+def content_hash(url: str) -> str:
+    """Hash of what identifies an artifact's or run's content: its manifest, sample index and run record."""
+    if not url:
+        return ""
+    filesystem, path = fsspec.core.url_to_fs(url)
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("manifest.json", "samples.parquet", "run.json", "table.json"):
+        target = f"{path.rstrip('/')}/{name}"
+        if filesystem.exists(target):
+            digest.update(name.encode() + filesystem.cat_file(target))
+    return digest.hexdigest()
+
+
+def _output_state(out: str) -> str:
+    """State of a stage's files; a stage without a folder of its own (register) has the registry's database."""
+    if out:
+        return listing_hash(out)
+    database = os.environ.get("MLFLOW_TRACKING_URI", "").removeprefix("sqlite:///")
+    return str(Path(database).is_file()) if "://" not in database else "remote"
+
+
+def listing_hash(url: str) -> str:
+    """Hash of the names and sizes of all files under a folder; empty if it is not there."""
+    if not url:
+        return ""
+    filesystem, path = fsspec.core.url_to_fs(url)
+    if not filesystem.exists(path):
+        return ""
+    files = sorted((name[len(path) :], info["size"]) for name, info in filesystem.find(path, detail=True).items())
+    return hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
+
+
+def _remove_output(out: str, workspace: Path, report: Callable[[str], None]) -> None:
+    """Make room for a stage that is done again; only below the workspace, where the workflow itself wrote it."""
+    filesystem, path = fsspec.core.url_to_fs(out)
+    if out and filesystem.exists(path) and Path(path).is_relative_to(workspace):
+        report(f"removing {out}, which is made again")
+        filesystem.rm(path, recursive=True)
+
+
+def _read_stamp(path: Path) -> dict[str, Any] | None:
+    try:
+        stamp = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return stamp if {"fingerprint", "out", "files", "summary"} <= stamp.keys() else None
+
+
+def _write_stamp(path: Path, fingerprint: str, out: str, summary: Mapping[str, Any]) -> None:
+    stamp = {"fingerprint": fingerprint, "out": out, "files": _output_state(out), "summary": summary}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(stamp, indent=1, default=str))
+    os.replace(temporary, path)
+
+
+class _ParentRun:
+    """The MLflow run above the stages' runs, opened only if a stage has something to do."""
+
+    def __init__(self, config: WorkflowConfig):
+        self.config, self.run = config, None
+
+    def __enter__(self) -> _ParentRun:
+        return self
+
+    def start(self) -> None:
+        if self.run is None:
+            from kinema.pipelines import tracking
+
+            self.run = tracking.start_workflow(self.config.name, dataclasses.asdict(self.config))
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self.run is not None:
+            self.run.end("FINISHED" if error is None else "FAILED")
