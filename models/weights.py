@@ -72,9 +72,7 @@ def _dinov2(size: str) -> dict[str, PublishedWeights]:
 
 
 LEDGER: dict[str, PublishedWeights] = {
-    "raft": PublishedWeights(
-        _RAFT_ARCHIVE, _RAFT_PAPER, "BSD-3-Clause", archive_member="models/raft-things.pth"
-    ),
+    "raft": PublishedWeights(_RAFT_ARCHIVE, _RAFT_PAPER, "BSD-3-Clause", archive_member="models/raft-things.pth"),
     "raft_small": PublishedWeights(
         _RAFT_ARCHIVE,
         _RAFT_PAPER,
@@ -200,9 +198,7 @@ def published_file(name: str) -> Path:
     Raises: ValueError if there are none, if they are gated, or if the download fails or has another hash.
     """
     if name not in LEDGER:
-        raise ValueError(
-            f"no published weights are known for {name!r}; give weights=FILE or pretrained=False"
-        )
+        raise ValueError(f"no published weights are known for {name!r}; give weights=FILE or pretrained=False")
     entry = LEDGER[name]
     if entry.gated:
         raise ValueError(
@@ -262,9 +258,7 @@ def _fetch(url: str, target: Path) -> None:
             received = out.tell()
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(
-            f"cannot download {url} ({reason}); download it elsewhere and give weights=FILE"
-        ) from error
+        raise ValueError(f"cannot download {url} ({reason}); download it elsewhere and give weights=FILE") from error
     if expected is not None and received != int(expected):
         raise ValueError(f"{url}: the download ended after {received} of {expected} bytes; try again")
 
@@ -300,9 +294,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"weights={path}: not a readable safetensors file, or cut short ({error})"
-        ) from error
+        raise ValueError(f"weights={path}: not a readable safetensors file, or cut short ({error})") from error
 
 
 def _unwrap(loaded: object) -> dict[str, Tensor]:
@@ -314,9 +306,7 @@ def _unwrap(loaded: object) -> dict[str, Tensor]:
         if isinstance(inner, dict):
             if nesting == "teacher":  # DINO's training checkpoints: backbone and projection head
                 plain = {str(key).removeprefix("module."): value for key, value in inner.items()}
-                inner = {
-                    k.removeprefix("backbone."): v for k, v in plain.items() if k.startswith("backbone.")
-                }
+                inner = {k.removeprefix("backbone."): v for k, v in plain.items() if k.startswith("backbone.")}
             return _unwrap(inner)
     return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
 

@@ -1,0 +1,79 @@
+"""Models by name for `torch.hub.load(repo, name, pretrained=..., weights=...)`.
+
+Every entry returns a model in eval mode. `pretrained=True` downloads the published weights once;
+`weights` is a path or URL of a checkpoint to load instead. Files are read without running code from them.
+"""
+
+import importlib.machinery as _machinery
+import importlib.util as _util
+import sys as _sys
+from functools import partial as _partial
+from pathlib import Path as _Path
+
+dependencies = ["torch", "numpy", "jaxtyping"]
+
+
+def _expose_package(root):
+    """Make `kinema` importable from this checkout, installed or not."""
+    if "kinema" in _sys.modules:
+        return
+    if (root / "src" / "kinema" / "models").is_dir():
+        _sys.path.insert(0, str(root / "src"))
+        return
+    # A repository unpacked from a zip archive has text files where the links of src/kinema were.
+    package = _util.module_from_spec(_machinery.ModuleSpec("kinema", None, is_package=True))
+    package.__path__ = [str(root)]
+    _sys.modules["kinema"] = package
+
+
+_expose_package(_Path(__file__).resolve().parent)
+
+
+def _backbone(name, pretrained=False, weights=None, **options):
+    from kinema.models.vision_transformer import vision_transformer
+
+    return vision_transformer(name, pretrained=pretrained, weights=weights, **options)
+
+
+def _entry(name, doc):
+    entry = _partial(_backbone, name)
+    entry.__doc__ = doc
+    entry.__name__ = name
+    return entry
+
+
+dino_vits16 = _entry("dino_vits16", "DINO ViT-S/16: 384 channels, 12 blocks, any image of at least 16x16.")
+dino_vitb16 = _entry("dino_vitb16", "DINO ViT-B/16: 768 channels, 12 blocks, any image of at least 16x16.")
+dinov2_vits14 = _entry("dinov2_vits14", "DINOv2 ViT-S/14: 384 channels, 12 blocks, sides multiples of 14.")
+dinov2_vitb14 = _entry("dinov2_vitb14", "DINOv2 ViT-B/14: 768 channels, 12 blocks, sides multiples of 14.")
+dinov2_vitl14 = _entry("dinov2_vitl14", "DINOv2 ViT-L/14: 1024 channels, 24 blocks, sides multiples of 14.")
+dinov2_vits14_reg = _entry("dinov2_vits14_reg", "DINOv2 ViT-S/14 with 4 registers, sides multiples of 14.")
+dinov2_vitb14_reg = _entry("dinov2_vitb14_reg", "DINOv2 ViT-B/14 with 4 registers, sides multiples of 14.")
+dinov2_vitl14_reg = _entry("dinov2_vitl14_reg", "DINOv2 ViT-L/14 with 4 registers, sides multiples of 14.")
+dinov3_vits16 = _entry("dinov3_vits16", "DINOv3 ViT-S/16: 384 channels, 12 blocks, 4 registers; gated weights.")
+mae_vitb16 = _entry("mae_vitb16", "MAE ViT-B/16 for one image_size=(height, width), 224x224 by default.")
+
+
+def flowfeat(name="dinov2_vits14_yt", pretrained=False, weights=None, **options):
+    """FlowFeat: `model(x) -> (y_enc, y_dec)` for ImageNet-normalised images x [B, 3, H, W].
+
+    Names: dino_vits16_yt, dino_vitb16_yt, dino_vitb16_kt, mae_vitb16_kt, dinov2_vits14_yt,
+    dinov2_vitb14_yt, dinov2_vitb14_kt.
+    """
+    from kinema.models.flowfeat import flowfeat as build
+
+    return build(name, pretrained=pretrained, weights=weights, **options)
+
+
+def raft(pretrained=False, weights=None):
+    """RAFT: `model(image1, image2, iters=None, flow_init=None)` -> flow [B, 2, H, W] in pixels."""
+    from kinema.models.raft import raft as build
+
+    return build(pretrained=pretrained, weights=weights)
+
+
+def raft_small(pretrained=False, weights=None):
+    """RAFT-small: `model(image1, image2, iters=None, flow_init=None)` -> flow [B, 2, H, W] in pixels."""
+    from kinema.models.raft import raft_small as build
+
+    return build(pretrained=pretrained, weights=weights)
