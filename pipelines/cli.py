@@ -133,9 +133,14 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
     else:
         config = load_stage(args.command, args.config, args.overrides)
         _sigterm_interrupts()
-        summary = importlib.import_module(STAGE_MODULES[args.command]).run(config)
+        summary = stage_module(args.command).run(config)
     print_summary(summary, args.json, stdout)
     return int(getattr(summary, "exit_status", DONE))
+
+
+def stage_module(stage: str) -> Any:
+    """The module whose `run(config)` is the stage; imported when needed, so that `--help` stays quick."""
+    return importlib.import_module(STAGE_MODULES[stage])
 
 
 def print_summary(summary: Any, as_json: bool, stdout: TextIO) -> None:
@@ -199,7 +204,8 @@ def _stdout_for_summary() -> Iterator[TextIO]:
     os.dup2(2, 1)
     stream = os.fdopen(saved, "w", encoding="utf-8", closefd=False)
     try:
-        yield stream
+        with contextlib.redirect_stdout(sys.stderr):
+            yield stream
     finally:
         with contextlib.suppress(BrokenPipeError):
             stream.flush()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import fsspec
 
 from kinema.configs import WorkflowConfig, config_hash
+from kinema.pipelines.cli import stage_module
 
 UPSTREAM: dict[str, tuple[str, ...]] = {
     "shard": (),
@@ -94,7 +94,7 @@ def run(config: WorkflowConfig, *, report: Callable[[str], None] | None = None) 
             same_place = stamp is not None and stamp["out"] == outputs[stage]
             if same_place and (stage == "embed" or (stage == "train" and reason != SETTINGS)):
                 _remove_output(outputs[stage], workspace, report)
-            summary = importlib.import_module(_module(stage)).run(section)
+            summary = stage_module(stage).run(section)
             status = max(status, int(getattr(summary, "exit_status", 0)))
             summaries[stage] = {k: v for k, v in dataclasses.asdict(summary).items() if k != "exit_status"}
             states[stage] = "done"
@@ -135,12 +135,6 @@ def _run_folder(section: Any, workspace: Path) -> Path:
     settings = {k: v for k, v in dataclasses.asdict(section).items() if k not in RUN_CADENCE}
     identity = config_hash({"settings": settings, "data": [content_hash(section.clips), content_hash(section.flow)]})
     return workspace / "runs" / f"{section.model}-{identity[:8]}"
-
-
-def _module(stage: str) -> str:
-    from kinema.pipelines.cli import STAGE_MODULES
-
-    return STAGE_MODULES[stage]
 
 
 def _prepare(workspace: Path) -> None:
