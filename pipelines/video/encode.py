@@ -1,0 +1,126 @@
+"""Encode one clip as a small mp4: closed groups of pictures, faststart, the same bytes every time."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import ExitStack
+from fractions import Fraction
+
+import av
+
+from kinema.configs.schema import ClipConfig
+from kinema.pipelines.video.picture import PictureSpec
+
+_QP_TO_LAMBDA = 118  # FFmpeg's FF_QP2LAMBDA: the unit of global_quality
+
+
+def encoder_options(clip: ClipConfig) -> tuple[str, dict[str, str]]:
+    """FFmpeg encoder and its options.
+
+    One thread everywhere, since the number of threads changes the bytes; no keyframes at scene cuts, so they lie at
+    0, gop, 2 gop, ...; no frame refers across a keyframe.
+    """
+    gop = str(clip.gop)
+    x264 = {"g": gop, "keyint_min": gop, "sc_threshold": "0", "preset": clip.preset, "tune": "fastdecode"}
+    params = "open-gop=0:lookahead-threads=1:threads=1"
+    if clip.codec == "h264":
+        return "libx264", {**x264, "crf": str(clip.crf), "x264-params": params}
+    if clip.codec == "h264_lossless":
+        return "libx264rgb", {**x264, "qp": "0", "x264-params": params}
+    if clip.codec == "hevc":
+        x265 = f"keyint={gop}:min-keyint={gop}:scenecut=0:open-gop=0:pools=none:frame-threads=1:wpp=0:log-level=error"
+        options = {"crf": str(clip.crf), "preset": clip.preset, "tune": "fastdecode"}
+        return "libx265", {**options, "x265-params": x265, "tag": "hvc1"}
+    if clip.codec == "av1":
+        svt = f"keyint={gop}:irefresh-type=2:scd=0:lp=1:fast-decode=1"
+        return "libsvtav1", {"crf": str(clip.crf), "preset": "8", "svtav1-params": svt, "g": gop}
+    return "mjpeg", {}
+
+
+class ClipEncoder:
+    """Encodes frames as they come; holds the encoded bytes of one clip and the encoder's few frames.
+
+    Use as a context manager: a clip left without `finish()` leaves nothing behind.
+    """
+
+    def __init__(self, clip: ClipConfig, spec: PictureSpec, fps: Fraction):
+        self._stack = ExitStack()
+        self._path = self._stack.enter_context(_ScratchFile())
+        self._container = self._stack.enter_context(
+            av.open(
+                self._path.name,
+                "w",
+                format="mp4",
+                options={"movflags": "+faststart", "fflags": "+bitexact", "use_editlist": "1"},
+            )
+        )
+        self._stream = _add_stream(self._container, clip, spec, fps)
+        self._time_base = 1 / fps
+        self.num_frames = 0
+
+    def __enter__(self) -> ClipEncoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, picture: av.VideoFrame) -> None:
+        """Append a picture made by PictureMaker for the same spec."""
+        picture.pts = self.num_frames
+        picture.time_base = self._time_base
+        picture.pict_type = 0  # the source's picture types must not steer the encoder
+        self.num_frames += 1
+        self._container.mux(self._stream.encode(picture))
+
+    def finish(self) -> bytes:
+        """Flush and return the whole mp4."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        return self._path.read()
+
+
+def _add_stream(container, clip: ClipConfig, spec: PictureSpec, fps: Fraction):
+    name, options = encoder_options(clip)
+    stream = container.add_stream(name, rate=fps, options=options)
+    stream.width, stream.height, stream.pix_fmt = spec.width, spec.height, spec.pix_fmt
+    context = stream.codec_context
+    context.time_base = 1 / fps
+    context.thread_count = 1
+    context.gop_size = clip.gop
+    context.flags |= int(av.codec.context.Flags.bitexact)
+    context.color_range = spec.color_range
+    context.colorspace = spec.matrix
+    context.color_primaries = spec.primaries
+    context.color_trc = spec.transfer
+    if clip.codec == "mjpeg":
+        context.flags |= int(av.codec.context.Flags.qscale)
+        context.global_quality = round(_QP_TO_LAMBDA * (2 + clip.crf / 6))
+    return stream
+
+
+class _ScratchFile:
+    """A file with a name FFmpeg can open twice (faststart reads back) that no kill can leave behind.
+
+    An anonymous file in memory where the system has them; elsewhere a temporary file.
+    """
+
+    def __enter__(self) -> _ScratchFile:
+        self._folder: tempfile.TemporaryDirectory | None = None
+        if hasattr(os, "memfd_create"):
+            self._fd = os.memfd_create("kinema-clip")
+            self.name = f"/proc/self/fd/{self._fd}"
+        else:
+            self._folder = tempfile.TemporaryDirectory(prefix="kinema-clip-")
+            self.name = os.path.join(self._folder.name, "clip.mp4")
+            self._fd = os.open(self.name, os.O_RDWR | os.O_CREAT)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def read(self) -> bytes:
+        with open(self.name, "rb") as file:
+            return file.read()

@@ -1,0 +1,126 @@
+"""Packets of a finished clip: a table that lets one group of pictures be fetched and decoded on its own.
+
+The table is read once, when the clip is written, and stored in `samples.parquet`. A reader then needs the codec's
+name, its `extradata` and the bytes of one group: no container is opened.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+
+DECODERS = {"h264": "h264", "h264_lossless": "h264", "hevc": "hevc", "av1": "libdav1d", "mjpeg": "mjpeg"}
+"""FFmpeg decoder for each value of `clip.codec`."""
+
+
+@dataclass(frozen=True)
+class PacketTable:
+    """Where each packet of a clip lies, in decoding order."""
+
+    extradata: bytes
+    """Codec configuration (for example avcC), which the decoder needs before the first packet."""
+    offset: list[int]
+    """Offset of each packet in bytes, relative to the start of the mp4."""
+    size: list[int]
+    """Size of each packet in bytes."""
+    frame: list[int]
+    """Presentation index of each packet's frame."""
+    keyframe: list[bool]
+    """Whether the packet starts a closed group of pictures."""
+
+
+def packet_table(mp4: bytes) -> PacketTable:
+    """Read the packet table of a clip.
+
+    Args: mp4: a whole clip with one video stream, as written by `ClipEncoder`.
+    Raises: ValueError if a packet has no timestamp or position, or two packets share a timestamp.
+    """
+    offset, size, pts, keyframe = [], [], [], []
+    with av.open(io.BytesIO(mp4), format="mp4") as container:
+        stream = container.streams.video[0]
+        for packet in container.demux(stream):
+            if packet.size == 0:
+                continue
+            if packet.pts is None or packet.pos is None or packet.pos < 0:
+                raise ValueError(f"packet {len(pts)} of the clip has no timestamp or position; encode the clip again")
+            offset.append(packet.pos)
+            size.append(packet.size)
+            pts.append(packet.pts)
+            keyframe.append(packet.is_keyframe)
+        extradata = bytes(stream.codec_context.extradata or b"")
+    if len(set(pts)) != len(pts):
+        raise ValueError("two packets of the clip share a timestamp; encode the clip again")
+    rank = {value: index for index, value in enumerate(sorted(pts))}
+    return PacketTable(extradata, offset, size, [rank[value] for value in pts], keyframe)
+
+
+def group_of_frame(frame: int, packet_frame: Sequence[int], packet_keyframe: Sequence[bool]) -> tuple[int, int]:
+    """Packets [first, last) of the closed group of pictures that holds presentation index `frame`.
+
+    Raises: ValueError if the clip has no such frame.
+    """
+    starts = [i for i, key in enumerate(packet_keyframe) if key]
+    ends = [*starts[1:], len(packet_frame)]
+    for first, last in zip(starts, ends, strict=True):
+        if packet_frame[first] <= frame < packet_frame[first] + last - first:
+            return first, last
+    raise ValueError(f"frame {frame} is outside of the clip's {len(packet_frame)} frames")
+
+
+def decode_gop(
+    codec: str,
+    extradata: bytes,
+    packets: Sequence[tuple[bytes, int]],
+    wanted: Collection[int] | None = None,
+) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
+    """Decode the packets of one or several whole groups of pictures without a container.
+
+    Args:
+        codec: value of `clip.codec` (a key of DECODERS).
+        extradata: of the clip's packet table.
+        packets: (bytes, presentation index) in decoding order, starting at a keyframe.
+        wanted: presentation indices to convert to RGB; None means all.
+
+    Returns: presentation index -> uint8 RGB [H, W, 3]. Equal to decoding the whole clip.
+    Raises: ValueError for an unknown codec, damaged packets, or a wanted frame that did not come out.
+    """
+    if codec not in DECODERS:
+        raise ValueError(f"codec {codec!r} is not known; use one of {', '.join(DECODERS)}")
+    decoder = av.CodecContext.create(DECODERS[codec], "r")
+    if extradata:
+        decoder.extradata = extradata
+    decoder.thread_count = 1
+    missing = {index for _, index in packets} if wanted is None else set(wanted)
+    pictures: dict[int, np.ndarray] = {}
+    try:
+        for data, index in packets:
+            packet = av.Packet(data)
+            packet.pts = packet.dts = index
+            _collect(decoder.decode(packet), missing, pictures)
+            if not missing:
+                return pictures
+        _collect(decoder.decode(None), missing, pictures)
+    except av.FFmpegError as error:
+        raise ValueError(f"packets of {codec} do not decode: {error.strerror}") from error
+    if missing:
+        raise ValueError(f"frames {sorted(missing)} did not come out of {len(packets)} packets of {codec}")
+    return pictures
+
+
+def _collect(frames: Sequence[av.VideoFrame], missing: set[int], pictures: dict[int, np.ndarray]) -> None:
+    for frame in frames:
+        if frame.is_corrupt:
+            raise ValueError(f"frame {frame.pts} is damaged")
+        if frame.pts in missing:
+            missing.discard(frame.pts)
+            pictures[frame.pts] = to_rgb(frame)
+
+
+def to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB of a decoded frame by its own colour tags (BT.601 where there are none)."""
+    return frame.reformat(format="rgb24", threads=1).to_ndarray()
