@@ -1,0 +1,55 @@
+"""`python -m kinema.pipelines.bench [NAME ...]`: run benchmarks and print their ratio tables."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+BENCHMARKS = {
+    "shard": "clips artifact against plain copying of the source bytes",
+    "flow_codec": "flow sidecar against fp16 npz",
+    "loader": "groups of pictures by ranged reads against decoding each clip from its start",
+    "teacher": "RAFT-small with per-frame features cached against pairwise",
+    "train_step": "FlowFeat step with stored flow against the same step with RAFT inside",
+}
+
+
+def main(names: Sequence[str]) -> int:
+    """Run the named benchmarks (all without names); one table each, then one JSON line with all rows."""
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        sys.stderr.write(f"benchmark {unknown[0]!r} is not known; choose from {', '.join(BENCHMARKS)}\n")
+        return 2
+    threads = torch.get_num_threads()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {threads} torch threads, torch {torch.__version__}")
+    everything: dict[str, list[dict[str, Any]]] = {}
+    for name in names or BENCHMARKS:
+        started = time.monotonic()
+        rows = importlib.import_module(f"kinema.pipelines.bench.{name}").run()
+        torch.set_num_threads(threads)
+        print(f"\n{name}: {BENCHMARKS[name]} ({time.monotonic() - started:.0f} s)")
+        print_rows(rows)
+        everything[name] = rows
+    print("\n" + json.dumps(everything))
+    return 0
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of {name, value, baseline, ratio, unit}, aligned."""
+    width = max(len(row["name"]) for row in rows)
+    print(f"  {'':<{width}}  {'ours':>10}  {'baseline':>10}  {'ratio':>8}")
+    for row in rows:
+        shown = (f"{row[key]:>{size}.4g}" for key, size in (("value", 10), ("baseline", 10), ("ratio", 8)))
+        print(f"  {row['name']:<{width}}  {'  '.join(shown)}  {row['unit']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
