@@ -1,0 +1,354 @@
+"""Ray at the edge: connect, bounded tasks, a pool of actors; failures come back as data.
+
+`run_tasks` and `run_on_actors` have a second backend that runs in this process (`KINEMA_ENGINE=serial`), so that a
+stage's logic, which is plain functions and classes, is tested and debugged without Ray.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import kinema
+from kinema.pipelines.errors import StageError
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+Backend = Literal["ray", "serial"]
+
+_OBJECT_STORE_BYTES = 512 * 1024 * 1024  # paths and rows travel, frames never
+_MAX_FAILED_STARTS = 3
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result(Generic[Value]):
+    """What the work returned, and at which attempt."""
+
+    value: Value
+    attempts: int = 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an item has no result.
+
+    `kind`: `error` (the work raised), `crash` (its process died: killed, segmentation fault, out of memory) or
+    `timeout`. `error_class` and `message` say more; `where` is the line that raised.
+    """
+
+    kind: Literal["error", "crash", "timeout"]
+    error_class: str
+    message: str
+    attempts: int = 1
+    where: str = ""
+
+
+def backend(choice: str | None = None) -> Backend:
+    """`choice`, else KINEMA_ENGINE, else `ray`. Raises: ValueError for another name."""
+    name = choice or os.environ.get("KINEMA_ENGINE") or "ray"
+    if name == "ray":
+        return "ray"
+    if name == "serial":
+        return "serial"
+    raise ValueError(f"KINEMA_ENGINE={name} is not an engine; use ray or serial")
+
+
+def connect(*, worker_logs: bool = False, num_cpus: int | None = None) -> dict[str, float]:
+    """Join the cluster at RAY_ADDRESS, or start Ray inside this process; a second call changes nothing.
+
+    On a cluster that this process did not start, its own `kinema` package travels along, so that workers on every
+    node run the same code. `worker_logs` copies what workers print to this process's output.
+    Returns: the cluster's resources ("CPU", "GPU", ...).
+    Raises: StageError when no cluster answers; ValueError for a job server's address.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "")
+        if address.startswith(("http://", "https://")):
+            raise ValueError(f"RAY_ADDRESS={address} is a job server; use `kinema submit`, or the cluster's HOST:6379")
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": worker_logs}
+        try:
+            if address and address != "local":
+                ray.init(address=address, runtime_env=_own_code(), **quiet)
+            else:
+                ray.init(
+                    address="local",  # a stale current-cluster file otherwise decides
+                    include_dashboard=False,
+                    num_cpus=num_cpus,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    **quiet,
+                )
+        except (ConnectionError, RuntimeError, TimeoutError) as error:
+            raise StageError(f"cannot start on Ray at {address or 'local'}: {_one_line(error)}") from None
+    return ray.cluster_resources()
+
+
+def _own_code() -> dict[str, Any]:
+    """A runtime environment that carries this process's package (files, not links)."""
+    return {"py_modules": [str(Path(kinema.__file__).parent)], "excludes": ["__pycache__", "*.pyc"]}
+
+
+def run_tasks(
+    fn: Callable[[Item], Value],
+    items: Iterable[Item],
+    *,
+    max_in_flight: int = 0,
+    retries: int = 2,
+    num_cpus: float = 1.0,
+    num_gpus: float = 0.0,
+    timeout_s: float | None = None,
+    engine: str | None = None,
+) -> Iterator[tuple[Item, Result[Value] | Failure]]:
+    """`fn(item)` for every item, in order of completion, with at most `max_in_flight` submitted (0: two per slot).
+
+    A task whose process dies or takes longer than `timeout_s` is tried again `retries` times; one that raises is
+    not, since the same input raises again. Leaving the iterator stops what is running.
+    Raises: StageError when a task raised one (a full disk concerns the run, not the item).
+    """
+    if backend(engine) == "serial":
+        yield from _serial(fn, items)
+        return
+    queue = deque((item, 1) for item in items)
+    if not queue:
+        return
+    resources = connect()
+    import ray
+
+    slots = _slots(resources, num_cpus, num_gpus)
+    limit = max_in_flight or 2 * slots
+    remote = ray.remote(_guarded).options(
+        num_cpus=num_cpus, num_gpus=num_gpus, max_retries=0, retry_exceptions=False, scheduling_strategy="SPREAD"
+    )
+    running: dict[Any, tuple[Item, int, float]] = {}
+    try:
+        while queue or running:
+            while queue and len(running) < limit:
+                item, attempt = queue.popleft()
+                running[remote.remote(fn, item, timeout_s)] = (item, attempt, time.monotonic())
+            ready, _ = ray.wait(list(running), num_returns=1)
+            item, attempt, started = running.pop(ready[0])
+            outcome = _collect(ready[0], attempt, started, timeout_s)
+            if isinstance(outcome, Failure) and outcome.kind != "error" and attempt <= retries:
+                queue.appendleft((item, attempt + 1))
+                continue
+            yield item, outcome
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def run_on_actors(
+    make: Callable[[], Callable[[Item], Value]],
+    items: Iterable[Item],
+    *,
+    num_actors: int,
+    retries: int = 2,
+    num_cpus: float = 1.0,
+    num_gpus: float = 0.0,
+    timeout_s: float | None = None,
+    engine: str | None = None,
+) -> Iterator[tuple[Item, Result[Value] | Failure]]:
+    """Like run_tasks on `num_actors` long-lived workers, each of which calls `make()` once (weights) and then the
+    result for item after item.
+
+    An actor that dies is replaced and its item tried again `retries` times. The value of an item must not depend on
+    which actor computes it.
+    Raises: what `make()` raised, if ValueError or StageError; StageError when actors cannot be started.
+    """
+    queue = deque((item, 1) for item in items)
+    if not queue:
+        return
+    if backend(engine) == "serial":
+        yield from _serial(make(), (item for item, _ in queue))
+        return
+    connect()
+    pool = _ActorPool(make, num_cpus=num_cpus, num_gpus=num_gpus, timeout_s=timeout_s)
+    try:
+        for _ in range(max(1, min(num_actors, len(queue)))):
+            pool.start()
+        while queue or pool.num_busy:
+            pool.feed(queue)
+            for item, attempt, outcome in pool.wait():
+                if isinstance(outcome, Failure) and outcome.kind != "error" and attempt <= retries:
+                    queue.appendleft((item, attempt + 1))
+                else:
+                    yield item, outcome
+    finally:
+        pool.close()
+
+
+class _ActorPool:
+    """Actors, one item in flight on each."""
+
+    def __init__(self, make: Callable, *, num_cpus: float, num_gpus: float, timeout_s: float | None):
+        import ray
+
+        self.ray = ray
+        self.remote = ray.remote(_Host).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0)
+        self.make, self.timeout_s = make, timeout_s
+        self.starting: dict[Any, Any] = {}
+        self.idle: list[Any] = []
+        self.busy: dict[Any, tuple[Any, Any, int, float]] = {}
+        self.failed_starts = 0
+
+    @property
+    def num_busy(self) -> int:
+        return len(self.busy)
+
+    def start(self) -> None:
+        host = self.remote.remote(self.make)
+        self.starting[host.start.remote()] = host
+
+    def feed(self, queue: deque) -> None:
+        while queue and self.idle:
+            host = self.idle.pop()
+            item, attempt = queue.popleft()
+            reference = host.call.remote(item, self.timeout_s)
+            self.busy[reference] = (host, item, attempt, time.monotonic())
+
+    def wait(self) -> list[tuple[Any, int, Result | Failure]]:
+        """Wait for one actor to start or to finish; returns the finished item, or nothing."""
+        ready, _ = self.ray.wait([*self.starting, *self.busy], num_returns=1)
+        if ready[0] in self.starting:
+            self._started(ready[0])
+            return []
+        host, item, attempt, started = self.busy.pop(ready[0])
+        outcome = _collect(ready[0], attempt, started, self.timeout_s)
+        if isinstance(outcome, Failure) and outcome.kind != "error":
+            self.ray.kill(host)
+            self.start()
+        else:
+            self.idle.append(host)
+        return [(item, attempt, outcome)]
+
+    def _started(self, reference: Any) -> None:
+        host = self.starting.pop(reference)
+        outcome = _collect(reference, 1, time.monotonic(), None)
+        if isinstance(outcome, Result):
+            self.failed_starts = 0
+            self.idle.append(host)
+            return
+        self.ray.kill(host)
+        if outcome.kind == "error":
+            wrong = outcome.error_class == "ValueError"
+            raise ValueError(outcome.message) if wrong else StageError(_describe(outcome))
+        self.failed_starts += 1
+        if self.failed_starts >= _MAX_FAILED_STARTS:
+            raise StageError(f"workers die while they start, {self.failed_starts} times: {outcome.message}")
+        self.start()
+
+    def close(self) -> None:
+        for host in [*self.starting.values(), *self.idle, *(entry[0] for entry in self.busy.values())]:
+            self.ray.kill(host)
+
+
+class _Host:
+    """The Ray actor around a plain callable."""
+
+    def __init__(self, make: Callable[[], Callable]):
+        self.make = make
+
+    def start(self) -> tuple:
+        """Build the callable; the outcome is data like that of a call."""
+        return _guarded(self._build, None, None)
+
+    def _build(self, _: None) -> None:
+        self.work = self.make()
+
+    def call(self, item: Any, timeout_s: float | None) -> tuple:
+        """One item."""
+        return _guarded(self.work, item, timeout_s)
+
+
+def _guarded(fn: Callable[[Any], Any], item: Any, timeout_s: float | None) -> tuple:
+    """Run in the worker: ("value", v), or ("error", class, message, where), or ("stage", message)."""
+    try:
+        with _watchdog(timeout_s):
+            return "value", fn(item)
+    except StageError as error:
+        return "stage", str(error)
+    except Exception as error:  # noqa: BLE001  failures become data; the caller decides
+        _log.warning("work failed", exc_info=True)
+        return "error", type(error).__name__, _one_line(error), _where(error)
+
+
+@contextmanager
+def _watchdog(timeout_s: float | None) -> Iterator[None]:
+    """End this worker process when the block takes too long, even if native code holds the interpreter."""
+    if timeout_s is None:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(timeout_s, exit=True, file=nowhere)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _collect(reference: Any, attempt: int, started: float, timeout_s: float | None) -> Result | Failure:
+    """The outcome behind a finished reference. Raises: StageError when the work did."""
+    import ray
+    from ray import exceptions
+
+    try:
+        outcome = ray.get(reference)
+    except exceptions.OutOfMemoryError:
+        message = "its process was stopped for using too much memory; use fewer workers"
+        return Failure("crash", "OutOfMemory", message, attempt)
+    except exceptions.RayError as error:
+        elapsed_s = time.monotonic() - started
+        if timeout_s is not None and elapsed_s >= timeout_s:
+            return Failure("timeout", "Timeout", f"took longer than {timeout_s:g} s", attempt)
+        if isinstance(error, exceptions.RuntimeEnvSetupError | exceptions.TaskUnschedulableError):
+            raise StageError(f"workers cannot start: {_one_line(error)}") from None
+        return Failure("crash", "WorkerCrashed", "its process died (killed, crashed or lost its node)", attempt)
+    if outcome[0] == "stage":
+        raise StageError(outcome[1])
+    if outcome[0] == "error":
+        return Failure("error", outcome[1], outcome[2], attempt, outcome[3])
+    return Result(outcome[1], attempt)
+
+
+def _serial(fn: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[tuple[Item, Result | Failure]]:
+    for item in items:
+        outcome = _guarded(fn, item, None)
+        if outcome[0] == "stage":
+            raise StageError(outcome[1])
+        yield item, Result(outcome[1]) if outcome[0] == "value" else Failure("error", *outcome[1:3], 1, outcome[3])
+
+
+def _slots(resources: dict[str, float], num_cpus: float, num_gpus: float) -> int:
+    """How many such tasks run at once. Raises: StageError when not even one fits."""
+    slots = []
+    for name, needed in (("CPU", num_cpus), ("GPU", num_gpus)):
+        if needed:
+            available = resources.get(name, 0.0)
+            if available < needed:
+                raise StageError(f"a task needs {needed:g} {name}, the cluster has {available:g}")
+            slots.append(int(available // needed))
+    return max(1, min(slots, default=1))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:2000] or type(error).__name__
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
+def _describe(failure: Failure) -> str:
+    return f"{failure.error_class}: {failure.message}" + (f" ({failure.where})" if failure.where else "")

@@ -1,0 +1,156 @@
+"""Bounded tasks and actor pools: results, failures as data, crashes, timeouts, and the serial twin."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from kinema.pipelines import engine
+from kinema.pipelines.engine import Failure, Result, run_on_actors, run_tasks
+from kinema.pipelines.errors import StageError
+
+
+def square_or_fail(item: int) -> int:
+    if item == 3:
+        raise ValueError("three is\nnot allowed")
+    return item * item
+
+
+class Multiplier:
+    """An actor's work: the factor is "loaded" once."""
+
+    def __init__(self, factor: int):
+        self.factor = factor
+        self.pid = os.getpid()
+
+    def __call__(self, item: int) -> tuple[int, int]:
+        return self.factor * square_or_fail(item), self.pid
+
+
+@pytest.mark.parametrize("backend", ["serial", "ray"])
+def test_an_exception_is_a_failure_with_its_reason_and_place(backend, request):
+    if backend == "ray":
+        request.getfixturevalue("ray_session")
+    outcomes = dict(run_tasks(square_or_fail, range(5), engine=backend, num_cpus=0.5))
+    failure = outcomes.pop(3)
+    assert outcomes == {i: Result(i * i) for i in (0, 1, 2, 4)}
+    assert (failure.kind, failure.error_class, failure.message) == ("error", "ValueError", "three is not allowed")
+    assert failure.where.startswith("test_engine.py:")
+    assert failure.attempts == 1
+
+
+@pytest.mark.parametrize("backend", ["serial", "ray"])
+def test_actors_load_once_and_serve_many(backend, request):
+    if backend == "ray":
+        request.getfixturevalue("ray_session")
+    outcomes = dict(run_on_actors(lambda: Multiplier(10), range(8), num_actors=2, num_cpus=0.5, engine=backend))
+    assert isinstance(outcomes.pop(3), Failure)
+    assert {i: o.value[0] for i, o in outcomes.items()} == {i: 10 * i * i for i in outcomes}
+    assert 1 <= len({o.value[1] for o in outcomes.values()}) <= 2
+
+
+def full_disk(item: int) -> int:
+    raise StageError("disk full while writing x: free at least 3 MB")
+
+
+def no_weights():
+    raise ValueError("raft needs weights=; none were given")
+
+
+@pytest.mark.parametrize("backend", ["serial", "ray"])
+def test_what_concerns_the_run_stops_it(backend, request):
+    if backend == "ray":
+        request.getfixturevalue("ray_session")
+    with pytest.raises(StageError, match="disk full while writing x"):
+        list(run_tasks(full_disk, [1, 2], engine=backend, num_cpus=0.5))
+    with pytest.raises(ValueError, match="raft needs weights="):
+        list(run_on_actors(no_weights, [1, 2], num_actors=2, num_cpus=0.5, engine=backend))
+
+
+def die_once(item: tuple[str, int]) -> int:
+    folder, number = item
+    marker = Path(folder) / f"tried-{number}"
+    tries = len(marker.read_text()) if marker.exists() else 0
+    marker.write_text("x" * (tries + 1))
+    if (number == 1 and tries == 0) or number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_killed_worker_costs_a_retry_and_never_the_run(ray_session, tmp_path, pool):
+    items = [(str(tmp_path), n) for n in range(4)]
+    if pool:
+        outcomes = dict(run_on_actors(lambda: die_once, items, num_actors=2, num_cpus=0.5, retries=1))
+    else:
+        outcomes = dict(run_tasks(die_once, items, num_cpus=0.5, retries=1))
+    by_number = {item[1]: outcome for item, outcome in outcomes.items()}
+    assert [by_number[n] for n in (0, 3)] == [Result(0), Result(3)]
+    assert by_number[1] == Result(1, attempts=2)
+    assert (by_number[2].kind, by_number[2].attempts) == ("crash", 2)
+    assert (tmp_path / "tried-2").read_text() == "xx"
+
+
+def sleep_if_odd(item: int) -> int:
+    time.sleep(60 if item % 2 else 0)
+    return item
+
+
+def test_a_task_that_takes_too_long_is_ended(ray_session):
+    started = time.monotonic()
+    outcomes = dict(run_tasks(sleep_if_odd, [0, 1], num_cpus=0.5, retries=0, timeout_s=1.0))
+    assert outcomes[0] == Result(0)
+    assert (outcomes[1].kind, outcomes[1].message) == ("timeout", "took longer than 1 s")
+    assert time.monotonic() - started < 30
+
+
+def test_leaving_the_iterator_stops_what_runs(ray_session):
+    started = time.monotonic()
+    for item, _ in run_tasks(sleep_if_odd, [0, 1, 3, 5], num_cpus=0.5):
+        assert item == 0
+        break
+    assert dict(run_tasks(sleep_if_odd, [2, 4], num_cpus=0.5)) == {2: Result(2), 4: Result(4)}
+    assert time.monotonic() - started < 30
+
+
+def test_nothing_to_do_starts_nothing(monkeypatch):
+    monkeypatch.setattr(engine, "connect", lambda **_: pytest.fail("Ray was started for nothing"))
+    assert list(run_tasks(square_or_fail, [])) == []
+    assert list(run_on_actors(no_weights, [], num_actors=2)) == []
+
+
+def test_unknown_engine_and_job_server_addresses_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="KINEMA_ENGINE=dask is not an engine; use ray or serial"):
+        list(run_tasks(square_or_fail, [1], engine="dask"))
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ValueError, match="job server; use `kinema submit`"):
+        engine.connect()
+
+
+def test_a_task_that_fits_nowhere_is_said_at_once(ray_session):
+    with pytest.raises(StageError, match="a task needs 64 CPU, the cluster has 2"):
+        list(run_tasks(square_or_fail, [1], num_cpus=64))
+
+
+def test_the_package_travels_as_files(tmp_path):
+    """Links under src/kinema would be dead on another node; the archive must hold what they point to."""
+    import zipfile
+
+    from ray._private.runtime_env import packaging
+
+    modules = engine._own_code()
+    archive = tmp_path / "code.zip"
+    packaging._zip_files(
+        modules["py_modules"][0], modules["excludes"], str(archive), include_gitignore=False, include_parent_dir=True
+    )
+    names = zipfile.ZipFile(archive).namelist()
+    assert "kinema/pipelines/engine.py" in names
+    assert "kinema/models/__init__.py" in names
+    assert not any("__pycache__" in name for name in names)
