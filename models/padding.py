@@ -5,13 +5,10 @@ the padding over both sides (the odd pixel right and below), its "kitti" mode pu
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-
-PaddingMode = Literal["sintel", "kitti"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +32,7 @@ class Padding:
         return maps[..., self.top : height - self.bottom, self.left : width - self.right]
 
 
-def padding_for(
-    height: int, width: int, multiple: int = 8, minimum: int = 128, mode: PaddingMode = "sintel"
-) -> Padding:
+def padding_for(height: int, width: int, multiple: int = 8, minimum: int = 128, mode: str = "sintel") -> Padding:
     """Margins that bring both sides to a multiple of `multiple` and to at least `minimum` pixels.
 
     The step to the minimum is made of whole multiples, so a map at 1/multiple of the rounded size is

@@ -37,6 +37,14 @@ class ResidualBlock(nn.Module):
             self.norm3 = _norm(norm, channels)
             self.downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride), self.norm3)
 
+    def adapt_state_dict(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Fills in the other name of the shared norm, which safetensors files leave out."""
+        for name in self.norm3.state_dict() if self.downsample is not None else ():
+            names = (f"{prefix}norm3.{name}", f"{prefix}downsample.1.{name}")
+            for missing, present in (names, names[::-1]):
+                if missing not in state and present in state:
+                    state[missing] = state[present]
+
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         y = F.relu(self.norm1(self.conv1(x)))
         y = F.relu(self.norm2(self.conv2(y)))
@@ -80,15 +88,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.norm1 = _norm(norm, channels[0])
         self.conv1 = nn.Conv2d(3, channels[0], 7, 2, padding=3)
-        self.layer1 = nn.Sequential(
-            block(channels[0], channels[0], norm, 1), block(channels[0], channels[0], norm, 1)
-        )
-        self.layer2 = nn.Sequential(
-            block(channels[0], channels[1], norm, 2), block(channels[1], channels[1], norm, 1)
-        )
-        self.layer3 = nn.Sequential(
-            block(channels[1], channels[2], norm, 2), block(channels[2], channels[2], norm, 1)
-        )
+        self.layer1 = nn.Sequential(block(channels[0], channels[0], norm, 1), block(channels[0], channels[0], norm, 1))
+        self.layer2 = nn.Sequential(block(channels[0], channels[1], norm, 2), block(channels[1], channels[1], norm, 1))
+        self.layer3 = nn.Sequential(block(channels[1], channels[2], norm, 2), block(channels[2], channels[2], norm, 1))
         self.conv2 = nn.Conv2d(channels[2], out_channels, 1)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
@@ -174,8 +176,7 @@ class ContextGRU(nn.Module):
     def prepare(self, context: Float[Tensor, "B C H W"]) -> list["PreparedPass"]:
         """The gates of each pass with weights split and the context's contribution filled in."""
         return [
-            PreparedPass([getattr(self, f"conv{gate}{suffix}") for gate in "zrq"], context)
-            for suffix in self.suffixes
+            PreparedPass([getattr(self, f"conv{gate}{suffix}") for gate in "zrq"], context) for suffix in self.suffixes
         ]
 
 
@@ -194,9 +195,7 @@ class PreparedPass:
         variable = variable.contiguous(memory_format=torch.channels_last)
         self.weight_zr, self.weight_q = variable.split([2 * channels, channels])
 
-    def step(
-        self, hidden: Float[Tensor, "B D H W"], motion: Float[Tensor, "B M H W"]
-    ) -> Float[Tensor, "B D H W"]:
+    def step(self, hidden: Float[Tensor, "B D H W"], motion: Float[Tensor, "B M H W"]) -> Float[Tensor, "B D H W"]:
         """The next hidden state."""
         inputs = torch.cat([hidden, motion], 1)
         gates = torch.sigmoid(F.conv2d(inputs, self.weight_zr, padding=self.padding) + self.context_zr)
@@ -218,9 +217,7 @@ class UpdateBlock(nn.Module):
         self.flow_head = FlowHead(128, 256)
         self.mask = nn.Sequential(nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.Conv2d(256, 64 * 9, 1))
 
-    def upsample(
-        self, flow: Float[Tensor, "B 2 H W"], hidden: Float[Tensor, "B C H W"]
-    ) -> Float[Tensor, "B 2 H8 W8"]:
+    def upsample(self, flow: Float[Tensor, "B 2 H W"], hidden: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 2 H8 W8"]:
         """Flow at 8 times the size, in pixels there: convex combinations of 3x3 coarse neighbours.
 
         Neighbours outside the map count as zero flow; the mask's logits are scaled by 0.25.
@@ -243,8 +240,6 @@ class SmallUpdateBlock(nn.Module):
         self.gru = ContextGRU(96, 64, 82, {"": (3, 3)})
         self.flow_head = FlowHead(96, 128)
 
-    def upsample(
-        self, flow: Float[Tensor, "B 2 H W"], hidden: Float[Tensor, "B C H W"]
-    ) -> Float[Tensor, "B 2 H8 W8"]:
+    def upsample(self, flow: Float[Tensor, "B 2 H W"], hidden: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 2 H8 W8"]:
         """Flow at 8 times the size, in pixels there: bilinear with aligned corners, as published."""
         return 8.0 * F.interpolate(flow, scale_factor=8, mode="bilinear", align_corners=True)

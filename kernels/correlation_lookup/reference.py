@@ -23,9 +23,7 @@ NUM_LEVELS = 4
 ON_DEMAND_CHUNK_BYTES = 256 * 2**20
 
 
-def feature_pyramid(
-    fmap: Float[Tensor, "B C H W"], num_levels: int = NUM_LEVELS
-) -> list[Float[Tensor, "B C _ _"]]:
+def feature_pyramid(fmap: Float[Tensor, "B C H W"], num_levels: int = NUM_LEVELS) -> list[Float[Tensor, "B C _ _"]]:
     """The map and its 2x2 average-pooled reductions; an odd last row or column is dropped.
 
     Raises: ValueError if the map is too small for `num_levels`.
@@ -42,9 +40,7 @@ def feature_pyramid(
     return levels
 
 
-def correlation_volume(
-    fmap1: Float[Tensor, "B C H W"], fmap2: Float[Tensor, "B C h w"]
-) -> Float[Tensor, "B N h w"]:
+def correlation_volume(fmap1: Float[Tensor, "B C H W"], fmap2: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N h w"]:
     """Dot product of every pixel of fmap1 with every pixel of fmap2, divided by sqrt(C), float32."""
     B, C, H, W = fmap1.shape
     # Scaling the features costs N C multiplications; scaling the volume would cost N^2.
@@ -125,9 +121,7 @@ def correlation_lookup_reference(
         for start in range(0, H * W, chunk):
             part = slice(start, start + chunk)
             levels = [
-                _window_products(
-                    queries[b, part], target[b], fmap2.shape[-2:], points[b, part] / 2**k, radius
-                )
+                _window_products(queries[b, part], target[b], fmap2.shape[-2:], points[b, part] / 2**k, radius)
                 for k, (target, fmap2) in enumerate(zip(targets, fmap2_pyramid, strict=True))
             ]
             rows.append(torch.cat(levels, dim=1))

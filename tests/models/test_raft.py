@@ -1,11 +1,9 @@
 """RAFT and RAFT-small: published numbers, the feature cache, sizes, padding, errors."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from kinema.models.raft import RAFT, raft_small
+from kinema.models.raft import RAFT
 from kinema.models.raft_loss import flow_errors, sequence_loss
 
 VARIANTS = {"raft": "large", "raft_small": "small"}
@@ -58,8 +56,6 @@ def test_sequence_loss_and_gradients_equal_the_published_ones(name, filled, fill
     for key, value in flow_errors(predictions[-1], flow_gt, valid).items():
         reference.check(key, torch.tensor(value), atol=1e-6, rtol=2e-5)
     loss.backward()
-    reference.check(
-        "grad_flow_head_conv2_weight", network.update_block.flow_head.conv2.weight.grad, atol=0, rtol=1e-4
-    )
+    reference.check("grad_flow_head_conv2_weight", network.update_block.flow_head.conv2.weight.grad, atol=0, rtol=1e-4)
     reference.check("grad_fnet_conv1_weight", network.fnet.conv1.weight.grad, atol=0, rtol=5e-2)
     reference.check("grad_cnet_conv1_weight", network.cnet.conv1.weight.grad, atol=0, rtol=5e-2)
