@@ -1,0 +1,278 @@
+"""MLflow runs of workflows and stages. The only importer of mlflow besides registry/.
+
+`MLFLOW_TRACKING_URI` is honoured; unset means SQLite in the workspace. Opening a run fails early and clearly.
+After that, losing MLflow never ends a stage: what could not be logged is said aloud, once per kind, and training
+keeps its own files.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kinema.pipelines.errors import StageError
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+DEFAULT_WORKSPACE = "workspace"
+MAX_PARAM_LENGTH = 5000
+MAX_TAG_LENGTH = 5000
+PARAMS_PER_CALL = 100
+METRICS_PER_CALL = 500
+FLUSH_EVERY_S = 10.0
+
+_parent: contextvars.ContextVar[RunHandle | None] = contextvars.ContextVar("kinema_parent_run", default=None)
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """An MLflow run by address; travels to other processes."""
+
+    uri: str
+    run_id: str
+    experiment_id: str
+
+
+def tracking_uri(workspace: str | Path | None = None) -> str:
+    """`MLFLOW_TRACKING_URI`, or SQLite in the workspace folder (default: `workspace` in the current one)."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if given:
+        return given
+    return f"sqlite:///{Path(workspace or DEFAULT_WORKSPACE).expanduser().resolve() / 'mlflow.db'}"
+
+
+def open_client(uri: str) -> MlflowClient:
+    """A client whose store exists. Creates and migrates a SQLite database, so call it in one process first.
+
+    Raises: StageError if the store cannot be reached.
+    """
+    # A server that is down should be noticed in seconds, not after the default of some minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    from mlflow.tracking import MlflowClient
+
+    database = sqlite_path(uri)
+    try:
+        if database is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+    except _failures() as error:
+        raise StageError(
+            f"MLflow at {uri} does not answer ({_first_line(error)}); start it, or unset MLFLOW_TRACKING_URI to log "
+            "to SQLite"
+        ) from None
+    return client
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The database file of a sqlite:/// address."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    """The experiment of this name, created if needed; with SQLite its files lie beside the database."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        if found.lifecycle_stage == "deleted":
+            raise ValueError(f"MLflow experiment {name!r} is deleted; restore it or choose another experiment=")
+        return found.experiment_id
+    database = sqlite_path(uri)
+    location = (database.parent / "mlartifacts" / _safe_name(name)).as_uri() if database else None
+    return client.create_experiment(name, artifact_location=location)
+
+
+def start_run(
+    experiment: str,
+    name: str,
+    config: Mapping[str, Any],
+    *,
+    tags: Mapping[str, str] | None = None,
+    inputs: Mapping[str, tuple[str, str]] | None = None,
+    parent: RunHandle | None = None,
+    resume: str = "",
+    workspace: str | Path | None = None,
+) -> Tracker:
+    """Open a run, nested under `parent` or under the workflow that is going on.
+
+    Args: config, parameters (nested mappings are flattened to dotted names); inputs, {name: (url, hash)} of the
+        data; resume, id of a run to open again if it still exists.
+    Raises: StageError if MLflow does not answer.
+    """
+    parent = parent or _parent.get()
+    uri = parent.uri if parent else tracking_uri(workspace)
+    client = open_client(uri)
+    try:
+        experiment_number = parent.experiment_id if parent else experiment_id(client, uri, experiment)
+        tracker = _reopen(client, uri, resume) if resume else None
+        if tracker is None:
+            all_tags = {"mlflow.runName": name, **(tags or {})}
+            if parent:
+                all_tags["mlflow.parentRunId"] = parent.run_id
+            run = client.create_run(experiment_number, tags=all_tags)
+            tracker = Tracker(client, RunHandle(uri, run.info.run_id, experiment_number))
+    except _failures() as error:
+        raise StageError(f"MLflow at {uri} refused a new run: {_first_line(error)}") from None
+    tracker.log_params(flatten(config))
+    tracker.log_inputs(inputs or {})
+    return tracker
+
+
+def start_workflow(name: str, config: Mapping[str, Any]) -> Tracker:
+    """The parent run; stages that start runs in this process until its `end` are nested below it."""
+    tracker = start_run(str(config.get("experiment") or "kinema"), name, config, tags={"kinema.kind": "workflow"})
+    tracker.parent_token = _parent.set(tracker.handle)
+    return tracker
+
+
+class Tracker:
+    """One open run. Metrics are gathered and sent in batches; what MLflow refuses is reported, never raised."""
+
+    def __init__(self, client: MlflowClient, handle: RunHandle):
+        self.client, self.handle = client, handle
+        self.problems: dict[str, str] = {}
+        self.parent_token: contextvars.Token[RunHandle | None] | None = None
+        self._metrics: list[Any] = []
+        self._flushed = time.monotonic()
+
+    @classmethod
+    def attach(cls, handle: RunHandle) -> Tracker | None:
+        """The same run from another process; None, said aloud, if MLflow does not answer any more."""
+        try:
+            return cls(open_client(handle.uri), handle)
+        except StageError as error:
+            _say(f"{error}; this run's metrics stay in its own files only")
+            return None
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run."""
+        return self.handle.run_id
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Parameters, cut to the length that MLflow stores; names that are set already keep their value."""
+        from mlflow.entities import Param
+
+        known = self._try("parameters", lambda: self.client.get_run(self.run_id).data.params) or {}
+        fresh = [Param(_safe_name(k), _short(v)) for k, v in params.items() if _safe_name(k) not in known]
+        for start in range(0, len(fresh), PARAMS_PER_CALL):
+            part = fresh[start : start + PARAMS_PER_CALL]
+            self._try("parameters", lambda part=part: self.client.log_batch(self.run_id, params=part))
+
+    def log_inputs(self, inputs: Mapping[str, tuple[str, str]]) -> None:
+        """The data that went in: {name: (url, hash)}, as MLflow data sets and as tags."""
+        from mlflow.entities import Dataset, DatasetInput
+
+        sets = [
+            DatasetInput(Dataset(name, digest[:36], "kinema", json.dumps({"url": url})))
+            for name, (url, digest) in inputs.items()
+        ]
+        if sets:
+            self._try("data sets", lambda: self.client.log_inputs(self.run_id, datasets=sets))
+        for name, (url, digest) in inputs.items():
+            self.set_tag(f"data.{name}.hash", digest)
+            self.set_tag(f"data.{name}.url", url)
+
+    def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Gather metrics; sent every `FLUSH_EVERY_S` seconds, at `METRICS_PER_CALL`, and at `flush`."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        self._metrics += [Metric(_safe_name(k), float(v), now_ms, step) for k, v in values.items()]
+        if len(self._metrics) >= METRICS_PER_CALL or time.monotonic() - self._flushed > FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send gathered metrics; if that fails they are kept for the next time."""
+        while self._metrics:
+            part = self._metrics[:METRICS_PER_CALL]
+            if self._try("metrics", lambda part=part: self.client.log_batch(self.run_id, metrics=part) or True) is None:
+                break
+            del self._metrics[: len(part)]
+        self._flushed = time.monotonic()
+
+    def log_artifact(self, path: str | Path, folder: str = "") -> None:
+        """Copy a file into the run's artifacts."""
+        self._try("files", lambda: self.client.log_artifact(self.run_id, str(path), folder or None))
+
+    def set_tag(self, name: str, value: str) -> None:
+        """Set one tag."""
+        self._try("tags", lambda: self.client.set_tag(self.run_id, _safe_name(name), str(value)[:MAX_TAG_LENGTH]))
+
+    def end(self, status: str = "FINISHED") -> None:
+        """Send what is left and close the run: FINISHED, FAILED or KILLED."""
+        self.flush()
+        self._try("end of run", lambda: self.client.set_terminated(self.run_id, status))
+        if self.parent_token is not None:
+            _parent.reset(self.parent_token)
+            self.parent_token = None
+        if self._metrics:
+            _say(f"{len(self._metrics)} metric values never reached MLflow at {self.handle.uri}")
+
+    def _try(self, what: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except _failures() as error:
+            if what not in self.problems:
+                _say(f"MLflow at {self.handle.uri} did not take {what} of run {self.run_id}: {_first_line(error)}")
+            self.problems[what] = _first_line(error)
+            return None
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _reopen(client: MlflowClient, uri: str, run_id: str) -> Tracker | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        info = client.get_run(run_id).info
+        if info.lifecycle_stage != "active":
+            return None
+        client.update_run(run_id, status="RUNNING")
+    except MlflowException:
+        return None
+    return Tracker(client, RunHandle(uri, run_id, info.experiment_id))
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What MLflow raises when its store or server fails (requests' errors are OSErrors)."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError)
+
+
+def _safe_name(name: str) -> str:
+    """A name with only the characters that MLflow takes."""
+    return re.sub(r"[^\w\-. /]", "_", name)[:250]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= MAX_PARAM_LENGTH else text[: MAX_PARAM_LENGTH - 3] + "..."
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"kinema: {text}\n")

@@ -1,0 +1,235 @@
+"""`kinema train`: clips/ and sidecars in, a run out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kinema
+from kinema.configs.load import config_hash
+from kinema.configs.schema import TrainConfig
+from kinema.pipelines import tracking
+from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.errors import StageError
+from kinema.pipelines.train import checkpoint
+from kinema.pipelines.train.checkpoint import load_model
+from kinema.pipelines.train.launch import launch
+from kinema.pipelines.train.loop import Finished, TrainJob, rank_batch_size, refuse_other_identity
+from kinema.pipelines.train.parallel import Place, seed_step
+from kinema.pipelines.train.recipes import make_recipe
+
+__all__ = ["Stopped", "TrainSummary", "build_model", "load_model", "run"]
+
+RUN_FILE = "run.json"
+
+# Settings that change how a run is carried out or watched, not what it computes. `steps` may grow.
+_FREE = frozenset(
+    "clips flow tracks out steps num_workers use_gpu cpus_per_worker checkpoint_every keep_checkpoints "
+    "log_every pictures_every max_failures experiment run_name loader.num_workers loader.prefetch".split()
+)
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a training run came to."""
+
+    step: int
+    """Optimizer steps done, over all invocations."""
+    loss: float
+    """Loss of the last step, mean over all ranks."""
+    samples_per_second: float
+    """Over this invocation, all ranks together; of the run's last one if nothing was left to do."""
+    checkpoint: str
+    """Folder of the newest checkpoint."""
+    run_id: str
+    """MLflow run."""
+    seconds: float
+    """Wall time of this invocation."""
+
+    @property
+    def exit_status(self) -> int:
+        """Always 0: what cannot be read is skipped and counted, or ends the run."""
+        return 0
+
+
+class Stopped(StageError):
+    """A signal ended the run early; its checkpoint is written and the same command goes on."""
+
+    def __init__(self, message: str, summary: TrainSummary):
+        super().__init__(message)
+        self.summary = summary
+
+
+def run(config: TrainConfig, *, report: Callable[[dict[str, Any]], None] | None = None) -> TrainSummary:
+    """Train, from the newest checkpoint in `out` if there is one.
+
+    Args: report is called with {"stage", "step", "steps", "loss"} now and then.
+    Raises: ValueError for settings, data or a run folder that do not fit; StageError when training cannot go on;
+        Stopped (a StageError) after SIGTERM or SIGINT, with the checkpoint written.
+    """
+    started = time.monotonic()
+    recipe = make_recipe(config)
+    _check(config, recipe)
+    folder = Path(config.out).expanduser().resolve()
+    inputs = _inputs(config, recipe.needs)
+    identity = run_identity(config, inputs)
+    newest = checkpoint.latest_checkpoint(folder)
+    if newest is not None:
+        meta = checkpoint.read_meta(newest)
+        refuse_other_identity(meta["identity"], identity, folder)
+        if meta["step"] >= config.steps:
+            return _summary(_read_run(folder).get("run_id", ""), newest, meta, meta["samples_per_second"], started)
+    recipe.check()
+    _make_folder(folder)
+    tracker = _open_run(config, folder, identity, inputs)
+    job = TrainJob(config, recipe, FlowLoader(config, recipe), folder, identity, tracker.handle)
+    total = {"stage": "train", "steps": config.steps}
+    on_progress = (lambda step, loss: report(total | {"step": step, "loss": loss})) if report else None
+    status = "FAILED"
+    try:
+        finished = launch(job, on_progress)
+        status = "KILLED" if finished.stopped else "FINISHED"
+    finally:
+        tracker.end(status)
+    return _finish(finished, folder, tracker.run_id, config, started)
+
+
+def build_model(config: TrainConfig) -> Any:
+    """The model as it is before the first step, in eval mode."""
+    recipe = make_recipe(config)
+    seed_step(config.seed, 0, 0)
+    return recipe.build().student(ema=True)
+
+
+@dataclass(frozen=True)
+class FlowLoader:
+    """Makes each rank's loader; pickled to the ranks."""
+
+    config: TrainConfig
+    recipe: Any
+
+    def __call__(self, place: Place) -> Any:
+        from kinema.pipelines.loader import ClipIndex, Loader
+
+        config = self.config
+        sidecars = {"flow_url": config.flow} if "flow" in self.recipe.needs else {}
+        index = ClipIndex.open(
+            config.clips,
+            **sidecars,
+            min_motion=config.loader.min_motion,
+            skip_duplicates=config.loader.skip_duplicates,
+        )
+        return Loader(
+            index,
+            self.recipe.read_sample,
+            config.loader,
+            batch_size=rank_batch_size(config, place.world_size),
+            seed=config.seed,
+            rank=place.rank,
+            world_size=place.world_size,
+        )
+
+
+def run_identity(config: TrainConfig, inputs: dict[str, tuple[str, str]]) -> dict[str, Any]:
+    """What decides the run's numbers: settings (flattened) and the content of its data."""
+    settings = tracking.flatten(dataclasses.asdict(config))
+    kept = {name: value for name, value in settings.items() if name not in _FREE}
+    found = kept | {f"data.{name}": digest for name, (_, digest) in inputs.items()}
+    return json.loads(json.dumps(found))
+
+
+def _check(config: TrainConfig, recipe: Any) -> None:
+    if not config.out:
+        raise ValueError("train.out is empty; name the run's folder: out=DIR")
+    if "://" in config.out:
+        raise ValueError(f"train.out={config.out}: a run needs a folder that all its workers see, not a URL")
+    for name, smallest in (("steps", 1), ("batch_size", 1), ("accumulate", 1), ("num_workers", 1), ("log_every", 1)):
+        if getattr(config, name) < smallest:
+            raise ValueError(f"train.{name}={getattr(config, name)}: give {smallest} or more")
+    if config.keep_checkpoints < 1:
+        raise ValueError(f"train.keep_checkpoints={config.keep_checkpoints}: keep at least 1, to resume from")
+    if config.lr <= 0:
+        raise ValueError(f"train.lr={config.lr}: give a learning rate above 0")
+    if not config.clips:
+        raise ValueError("train.clips is empty; name the clips artifact: clips=DIR (made by `kinema shard`)")
+    for need in recipe.needs:
+        if not getattr(config, need):
+            raise ValueError(f"train.{need} is empty and {config.model} needs it; name the artifact: {need}=DIR")
+    rank_batch_size(config, config.num_workers)
+
+
+def _inputs(config: TrainConfig, needs: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    """{name: (url, hash of the content)} of the artifacts that training reads."""
+    return {
+        name: (getattr(config, name), Artifact.read(getattr(config, name)).manifest_hash())
+        for name in ("clips", *needs)
+    }
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"train.out={folder} cannot be made ({error.strerror}); choose another folder") from None
+
+
+def _open_run(config: TrainConfig, folder: Path, identity: dict[str, Any], inputs: Any) -> tracking.Tracker:
+    """The MLflow run: that of an earlier invocation if it still exists; recorded in run.json."""
+    digest = config_hash(dataclasses.asdict(config))
+    known = _read_run(folder)
+    tracker = tracking.start_run(
+        config.experiment,
+        config.run_name or f"{config.model}-{digest[:8]}",
+        {"train": dataclasses.asdict(config)},
+        tags={"kinema.kind": "train", "kinema.model": config.model, "kinema.config_hash": digest},
+        inputs=inputs,
+        resume=known.get("run_id", ""),
+    )
+    record = {
+        "config": dataclasses.asdict(config),
+        "config_hash": digest,
+        "identity": identity,
+        "inputs": {name: {"url": url, "hash": value} for name, (url, value) in inputs.items()},
+        "run_id": tracker.run_id,
+        "tracking_uri": tracker.handle.uri,
+        "code_version": kinema.__version__,
+    }
+    temporary = folder / f".{RUN_FILE}.partial"
+    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, folder / RUN_FILE)
+    return tracker
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / RUN_FILE).read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def _finish(finished: Finished, folder: Path, run_id: str, config: TrainConfig, started: float) -> TrainSummary:
+    newest = checkpoint.latest_checkpoint(folder)
+    if newest is None:
+        raise StageError(f"training ended without a checkpoint in {folder}")
+    rate = finished.samples_per_second
+    summary = _summary(run_id, newest, checkpoint.read_meta(newest), rate, started)
+    if finished.stopped:
+        raise Stopped(
+            f"stopped by {finished.stopped} at step {summary.step} of {config.steps}; checkpoint {newest} is "
+            "written, the same command goes on from it",
+            summary,
+        )
+    return summary
+
+
+def _summary(
+    run_id: str, newest: Path, meta: dict[str, Any], samples_per_second: float, started: float
+) -> TrainSummary:
+    seconds = round(time.monotonic() - started, 3)
+    return TrainSummary(meta["step"], meta["loss"], samples_per_second, str(newest), run_id, seconds)

@@ -1,0 +1,167 @@
+"""Checkpoints: written beside their place and renamed, complete or absent, newest complete one found again.
+
+RUN/checkpoints/step_00000500/
+    model.safetensors   the whole module
+    state.pt            optimizer, loader position, window of metrics (loads with weights_only)
+    meta.json           step, sizes of the two files, identity, metrics, train config
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kinema.pipelines.errors import StageError
+
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "state.pt"
+META_FILE = "meta.json"
+_TEMPORARY = ".partial-"
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of this step lies."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def save_checkpoint(
+    run: Path, step: int, tensors: Mapping[str, Tensor], state: Any, meta: Mapping[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint and drop all but the newest `keep`. A killed save leaves only a `.partial-` folder.
+
+    Raises: StageError if the disk is full or cannot be written.
+    """
+    final = checkpoint_folder(run, step)
+    temporary = final.parent / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        stored, aliases = _without_aliases(tensors)
+        save_file(stored, temporary / MODEL_FILE)
+        torch.save(state, temporary / STATE_FILE)
+        sizes = {name: (temporary / name).stat().st_size for name in (MODEL_FILE, STATE_FILE)}
+        text = json.dumps({"step": step, **meta, "files": sizes, "aliases": aliases}, indent=2, sort_keys=True)
+        (temporary / META_FILE).write_text(text + "\n")
+        for name in (MODEL_FILE, STATE_FILE, META_FILE):
+            _fsync(temporary / name)
+        _fsync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _fsync(final.parent)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StageError(_why_not_saved(final, error)) from error
+    for old in complete_checkpoints(run)[:-keep] if keep > 0 else []:
+        shutil.rmtree(old)
+    return final
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Every checkpoint whose files have the recorded sizes, oldest first."""
+    return [f for f in sorted((run / "checkpoints").glob("step_*")) if _is_complete(f)]
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, if there is one."""
+    found = complete_checkpoints(run)
+    return found[-1] if found else None
+
+
+def sweep_partial(run: Path) -> None:
+    """Remove what killed saves left."""
+    for folder in (run / "checkpoints").glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """`meta.json` of a checkpoint."""
+    return json.loads((checkpoint / META_FILE).read_text())
+
+
+def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """The module's state dict, second names of shared tensors included."""
+    tensors = load_file(checkpoint / MODEL_FILE)
+    for name, original in read_meta(checkpoint)["aliases"].items():
+        tensors[name] = tensors[original]
+    return tensors
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Optimizer, loader position and random state, on the CPU."""
+    return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The checkpoint meant by a run folder (its newest) or by a checkpoint folder.
+
+    Raises: ValueError if there is none.
+    """
+    folder = Path(path)
+    if (folder / META_FILE).is_file():
+        return folder
+    found = latest_checkpoint(folder)
+    if found is None:
+        raise ValueError(f"model={path} is neither a checkpoint nor a run with a complete checkpoint")
+    return found
+
+
+def load_model(run_or_checkpoint: str | Path, ema: bool = True) -> nn.Module:
+    """The trained model of a run (newest checkpoint) or of one checkpoint, in eval mode on the CPU.
+
+    Args: ema chooses the averaged weights where the model keeps them.
+    Raises: ValueError if the folder holds no complete checkpoint.
+    """
+    from kinema.configs.load import build
+    from kinema.configs.schema import TrainConfig
+    from kinema.pipelines.train.recipes import make_recipe
+
+    checkpoint = resolve_checkpoint(run_or_checkpoint)
+    config = build(TrainConfig, read_meta(checkpoint)["train_config"])
+    return make_recipe(config).published_model(read_tensors(checkpoint), ema=ema)
+
+
+def _without_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU, each storage once, and second name -> first name for the rest."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first_name: dict[tuple, str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and place in first_name:
+            aliases[name] = first_name[place]
+            continue
+        first_name[place] = name
+        stored[name] = tensor.detach().cpu().contiguous()
+    return stored, aliases
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        files = read_meta(folder)["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _why_not_saved(final: Path, error: Exception) -> str:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    if full:
+        return f"disk full while writing checkpoint {final}: free space or set out= to another disk"
+    return f"cannot write checkpoint {final}: {error}"
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,82 @@
+"""What differs between models in training: one object with a handful of methods.
+
+The loop (`loop.py`) knows nothing of flow, tracks or features; a recipe knows nothing of ranks, checkpoints,
+schedules or logging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class Loss:
+    """What one forward pass says.
+
+    `value` is the mean over the `num_samples` samples that count, with a graph even if none does (then 0); the
+    loop weighs it by that number, so that skipped samples, accumulation and ranks never change a sample's weight.
+    """
+
+    value: Tensor
+    """Scalar, float32."""
+    num_samples: Tensor
+    """Scalar: samples of the batch that counted."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars, means over the same samples; the same names in every step and on every rank."""
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A trained model as the registry stores it: no pickle, no reference to the run that made it."""
+
+    architecture: str
+    """Name under which `kinema.models` builds it, for example `flowfeat`."""
+    config: Mapping[str, Any]
+    """Keyword arguments of that builder, JSON values only."""
+    tensors: Mapping[str, Tensor]
+    """The model's whole state dict."""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """How images become the model's input: `mean`, `std`, `multiple_of`."""
+    licences: Mapping[str, str] = field(default_factory=dict)
+    """Licence of each published part the tensors derive from."""
+
+
+class Recipe(Protocol):
+    """A model's side of training. Instances are pickled to the ranks, so they hold settings, not tensors."""
+
+    needs: tuple[str, ...]
+    """Sidecars without which `read_sample` cannot work, for example `("flow",)`."""
+
+    def build(self) -> nn.Module:
+        """The whole trainable module, moving averages included. The loop has seeded every generator."""
+
+    def read_sample(self, clip: Any, rng: np.random.Generator) -> Any:
+        """One sample from one clip, or `Skip(reason)`; runs in loader workers, all randomness from `rng`."""
+
+    def loss(self, module: nn.Module, batch: Batch) -> Loss:
+        """Forward pass of one (micro-)batch on the module's device."""
+
+    def after_step(self, module: nn.Module, step: int) -> None:
+        """Called after optimizer step number `step` (the first is 1): moving averages."""
+
+    def pictures(self, module: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
+        """Pictures to look at, uint8 [H, W, 3], by name."""
+
+    def export(self, module: nn.Module) -> ExportedModel:
+        """The model that the registry publishes."""
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Every tensor of the batch on the device; the rest unchanged."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }

@@ -1,0 +1,110 @@
+"""Stopping on request: a signal in this process, or a file written by the process that got the signal.
+
+`ray job stop` gives the driver SIGTERM and, three seconds later, SIGKILL. A training step may take longer, and
+Python runs signal handlers between byte codes only. So the signal arrives through a wake-up pipe in a thread of
+its own, which can save the state of the last finished step while the next one is still being computed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+POLL_S = 0.2
+
+
+class Stop:
+    """A request to end, with its reason. `watch` calls back once, in a thread, as soon as the request arrives."""
+
+    def __init__(self, file: Path | None = None):
+        self.file = file
+        self.reason: str | None = None
+        self._event = threading.Event()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run should end; looks at the file too."""
+        if not self._event.is_set() and self.file is not None and self.file.exists():
+            self.request(self.file.read_text().strip() or "stop file")
+        return self._event.is_set()
+
+    def request(self, reason: str) -> None:
+        """Ask for the end; the first reason stays."""
+        if not self._event.is_set():
+            self.reason = reason
+            self._event.set()
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        """Call `callback` in a thread when the request arrives; never after `close`."""
+
+        def wait() -> None:
+            while not self._closed.is_set():
+                if self.requested:
+                    callback()
+                    return
+                self._event.wait(POLL_S) if self.file is None else self._closed.wait(POLL_S)
+
+        self._thread = threading.Thread(target=wait, name="kinema-stop", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; waits for a callback that is running."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+class CatchSignals:
+    """While entered (in the main thread), SIGTERM and SIGINT call `on_signal(name)` from a thread, once.
+
+    A second signal acts as if nothing had been caught. In any other thread nothing is caught.
+    """
+
+    def __init__(self, on_signal: Callable[[str], None]):
+        self.on_signal = on_signal
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> CatchSignals:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        self._previous = {number: signal.signal(number, self._second) for number in SIGNALS}
+        self._previous_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._count = 0
+        self._thread = threading.Thread(target=self._listen, name="kinema-signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def _listen(self) -> None:
+        while received := self._read.recv(1):
+            if received[0] in SIGNALS:
+                self.on_signal(signal.Signals(received[0]).name)
+                return
+
+    def _second(self, number: int, frame: object) -> None:
+        self._count += 1
+        if self._count > 1:
+            self._restore()
+            os.kill(os.getpid(), number)
+
+    def _restore(self) -> None:
+        signal.set_wakeup_fd(self._previous_fd)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def __exit__(self, *exc: object) -> None:
+        if not self._previous:
+            return
+        self._restore()
+        self._write.close()
+        self._thread.join()
+        self._read.close()
