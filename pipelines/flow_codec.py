@@ -48,6 +48,7 @@ _ROW = np.dtype(
     ]
 )
 _FIRST_READ_BYTES = 16384
+_LIKELY_HEADER_BYTES = 512
 # Level 3 costs a fifth of level 6's time for 5 % more bytes; decoding takes the same time at every level.
 _CODEC = pa.Codec("zstd", compression_level=3)
 
@@ -95,9 +96,7 @@ def encode_clip_flow(
     if scale < COARSE_DIVISOR or scale % COARSE_DIVISOR:
         raise ValueError(f"flow scale {scale} is not a positive multiple of {COARSE_DIVISOR}; use {SCALE}")
     if height < 1 or width < 1 or frames < 1:
-        raise ValueError(
-            f"flow of {height}x{width} over {frames} frames is empty; all three must be positive"
-        )
+        raise ValueError(f"flow of {height}x{width} over {frames} frames is empty; all three must be positive")
     header = FlowHeader(height, width, scale, teacher, weights_hash, frames)
     encoded: dict[tuple[int, int], tuple[dict[str, int], bytes]] = {}
     for pair in pairs:
@@ -125,19 +124,22 @@ def encode_clip_flow(
 class FlowBlob:
     """Reader of one blob; a pair costs one ranged read of its own bytes.
 
-    Args: source, the blob's bytes, or a function (offset, size) -> bytes; size, the blob's size in bytes if
-        known: it lets header and table come in one read instead of two.
+    Args: source, the blob's bytes, or a function (offset, size) -> bytes; size, the blob's size in bytes, and
+        num_pairs, if known: they let header and table come in one read, of little more than their bytes.
     Raises: ValueError when the bytes are not a blob, are cut short or damaged; on reading a pair: KeyError
         for a pair that is not stored, ValueError when its bytes are damaged.
     """
 
-    def __init__(self, source: bytes | ReadRange, size: int | None = None):
+    def __init__(self, source: bytes | ReadRange, size: int | None = None, num_pairs: int | None = None):
         if callable(source):
             self._read_range = source
         else:
             view, size = memoryview(source), len(source)
             self._read_range = lambda offset, count: view[offset : offset + count]
         self._size = size
+        self._first_read_bytes = _FIRST_READ_BYTES
+        if num_pairs is not None:
+            self._first_read_bytes = _PRELUDE.size + _LIKELY_HEADER_BYTES + num_pairs * _ROW.itemsize
         self.header, self._table = self._read_index()
         self._rows = {(int(row["t"]), int(row["gap"])): row for row in self._table}
 
@@ -193,7 +195,7 @@ class FlowBlob:
         """Check the prelude, then parse header and table; the first read usually holds all of it."""
         if self._size is not None and self._size < _PRELUDE.size:
             raise ValueError(f"flow blob has {self._size} bytes, fewer than its {_PRELUDE.size} byte prelude")
-        first_size = _PRELUDE.size if self._size is None else min(self._size, _FIRST_READ_BYTES)
+        first_size = _PRELUDE.size if self._size is None else min(self._size, self._first_read_bytes)
         first = self._read(0, first_size)
         magic, version, header_size, num_pairs, crc, blob_size = _PRELUDE.unpack(first[: _PRELUDE.size])
         if magic != MAGIC:
@@ -242,9 +244,7 @@ def _check_pair(pair: FlowPair, header: FlowHeader) -> None:
         raise ValueError(f"{name} has shape {pair.flow_px.shape}; the blob was opened for {expected}")
     if not np.isfinite(pair.flow_px).all():
         bad = int((~np.isfinite(pair.flow_px)).sum())
-        raise ValueError(
-            f"{name} has {bad} values that are not finite; quarantine the clip or mend the teacher"
-        )
+        raise ValueError(f"{name} has {bad} values that are not finite; quarantine the clip or mend the teacher")
     if pair.occlusion is not None and pair.occlusion.shape != (header.height, header.width):
         expected = (header.height, header.width)
         raise ValueError(f"{name} has occlusion of shape {pair.occlusion.shape}; expected {expected}")
@@ -272,9 +272,7 @@ def _encode_pair(pair: FlowPair, scale: int) -> tuple[dict[str, int], bytes]:
     return fields, flow + occlusion
 
 
-def _quantise(
-    flow_px: Float32[np.ndarray, "2 H W"], scale: int
-) -> tuple[Int16[np.ndarray, "2 H W"], int, int, int]:
+def _quantise(flow_px: Float32[np.ndarray, "2 H W"], scale: int) -> tuple[Int16[np.ndarray, "2 H W"], int, int, int]:
     """Fixed-point integers, the scale they have, elements beyond the fine range, elements clipped."""
     limits = np.iinfo(np.int16)
     with np.errstate(over="ignore"):

@@ -101,15 +101,21 @@ class Scene:
             is evaluated at its pixel centres and given in its pixels.
         Raises: ValueError when a cut lies between the frames.
         """
-        points, scale = self._grid(size)
-        target, _ = self._move(points, t0, t1)
-        flow = target - points
-        return np.stack([flow.real * scale[0], flow.imag * scale[1]]).astype(np.float32)
+        return self.motion(t0, t1, size)[0]
 
     def occluded(self, t0: int, t1: int, size: tuple[int, int] | None = None) -> Bool[np.ndarray, "H W"]:
         """True where the surface seen at frame t0's pixel is hidden, or out of the frame, at t1."""
-        target, hidden = self._move(self._grid(size)[0], t0, t1)
-        return hidden | self._outside(target)
+        return self.motion(t0, t1, size)[1]
+
+    def motion(
+        self, t0: int, t1: int, size: tuple[int, int] | None = None
+    ) -> tuple[Float32[np.ndarray, "2 H W"], Bool[np.ndarray, "H W"]]:
+        """flow_px and occluded, together for the price of one."""
+        points, scale = self._grid(size)
+        target, hidden = self._move(points, t0, t1)
+        flow = target - points
+        flow_px = np.stack([flow.real * scale[0], flow.imag * scale[1]]).astype(np.float32)
+        return flow_px, hidden | self._outside(target)
 
     def out_of_frame(self, t0: int, t1: int, size: tuple[int, int] | None = None) -> Bool[np.ndarray, "H W"]:
         """True where frame t0's pixel has left the picture at t1."""

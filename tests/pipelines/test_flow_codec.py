@@ -107,13 +107,19 @@ def test_one_pair_is_read_without_the_others(size_known):
     assert len(reads) == len(index_reads) + 2
 
 
-def test_many_pairs_whose_table_exceeds_the_first_read():
+@pytest.mark.parametrize(("num_pairs", "reads_of_index"), [(None, 2), (600, 1), (3, 2), (100_000, 1)])
+def test_table_longer_than_the_first_read(num_pairs, reads_of_index):
     flow = np.zeros((2, 2, 2), np.float32)
-    pairs = [FlowPair(t, 1, flow + t) for t in range(600)]
-    data = encode(pairs, 2, 2, frames=601)
-    blob = FlowBlob(lambda offset, size: data[offset : offset + size], size=len(data))
-    assert len(blob.pairs) == 600
-    assert (blob.flow(599, 1) == 599).all() and (blob.flow(0, 1) == 0).all()
+    data = encode([FlowPair(t, 1, flow + t % 500) for t in range(600)], 2, 2, frames=601)
+    reads = []
+
+    def source(offset, size):
+        reads.append(size)
+        return data[offset : offset + size]
+
+    blob = FlowBlob(source, size=len(data), num_pairs=num_pairs)
+    assert len(blob.pairs) == 600 and len(reads) == reads_of_index
+    assert (blob.flow(599, 1) == 99).all() and (blob.flow(0, 1) == 0).all()
 
 
 def test_no_pairs_is_a_valid_blob():

@@ -1,0 +1,8 @@
+"""Training samples from clips and their sidecars: which, in what order, and only the bytes they need."""
+
+from kinema.pipelines.loader.clip import Clip, DamagedClip
+from kinema.pipelines.loader.index import ClipIndex
+from kinema.pipelines.loader.loader import Loader
+from kinema.pipelines.loader.reader import Skip
+
+__all__ = ["Clip", "ClipIndex", "DamagedClip", "Loader", "Skip"]

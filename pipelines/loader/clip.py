@@ -1,0 +1,210 @@
+"""One clip of an artifact: the frames and flow pairs that are asked for, and only their bytes.
+
+A frame costs one ranged read of its group of pictures, up to the last packet it needs, and decoding those packets
+with a bare decoder; no container is opened. A flow pair costs one ranged read, after the blob's index was read once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import av
+import numpy as np
+from jaxtyping import Bool, Float32, UInt8
+
+from kinema.pipelines.artifacts import read_range
+from kinema.pipelines.flow_codec import FlowBlob, FlowPair
+from kinema.pipelines.video.packets import PacketTable, decode_gop, packet_table
+
+# Two ranges closer than this are read as one: a request costs more than these bytes, on disks and on buckets.
+_MERGE_GAP_BYTES = 32768
+
+
+class DamagedClip(ValueError):
+    """The stored bytes of a clip or of its sidecar cannot be read or decoded; names key and cause."""
+
+
+@dataclass
+class ReadCounter:
+    """What reading has cost so far in this process."""
+
+    bytes_read: int = 0
+    frames_decoded: int = 0
+
+
+class Clip:
+    """A clip, its frames as uint8 RGB, and what belongs to it.
+
+    Args: row, the clip's row of the index; shard_url and flow_shard_url, where its tars are; counter, what adds up
+        the cost of reads.
+    Every reader raises DamagedClip when stored bytes are damaged, ValueError or KeyError for a request that the
+    clip cannot meet.
+    """
+
+    def __init__(self, row: Mapping[str, Any], shard_url: str, flow_shard_url: str | None, counter: ReadCounter):
+        self.row = row
+        self._shard_url, self._flow_shard_url, self._counter = shard_url, flow_shard_url, counter
+        self.key: str = row["key"]
+        self.num_frames: int = row["num_frames"]
+        self.height: int = row["height"]
+        self.width: int = row["width"]
+        self.fps: float = row["fps_num"] / row["fps_den"]
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """The sample's json, as written by `shard`: source, pts of every frame, labels, ..."""
+        with self._damage_named("json"):
+            return json.loads(self._read("json_offset", "json_size"))
+
+    def frames(self, indices: Sequence[int]) -> UInt8[np.ndarray, "n H W 3"]:
+        """Frames in the order asked for; an index may come twice."""
+        for index in indices:
+            if not 0 <= index < self.num_frames:
+                raise ValueError(f"clip {self.key} has frames 0..{self.num_frames - 1}, not {index}")
+        if not len(indices):
+            return np.zeros((0, self.height, self.width, 3), np.uint8)
+        with self._damage_named("mp4"):
+            pictures = self._decode({int(index) for index in indices})
+            return np.stack([pictures[int(index)] for index in indices])
+
+    @property
+    def flow_pairs(self) -> list[tuple[int, int]]:
+        """Stored pairs (t, gap), ordered; empty when the index was opened without flow."""
+        return [] if self._flow_shard_url is None else self._flow_blob.pairs
+
+    @property
+    def flow_size(self) -> tuple[int, int]:
+        """(height, width) of the stored flow, whose pixels its values are in."""
+        return self._flow_blob.header.height, self._flow_blob.header.width
+
+    def flow(self, t: int, gap: int) -> Float32[np.ndarray, "2 h w"]:
+        """Flow from frame t to frame t + gap, in pixels of `flow_size`."""
+        with self._damage_named("flow"):
+            return self._flow_blob.flow(t, gap)
+
+    def occlusion(self, t: int, gap: int) -> Bool[np.ndarray, "h w"] | None:
+        """True where frame t's pixel is hidden in frame t + gap; None when the teacher stored none."""
+        with self._damage_named("flow"):
+            return self._flow_blob.occlusion(t, gap)
+
+    def flow_pair(self, t: int, gap: int) -> FlowPair:
+        """Flow and occlusion together, in one read."""
+        with self._damage_named("flow"):
+            return self._flow_blob.pair(t, gap)
+
+    def masks(self) -> UInt8[np.ndarray, "T H W"] | None:
+        """Object masks that came with the frames (0 is background), or None."""
+        if not self.row.get("masks_size"):
+            return None
+        with self._damage_named("masks"), np.load(io.BytesIO(self._read("masks_offset", "masks_size"))) as arrays:
+            return arrays["masks"]
+
+    @cached_property
+    def _flow_blob(self) -> FlowBlob:
+        if self._flow_shard_url is None:
+            raise ValueError(f"clip {self.key} was opened without flow; give the index a flow artifact")
+        start = self.row["flow_offset"]
+        with self._damage_named("flow"):
+            return FlowBlob(
+                lambda offset, size: self._range(self._flow_shard_url, start + offset, size),
+                size=self.row["flow_size"],
+                num_pairs=self.row["num_pairs"],
+            )
+
+    @cached_property
+    def _packets(self) -> tuple[PacketTable, Callable[[int, int], bytes]]:
+        """The packet table, and a reader of ranges of the mp4.
+
+        Samples written without a table cost one read of the whole mp4, from which it is made.
+        """
+        row = self.row
+        if row.get("packet_offset"):
+            start = row["mp4_offset"]
+            table = PacketTable(
+                extradata=row["extradata"] or b"",
+                offset=row["packet_offset"],
+                size=row["packet_size"],
+                frame=row["packet_frame"],
+                keyframe=row["packet_keyframe"],
+            )
+            return table, lambda offset, size: self._range(self._shard_url, start + offset, size)
+        mp4 = self._read("mp4_offset", "mp4_size")
+        return packet_table(mp4), lambda offset, size: mp4[offset : offset + size]
+
+    def _decode(self, wanted: set[int]) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
+        table, read = self._packets
+        spans = _needed_packets(table, wanted)
+        blocks = _read_blocks([_byte_range(table, span) for span in spans], read)
+        pictures: dict[int, np.ndarray] = {}
+        for first, last in spans:
+            packets = [(_cut(blocks, table.offset[i], table.size[i]), table.frame[i]) for i in range(first, last)]
+            here = wanted.intersection(table.frame[first:last])
+            self._counter.frames_decoded += len(packets)
+            pictures.update(decode_gop(self.row["codec"], table.extradata, packets, here))
+        return pictures
+
+    def _read(self, offset_column: str, size_column: str) -> bytes:
+        return self._range(self._shard_url, self.row[offset_column], self.row[size_column])
+
+    def _range(self, url: str, offset: int, size: int) -> bytes:
+        self._counter.bytes_read += size
+        return read_range(url, offset, size)
+
+    @contextmanager
+    def _damage_named(self, member: str) -> Iterator[None]:
+        try:
+            yield
+        except DamagedClip:
+            raise
+        except (ValueError, OSError, EOFError, av.FFmpegError, zipfile.BadZipFile) as error:
+            raise DamagedClip(f"{self.key}.{member}: {error}") from error
+
+
+def _needed_packets(table: PacketTable, wanted: set[int]) -> list[tuple[int, int]]:
+    """Packets [first, last) to decode for the wanted frames, one span for each group of pictures.
+
+    A frame refers only to packets decoded before it, so each span ends at the last packet that holds a wanted one.
+    """
+    spans: list[tuple[int, int]] = []
+    keyframe = 0
+    for packet, frame in enumerate(table.frame):
+        if table.keyframe[packet]:
+            keyframe = packet
+        if frame in wanted:
+            if spans and spans[-1][0] == keyframe:
+                spans.pop()
+            spans.append((keyframe, packet + 1))
+    found = sum(frame in wanted for first, last in spans for frame in table.frame[first:last])
+    if found != len(wanted):
+        raise ValueError(f"the packet table lacks {len(wanted) - found} of {len(wanted)} frames")
+    return spans
+
+
+def _byte_range(table: PacketTable, span: tuple[int, int]) -> tuple[int, int]:
+    packets = range(*span)
+    return min(table.offset[i] for i in packets), max(table.offset[i] + table.size[i] for i in packets)
+
+
+def _read_blocks(ranges: list[tuple[int, int]], read: Callable[[int, int], bytes]) -> list[tuple[int, bytes]]:
+    """(start, bytes) of the ranges [start, stop), neighbours joined."""
+    joined: list[list[int]] = []
+    for start, stop in sorted(ranges):
+        if joined and start - joined[-1][1] <= _MERGE_GAP_BYTES:
+            joined[-1][1] = max(joined[-1][1], stop)
+        else:
+            joined.append([start, stop])
+    return [(start, read(start, stop - start)) for start, stop in joined]
+
+
+def _cut(blocks: list[tuple[int, bytes]], offset: int, size: int) -> bytes:
+    for start, data in blocks:
+        if start <= offset and offset + size <= start + len(data):
+            return data[offset - start : offset - start + size]
+    raise ValueError(f"packet at {offset} lies outside of what was read")

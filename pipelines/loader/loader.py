@@ -1,0 +1,258 @@
+"""Batches without end, the same ones however many workers read them, from any position on."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from kinema.configs.schema import LoaderConfig
+from kinema.pipelines.errors import StageError
+from kinema.pipelines.loader.index import ClipIndex
+from kinema.pipelines.loader.order import Order
+from kinema.pipelines.loader.reader import Account, Batch, BatchReader, Reading, ReadSample
+
+_SHOWN_DAMAGES = 5
+
+
+class Loader:
+    """Yields batches epoch after epoch: a dict of stacked tensors, and `key`, the clips' keys.
+
+    Order and content of batches follow from the seed, the index and the global batch size alone. With workers they
+    are read by processes of torch's loader (started by a fork server, so that no lock or thread of this process is
+    copied); the workers live as long as the iteration.
+
+    Args: batch_size, samples of a batch on this rank; the global batch is batch_size * world_size; warn_after_s,
+        a wait for a batch longer than this is reported on stderr, again and again; pin_memory, for copies to a GPU
+        that run beside computation.
+    Raises while iterating: StageError when the data gives no usable sample, or a worker dies.
+    """
+
+    def __init__(
+        self,
+        index: ClipIndex,
+        read_sample: ReadSample,
+        config: LoaderConfig,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        warn_after_s: float = 30.0,
+        pin_memory: bool = False,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"loader batch_size={batch_size} must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"loader rank={rank} is not one of world_size={world_size} ranks")
+        if seed < 0:
+            raise ValueError(f"loader seed={seed} must not be negative")
+        self.index, self.read_sample, self.config = index, read_sample, config
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.warn_after_s, self.pin_memory = warn_after_s, pin_memory
+        self.order = Order(len(index), seed, config.samples_per_clip, config.shuffle_window)
+        self._position = 0
+        self._account = Account()
+        self._num_batches, self._wait_s = 0, 0.0
+        self._running: Iterator[Batch] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next sample."""
+        return self._position // self.order.num_samples
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in an epoch, over all ranks."""
+        return self.order.num_samples
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the current position on; ends an earlier iteration and its workers."""
+        self.close()
+        self._running = self._batches()
+        return self._running
+
+    def state_dict(self) -> dict[str, int]:
+        """Position behind the last batch that was handed out; plain numbers, equal on all ranks."""
+        epoch, samples_consumed = divmod(self._position, self.order.num_samples)
+        return {
+            "epoch": epoch,
+            "samples_consumed": samples_consumed,
+            "seed": self.order.seed,
+            "num_clips": self.order.num_clips,
+            "samples_per_clip": self.order.samples_per_clip,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue behind that position at the next `iter`; workers and ranks may be others than before.
+
+        Raises: ValueError when the state belongs to other data or another seed.
+        """
+        mine = self.state_dict()
+        for name in ("seed", "num_clips", "samples_per_clip"):
+            if state[name] != mine[name]:
+                raise ValueError(
+                    f"the saved loader position has {name}={state[name]}, this loader {mine[name]}; "
+                    "continue with the same data and settings, or start a new run"
+                )
+        self.close()
+        self._position = state["epoch"] * self.order.num_samples + state["samples_consumed"]
+
+    def stats(self) -> dict[str, Any]:
+        """Totals of this rank since the loader was made: samples, skips by reason, bytes, frames, seconds waited."""
+        return {
+            "batches": self._num_batches,
+            "samples": self._num_batches * self.batch_size,
+            "skipped": dict(self._account.skipped),
+            "damaged": dict(self._account.damaged),
+            "bytes_read": self._account.bytes_read,
+            "frames_decoded": self._account.frames_decoded,
+            "wait_s": self._wait_s,
+        }
+
+    def close(self) -> None:
+        """End the iteration and its workers; harmless when there is none."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _batches(self) -> Iterator[Batch]:
+        with contextlib.ExitStack() as stack:
+            readings = self._read_here() if self.config.num_workers == 0 else self._read_in_workers(stack)
+            while True:
+                reading = self._next(readings)
+                self._settle(reading)
+                self._position += self.batch_size * self.world_size
+                yield reading.batch
+
+    def _jobs(self) -> Iterator[list[int]]:
+        """Sample numbers of this rank's batches."""
+        first = self._position + self.rank * self.batch_size
+        while True:
+            yield list(range(first, first + self.batch_size))
+            first += self.batch_size * self.world_size
+
+    def _read_here(self) -> Iterator[Reading]:
+        reader = BatchReader(self.index, self.read_sample, self.order)
+        for job in self._jobs():
+            threads = torch.get_num_threads()
+            # As in a worker: the number of threads may change the last bits of a sum.
+            torch.set_num_threads(1)
+            try:
+                reading = reader[job]
+            finally:
+                torch.set_num_threads(threads)
+            yield reading
+
+    def _read_in_workers(self, stack: contextlib.ExitStack) -> Iterator[Reading]:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kinema-loader-"))
+        context = multiprocessing.get_context("forkserver")
+        # Imported once, in the server, instead of by every worker.
+        context.set_forkserver_preload(["kinema.pipelines.loader.loader"])
+        loader = DataLoader(
+            BatchReader(self.index.on_disk(folder), self.read_sample, self.order),
+            sampler=self._jobs(),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self.config.num_workers,
+            prefetch_factor=self.config.prefetch,
+            multiprocessing_context=context,
+            worker_init_fn=_start_worker,
+            pin_memory=self.pin_memory,
+            # Without one of its own, torch's loader would draw from the generator of the training.
+            generator=torch.Generator(),
+        )
+        readings = iter(loader)
+        stack.callback(_shut_down, readings)
+        return readings
+
+    def _next(self, readings: Iterator[Reading]) -> Reading:
+        started = time.perf_counter()
+        watch = _Watch(self.warn_after_s, self._warn_of_starvation)
+        try:
+            return next(readings)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
+                raise
+            raise StageError(
+                f"a loader worker of rank {self.rank} died ({str(error).rstrip('.')}): out of memory, or killed? "
+                "Lower loader.num_workers or loader.prefetch, then start again: the run resumes"
+            ) from error
+        finally:
+            watch.stop()
+            self._wait_s += time.perf_counter() - started
+
+    def _settle(self, reading: Reading) -> None:
+        new = {key: m for key, m in reading.account.damaged.items() if key not in self._account.damaged}
+        for number, message in enumerate(new.values(), start=len(self._account.damaged)):
+            if number < _SHOWN_DAMAGES:
+                sys.stderr.write(f"loader: sample left out, {message}\n")
+            elif number == _SHOWN_DAMAGES:
+                sys.stderr.write("loader: more damaged samples are counted, not shown; run `kinema verify`\n")
+        self._account.damaged.update(new)
+        self._account.skipped.update(reading.account.skipped)
+        if reading.failure is not None:
+            raise StageError(reading.failure)
+        self._account.bytes_read += reading.account.bytes_read
+        self._account.frames_decoded += reading.account.frames_decoded
+        self._num_batches += 1
+
+    def _warn_of_starvation(self, waited_s: float) -> None:
+        state = self.state_dict()
+        readers = f"{self.config.num_workers} workers" if self.config.num_workers else "this process"
+        sys.stderr.write(
+            f"loader: rank {self.rank} has waited {waited_s:.0f} s for the batch behind sample "
+            f"{state['samples_consumed']} of epoch {state['epoch']}, read by {readers} from {self.index.clips_url}: "
+            "slow storage, too few loader.num_workers, or a read_sample that hangs?\n"
+        )
+        sys.stderr.flush()
+
+
+class _Watch:
+    """Calls `warn` with the seconds waited, every `every_s` seconds, until stopped."""
+
+    def __init__(self, every_s: float, warn):
+        self._every_s, self._warn = every_s, warn
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._arm()
+
+    def _arm(self) -> None:
+        self._timer = threading.Timer(self._every_s, self._fire)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _fire(self) -> None:
+        with self._lock:
+            if self._stopped:
+                return
+            self._arm()
+        self._warn(time.monotonic() - self._started)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            self._timer.cancel()
+
+
+def _as_it_is(reading: Reading) -> Reading:
+    return reading
+
+
+def _start_worker(worker: int) -> None:
+    """One thread for each worker: torch's own are limited already, OpenCV's would take every core."""
+    if "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(1)
+
+
+def _shut_down(readings: Any) -> None:
+    """End the workers now, rather than when the garbage collector comes to it."""
+    readings._shutdown_workers()

@@ -1,0 +1,140 @@
+"""From sample numbers to a batch: read, replace what is skipped or damaged, stack. Runs in loader workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinema.pipelines.errors import StageError
+from kinema.pipelines.loader.clip import Clip, DamagedClip
+from kinema.pipelines.loader.index import ClipIndex
+from kinema.pipelines.loader.order import Order
+
+Sample = Mapping[str, Any]
+Batch = dict[str, Any]
+
+# Tries that fail in a row before the data counts as unusable; each goes to another clip, or another draw of it.
+MAX_FAILED_TRIES = 256
+
+
+@dataclass(frozen=True)
+class Skip:
+    """What `read_sample` returns instead of a sample that cannot be learned from; counted by reason."""
+
+    reason: str
+
+
+ReadSample = Callable[[Clip, np.random.Generator], Sample | Skip]
+
+
+@dataclass
+class Account:
+    """What reading a batch has cost and met."""
+
+    bytes_read: int = 0
+    frames_decoded: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Message by key of damaged clips."""
+
+
+@dataclass
+class Reading:
+    """What a worker hands over: a batch, or why there is none."""
+
+    batch: Batch
+    account: Account
+    failure: str | None = None
+
+    def pin_memory(self) -> Reading:
+        """Tensors moved to page-locked memory; the torch loader's pinning thread calls this."""
+        pinned = {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in self.batch.items()}
+        return Reading(pinned, self.account, self.failure)
+
+
+class BatchReader:
+    """Reads batches by their sample numbers; a data set in torch's sense, whose items are whole batches."""
+
+    def __init__(self, index: ClipIndex, read_sample: ReadSample, order: Order):
+        self.index, self.read_sample, self.order = index, read_sample, order
+
+    def __getitem__(self, samples: Sequence[int]) -> Reading:
+        account = Account()
+        counter = self.index.counter
+        bytes_before, frames_before = counter.bytes_read, counter.frames_decoded
+        try:
+            read = [self._read(sample, account) for sample in samples]
+        except StageError as error:
+            # Handed over as text: raised here, it would reach the training process inside a traceback.
+            return Reading({}, account, str(error))
+        account.bytes_read = counter.bytes_read - bytes_before
+        account.frames_decoded = counter.frames_decoded - frames_before
+        return Reading(stack([sample for _, sample in read], [key for key, _ in read]), account)
+
+    def _read(self, sample: int, account: Account) -> tuple[str, Sample]:
+        """Key and content of a sample, or of the first of its replacements that can be read."""
+        reasons: Counter[str] = Counter()
+        visit = self.order.visit(sample)
+        for attempt in range(1, MAX_FAILED_TRIES + 1):
+            clip = self.index.clip(visit.clip)
+            try:
+                found = self.read_sample(clip, self.order.rng(visit, clip.key))
+            except DamagedClip as error:
+                account.damaged[clip.key] = str(error)
+                found = Skip("damaged")
+            if not isinstance(found, Skip):
+                account.skipped += reasons
+                return clip.key, found
+            reasons[found.reason] += 1
+            visit = self.order.replacement(sample, attempt)
+        account.skipped += reasons
+        listed = ", ".join(f"{number} x {reason}" for reason, number in reasons.most_common())
+        raise StageError(
+            f"no usable sample in {self.index.clips_url}: {MAX_FAILED_TRIES} tries in a row over "
+            f"{len(self.index)} clips gave none ({listed})" + _example(account)
+        )
+
+
+def _example(account: Account) -> str:
+    return f"; for example {next(iter(account.damaged.values()))}" if account.damaged else ""
+
+
+def stack(samples: Sequence[Sample], keys: Sequence[str]) -> Batch:
+    """One batch of samples with equal names: tensors and arrays stacked, numbers as a tensor, strings as a list.
+
+    Raises: ValueError when samples disagree in names or shapes, or one is named `key`, which holds the clips' keys.
+    """
+    names = list(samples[0])
+    if "key" in names:
+        raise ValueError("a sample must not hold `key`: the loader puts the clips' keys there")
+    batch: Batch = {}
+    for name in names:
+        values = [sample[name] for sample in samples if name in sample]
+        if len(values) != len(samples) or any(len(sample) != len(names) for sample in samples):
+            raise ValueError(f"samples of one batch hold different names; {names} in the first")
+        batch[name] = _stacked(name, values)
+    batch["key"] = list(keys)
+    return batch
+
+
+def _stacked(name: str, values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, str):
+        return values
+    if isinstance(first, np.ndarray):
+        values = [torch.from_numpy(np.ascontiguousarray(value)) for value in values]
+        first = values[0]
+    if isinstance(first, Tensor):
+        shapes = {tuple(value.shape) for value in values}
+        if len(shapes) > 1:
+            raise ValueError(f"samples of one batch have different shapes of `{name}`: {sorted(shapes)}")
+        return torch.stack(values)
+    if isinstance(first, float | np.floating):
+        return torch.tensor(values, dtype=torch.float32)
+    return torch.tensor(values)

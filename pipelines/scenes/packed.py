@@ -1,0 +1,162 @@
+"""Rendered scenes packed as the artifacts that `shard` and `teach` make: clips, and their exact flow as a sidecar.
+
+For tests, benchmarks and models that learn from perfect flow; no video file, cut detector or teacher takes part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import pyarrow as pa
+
+from kinema.configs.schema import ClipConfig
+from kinema.pipelines.artifacts import Artifact, content_hash, sample_key
+from kinema.pipelines.artifacts.tables import canonical_json
+from kinema.pipelines.flow_codec import FlowBlob, FlowPair, encode_clip_flow
+from kinema.pipelines.scenes.scene import Scene
+from kinema.pipelines.video.encode import ClipEncoder
+from kinema.pipelines.video.orient import Orientation
+from kinema.pipelines.video.packets import packet_table
+from kinema.pipelines.video.picture import PictureMaker, picture_spec
+
+
+def write_scene_clips(
+    scenes: Sequence[Scene], url: str | Path, clip: ClipConfig | None = None, clips_per_shard: int = 4
+) -> Artifact:
+    """One clip for every shot of every scene, as a clips artifact.
+
+    Raises: ValueError for a scene with an odd side, which an encoder would pad.
+    """
+    clip = clip or ClipConfig()
+    shots = [(scene, start, stop) for scene in scenes for start, stop in _shots(scene)]
+    for scene, _, _ in shots:
+        if scene.height % 2 or scene.width % 2:
+            raise ValueError(f"scene of {scene.height}x{scene.width}: packed scenes need even sides")
+    artifact = Artifact.open(url, kind="clips", config=dataclasses.asdict(clip))
+    keys = [sample_key(str(scene.seed), _identity(scene), start, stop, content_hash(dataclasses.asdict(clip)))
+            for scene, start, stop in shots]  # fmt: skip
+    plan = [
+        {"shard": number // clips_per_shard, "key": key, "source": f"scene-{shot[0].seed}"}
+        for number, (key, shot) in enumerate(zip(keys, shots, strict=True))
+    ]
+    artifact.append_plan(_plan_table(plan))
+    for shard in artifact.pending():
+        with artifact.shard_writer(shard) as writer:
+            for row, (scene, start, stop) in zip(plan, shots, strict=True):
+                if row["shard"] == shard:
+                    members, columns = _clip_sample(scene, start, stop, clip, row)
+                    writer.add(row["key"], members, columns)
+            writer.commit()
+    artifact.finalize()
+    return artifact
+
+
+def write_scene_flow(
+    scenes: Sequence[Scene],
+    clips: Artifact,
+    url: str | Path,
+    gaps: Sequence[int] = (1, -1, 2, -2),
+    size: tuple[int, int] | None = None,
+) -> Artifact:
+    """Exact flow and occlusion of the clips that `write_scene_clips` made from the same scenes.
+
+    Args: gaps, signed; size, (height, width) of the stored flow, the scene's own by default.
+    """
+    rows = clips.samples(["key", "shard", "source", "num_frames"]).to_pylist()
+    shots = [(scene, start, stop) for scene in scenes for start, stop in _shots(scene)]
+    config = {"teacher": "exact", "gaps": list(gaps), "size": list(size or ())}
+    artifact = Artifact.open(url, kind="flow", config=config, inputs={"clips": clips.plan8})
+    artifact.append_plan(_plan_table(rows))
+    for shard in artifact.pending():
+        with artifact.shard_writer(shard) as writer:
+            for row, (scene, start, stop) in zip(rows, shots, strict=True):
+                if row["shard"] != shard:
+                    continue
+                height, width = size or (scene.height, scene.width)
+                blob = encode_clip_flow(
+                    _exact_pairs(scene, start, stop, gaps, size),
+                    height=height, width=width, teacher="exact", weights_hash="none", frames=stop - start,
+                )  # fmt: skip
+                columns = {"height": height, "width": width, "teacher": "exact", "weights_hash": "none"}
+                columns |= {"num_pairs": len(FlowBlob(blob).pairs), "num_saturated": FlowBlob(blob).num_saturated}
+                writer.add(row["key"], {"flow": blob}, columns)
+            writer.commit()
+    artifact.finalize()
+    return artifact
+
+
+def _shots(scene: Scene) -> list[tuple[int, int]]:
+    starts = [0, *scene.cuts]
+    return list(zip(starts, [*scene.cuts, scene.num_frames], strict=True))
+
+
+def _plan_table(rows: list[dict[str, Any]]) -> pa.Table:
+    schema = pa.schema([("shard", pa.int32()), ("key", pa.string()), ("source", pa.string())])
+    return pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)
+
+
+def _identity(scene: Scene) -> str:
+    return canonical_json({n: v for n, v in vars(scene).items() if not n.startswith("_")}).decode()
+
+
+def _clip_sample(
+    scene: Scene, start: int, stop: int, clip: ClipConfig, row: dict[str, Any]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    fps = Fraction(scene.fps).limit_denominator(1001)
+    mp4 = _encode(scene, start, stop, clip, fps)
+    table = packet_table(mp4)
+    common = {
+        "source": row["source"],
+        "start_s": float(start / fps),
+        "end_s": float(stop / fps),
+        "num_frames": stop - start,
+        "width": scene.width,
+        "height": scene.height,
+        "rotation": 0,
+        "codec": clip.codec,
+        "motion_score": scene.speed_px / min(scene.height, scene.width),
+        "duplicate_of": None,
+    }
+    meta = common | {
+        "key": row["key"],
+        "pts": list(range(start, stop)),
+        "time_base": [fps.denominator, fps.numerator],
+        "fps": [fps.numerator, fps.denominator],
+    }
+    columns = common | {
+        "fps_num": fps.numerator,
+        "fps_den": fps.denominator,
+        "duplicate_of": None,
+        "extradata": table.extradata,
+        "packet_offset": table.offset,
+        "packet_size": table.size,
+        "packet_frame": table.frame,
+        "packet_keyframe": table.keyframe,
+    }
+    return {"json": canonical_json(meta), "mp4": mp4}, columns
+
+
+def _encode(scene: Scene, start: int, stop: int, clip: ClipConfig, fps: Fraction) -> bytes:
+    frames = (av.VideoFrame.from_ndarray(scene.frame(t), format="rgb24") for t in range(start, stop))
+    first = next(frames)
+    spec = picture_spec(first, Orientation(), clip.codec, 0)
+    maker = PictureMaker(spec)
+    with ClipEncoder(clip, spec, fps) as encoder:
+        encoder.add(maker.make(first))
+        for frame in frames:
+            encoder.add(maker.make(frame))
+        return encoder.finish()
+
+
+def _exact_pairs(
+    scene: Scene, start: int, stop: int, gaps: Sequence[int], size: tuple[int, int] | None
+) -> Iterator[FlowPair]:
+    for t in range(stop - start):
+        for gap in gaps:
+            if 0 <= t + gap < stop - start:
+                yield FlowPair(t, gap, *scene.motion(start + t, start + t + gap, size))
