@@ -8,6 +8,7 @@ Shape legend: B batch, C token width, F decoder width, h w patch grid, H W image
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class Fusion(nn.Module):
 class Reassemble(nn.Module):
     """Token map to a map at `scale` times the patch grid."""
 
-    def __init__(self, width_in: int, width_out: int, scale: float):
+    def __init__(self, width_in: int, width_out: int, scale: int | float):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(width_in, width_out, 1)]
         if scale > 1:
@@ -97,16 +98,13 @@ class DPTDecoder(nn.Module):
             self.add_module(f"act_postprocess{level}", Reassemble(width_in, width_level, scale))
         self.norm = ChannelNorm(width)
 
-    def forward(
-        self, maps: Sequence[Float[Tensor, "B C h w"]], size: tuple[int, int]
-    ) -> Float[Tensor, "B F H W"]:
+    def forward(self, maps: Sequence[Float[Tensor, "B C h w"]], size: tuple[int, int]) -> Float[Tensor, "B F H W"]:
         """Normed features at `size` = (H, W) from the token maps, shallowest block first."""
-        return self.norm(self.unnormed(maps, size))
+        hidden = self.hidden(maps, size)
+        return self.head(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def unnormed(
-        self, maps: Sequence[Float[Tensor, "B C h w"]], size: tuple[int, int]
-    ) -> Float[Tensor, "B F H W"]:
-        """Features at `size` before the last norm."""
+    def hidden(self, maps: Sequence[Float[Tensor, "B C h w"]], size: tuple[int, int]) -> Float[Tensor, "B F H W"]:
+        """All of the decoder that looks at neighbours; what is left, `head`, works pixel by pixel."""
         scratch = self.scratch
         levels = [
             getattr(scratch, f"layer{i}_rn")(getattr(self, f"act_postprocess{i}")(m))
@@ -121,10 +119,23 @@ class DPTDecoder(nn.Module):
         x = scratch.refinenet1(x, levels[0], finest)
         x = scratch.output_conv0(x)
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-        return scratch.output_conv1(x)
+        return scratch.output_conv1[0](x)
+
+    def head(self, hidden: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
+        """Normed features from `hidden`, with the channels last."""
+        return self.norm.norm(self.unnormed_head(hidden))
+
+    def unnormed_head(self, hidden: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
+        """Features before the last norm, with the channels last."""
+        mix = self.scratch.output_conv1[2]
+        return F.linear(F.relu(hidden), mix.weight.flatten(1), mix.bias)
 
 
 def tokens_to_map(tokens: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Float[Tensor, "B C h w"]:
-    """The last h * w tokens as a map; class and register tokens in front are dropped."""
+    """The last h * w tokens as a map; class and register tokens in front are dropped.
+
+    The map keeps the channels last in memory, which suits the convolutions that follow.
+    """
     patches = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
-    return patches.transpose(1, 2).unflatten(2, grid)
+    patches = patches.transpose(1, 2).unflatten(2, grid)
+    return patches.contiguous(memory_format=torch.channels_last)

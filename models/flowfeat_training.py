@@ -7,7 +7,8 @@ has to give the teacher's flow there. Only the trained features carry gradient.
 Source: Araslanov, Sonnweber, Cremers, FlowFeat, NeurIPS 2025, section 3. Deviation: samples whose loss
 would be 0/0 are left out of the mean and counted.
 
-Shape legend: B batch, H W image pixels, h w crop pixels, P = h * w, F feature width.
+Shape legend: B batch, N = 2 B crops, H W image pixels, h w crop pixels, P pixels, F feature width,
+G = F + 1 rows of a linear map (features, then the constant).
 """
 
 from dataclasses import dataclass
@@ -17,10 +18,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .ema import EMA
 from .flowfeat import FlowFeat, build_decoder, encoder_maps
 from .vision_transformer import CONFIGS, VisionTransformer
+
+# 2 MiB of features in float32: a piece stays in a core's cache from the convolution's output to the flow.
+PIXELS_PER_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -117,28 +122,38 @@ def standardise_flow(flow: Float[Tensor, "B 2 H W"]) -> Float[Tensor, "B 2 H W"]
     return (flow - mean) / (flow.std(dim=(2, 3), keepdim=True) + 1e-5)
 
 
-def fit_flow_map(
-    features: Float[Tensor, "B P F"], flow: Float[Tensor, "B P 2"], ridge_alpha: float
-) -> Float[Tensor, "B F+1 2"]:
-    """Ridge regression from features, and a constant, to flow: (X'X / P + alpha I)^-1 X'Y / P.
+class NormalEquations:
+    """Ridge regression from features, and a constant, to flow, over pixels that come in pieces.
 
-    The constant is the last row of the result; it is regularised like the features. Computed in float32.
+    The solution (X'X / P + alpha I)^-1 X'Y / P minimises squared error; X ends in a column of ones, which
+    is regularised like the features and never built: its products are sums. Computed in float32.
     """
-    num_pixels = features.shape[1]
-    features_t = features.transpose(1, 2)
-    # The column of ones is never built: its products are sums over pixels.
-    gram = torch.bmm(features_t, features)  # [B, F, F]
-    sums = features.sum(dim=1)  # [B, F]
-    ones = gram.new_full((len(gram), 1, 1), num_pixels)
-    top = torch.cat([gram, sums[:, :, None]], dim=2)
-    bottom = torch.cat([sums[:, None], ones], dim=2)
-    lhs = torch.cat([top, bottom], dim=1) / num_pixels
-    rhs = torch.cat([torch.bmm(features_t, flow), flow.sum(dim=1, keepdim=True)], dim=1) / num_pixels
-    lhs = lhs + ridge_alpha * torch.eye(lhs.shape[-1], device=lhs.device, dtype=lhs.dtype)
-    # Symmetric with eigenvalues of at least alpha, so Cholesky agrees with least squares to rounding. The
-    # variant that does not raise leaves a broken sample to the caller's mask instead of ending the run.
-    factor, _ = torch.linalg.cholesky_ex(lhs)
-    return torch.cholesky_solve(rhs, factor)
+
+    def __init__(self) -> None:
+        self.num_pixels = 0
+        self.gram: Tensor | float = 0.0  # [F, F]
+        self.sums: Tensor | float = 0.0  # [F]
+        self.products: Tensor | float = 0.0  # [F + 1, 2]
+
+    def add(self, features: Float[Tensor, "P F"], flow: Float[Tensor, "P 2"]) -> None:
+        """Take in P more pixels."""
+        self.num_pixels += len(features)
+        self.gram = self.gram + features.T @ features
+        self.sums = self.sums + features.sum(dim=0)
+        self.products = self.products + torch.cat([features.T @ flow, flow.sum(dim=0, keepdim=True)])
+
+    def solve(self, ridge_alpha: float) -> Float[Tensor, "G 2"]:
+        """Linear map from [features, 1] to flow; not finite if the features are not."""
+        width = len(self.sums)
+        lhs = self.gram.new_full((width + 1, width + 1), self.num_pixels)
+        lhs[:-1, :-1] = self.gram
+        lhs[:-1, -1] = lhs[-1, :-1] = self.sums
+        lhs = lhs / self.num_pixels
+        lhs.diagonal().add_(ridge_alpha)
+        # Symmetric with eigenvalues of at least alpha, so Cholesky agrees with least squares to rounding.
+        # The variant that does not raise leaves a broken sample to the caller instead of ending the run.
+        factor, _ = torch.linalg.cholesky_ex(lhs)
+        return torch.cholesky_solve(self.products / self.num_pixels, factor)
 
 
 def edge_loss(
@@ -200,7 +215,7 @@ class FlowFeatTraining(nn.Module):
     def training_losses(
         self,
         frame: Float[Tensor, "B 3 H W"],
-        teacher_flow: Float[Tensor, "B 2 h w"],
+        teacher_flow: Float[Tensor, "B 2 Ht Wt"],
         params1: Float[Tensor, "B 2 3"],
         params2: Float[Tensor, "B 2 3"],
     ) -> TrainingLosses:
@@ -208,29 +223,60 @@ class FlowFeatTraining(nn.Module):
 
         Args:
             frame: images, normalised with ImageNet's mean and standard deviation, any size.
-            teacher_flow: the teacher's flow of the whole frame, in any unit (it is standardised).
+            teacher_flow: the teacher's flow of the whole frame, at any size and in any unit (it is
+                standardised).
             params1, params2: crop matrices (see `random_crop_matrix`) of averaged and trained decoder.
         """
         crops = self.sample_crops(frame, params1, params2)
         maps1, maps2 = self.encode(crops)
         flow1, flow2, finite = self.sample_flow(teacher_flow, params1, params2)
-        with torch.no_grad():
-            features = self.decoder_ema.ema_model(maps1, self.input_size)
-            flow_map = self._fit(features, flow1)
-        student_flow = self._predict(self.decoder(maps2, self.input_size), flow_map)
+        flow_map = self.fit(maps1, flow1)
+        student_flow = self.predict(maps2, flow_map)
         return self._losses(student_flow, flow2, finite)
 
-    def sample_crops(self, frame: Tensor, params1: Tensor, params2: Tensor) -> Float[Tensor, "2B 3 h w"]:
+    def sample_crops(self, frame: Tensor, params1: Tensor, params2: Tensor) -> Float[Tensor, "N 3 h w"]:
         """The first crops of all frames, then the second ones."""
         crops = [sample_crop(frame.float(), params, self.input_size) for params in (params1, params2)]
         return torch.cat(crops)
 
     @torch.no_grad()
-    def encode(self, crops: Float[Tensor, "2B 3 h w"]) -> tuple[list[Tensor], list[Tensor]]:
+    def encode(self, crops: Float[Tensor, "N 3 h w"]) -> tuple[list[Tensor], list[Tensor]]:
         """Token maps of the first and of the second crops; both go through the encoder together."""
         maps, _ = encoder_maps(self.encoder, crops)
         first, second = zip(*(m.chunk(2) for m in maps), strict=True)
         return list(first), list(second)
+
+    @torch.no_grad()
+    def fit(self, maps: list[Tensor], flow: Float[Tensor, "B 2 h w"]) -> Float[Tensor, "B G 2"]:
+        """Linear map from the averaged decoder's features, and a constant, to the flow."""
+        decoder = self.decoder_ema.ema_model
+        hidden, targets = _pixels(decoder.hidden(maps, self.input_size)), _pixels(flow)
+        fits = []
+        for pixels, target in zip(hidden, targets, strict=True):
+            equations = NormalEquations()
+            for chunk, part in zip(pixels.split(PIXELS_PER_CHUNK), target.split(PIXELS_PER_CHUNK), strict=True):
+                features = decoder.head(chunk)
+                with torch.autocast(chunk.device.type, enabled=False):
+                    equations.add(features.float(), part)
+            fits.append(equations)
+        return torch.stack([e.solve(self.loss_config.ridge_alpha) for e in fits])
+
+    def predict(self, maps: list[Tensor], flow_map: Float[Tensor, "B G 2"]) -> Float[Tensor, "B 2 h w"]:
+        """Flow that the trained decoder's features give through a linear map."""
+        hidden = _pixels(self.decoder.hidden(maps, self.input_size))
+        flows = []
+        for pixels, matrix in zip(hidden, flow_map, strict=True):
+            # Features at full size are the largest tensors of a step, and only two numbers a pixel are
+            # wanted of them: they are made in pieces that fit the cache, and made again for the gradient.
+            for chunk in pixels.split(PIXELS_PER_CHUNK):
+                flows.append(checkpoint(self._flow, chunk, matrix, use_reentrant=False, preserve_rng_state=False))
+        flow = torch.cat(flows).unflatten(0, (len(flow_map), -1))
+        return flow.transpose(1, 2).unflatten(2, self.input_size)
+
+    def _flow(self, hidden: Float[Tensor, "P F"], matrix: Float[Tensor, "G 2"]) -> Float[Tensor, "P 2"]:
+        features = self.decoder.head(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.addmm(matrix[-1], features.float(), matrix[:-1])
 
     def sample_flow(
         self, teacher_flow: Tensor, params1: Tensor, params2: Tensor
@@ -258,17 +304,6 @@ class FlowFeatTraining(nn.Module):
         self.encoder.eval()
         return self
 
-    def _fit(self, features: Tensor, flow: Tensor) -> Float[Tensor, "B F+1 2"]:
-        with torch.autocast(features.device.type, enabled=False):
-            pixels = features.float().flatten(2).transpose(1, 2)
-            return fit_flow_map(pixels, flow.flatten(2).transpose(1, 2), self.loss_config.ridge_alpha)
-
-    def _predict(self, features: Tensor, flow_map: Tensor) -> Float[Tensor, "B 2 h w"]:
-        with torch.autocast(features.device.type, enabled=False):
-            pixels = features.float().flatten(2).transpose(1, 2)
-            flow = torch.baddbmm(flow_map[:, -1:], pixels, flow_map[:, :-1])
-        return flow.transpose(1, 2).unflatten(2, self.input_size)
-
     def _losses(self, student_flow: Tensor, teacher_flow: Tensor, finite: Tensor) -> TrainingLosses:
         config = self.loss_config
         edge, defined = edge_loss(student_flow, teacher_flow, config.edge_sigma)
@@ -279,3 +314,7 @@ class FlowFeatTraining(nn.Module):
         edge = torch.where(valid, edge, 0.0).sum() / num_valid
         total = config.flow_weight * flow + config.edge_weight * edge
         return TrainingLosses(total, flow.detach(), edge.detach(), valid, student_flow.detach(), teacher_flow)
+
+
+def _pixels(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P C"]:
+    return x.permute(0, 2, 3, 1).flatten(1, 2)

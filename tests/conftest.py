@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -16,7 +17,11 @@ torch.set_num_threads(2)
 
 # Shapes in jaxtyping annotations are checked while tests run. The hook works on modules that are
 # imported after it, so it stays here, in front of every test module.
-install_import_hook(["kinema.models", "kinema.kernels"], "beartype.beartype")
+# An int is accepted where a float is annotated, as everywhere in Python.
+_checker = ModuleType("shape_checker")
+_checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+sys.modules["shape_checker"] = _checker
+install_import_hook(["kinema.models", "kinema.kernels"], "shape_checker.check")
 
 
 def _load_fill() -> ModuleType:
@@ -54,14 +59,19 @@ def assert_state_matches():
     def check(net: torch.nn.Module, expected: dict) -> None:
         state = net.state_dict()
         assert set(state) == set(expected["tensors"])
-        found = {
-            k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")}
-            for k, v in state.items()
-        }
+        found = {k: {"shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")} for k, v in state.items()}
         wanted = {k: {"shape": v["shape"], "dtype": v["dtype"]} for k, v in expected["tensors"].items()}
         assert found == wanted
 
     return check
+
+
+@pytest.fixture(scope="session")
+def normalised_image(fill):
+    """`normalised_image(seed, name, batch, height, width)`: a smooth picture in ImageNet statistics."""
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    return lambda *arguments, **options: (fill.image(*arguments, **options) - mean) / std
 
 
 @pytest.fixture(scope="session")
