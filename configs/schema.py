@@ -116,13 +116,13 @@ class TeachConfig:
     iters: int = 0
     """Refinement iterations of RAFT networks; 0 means the network's default (RAFT 20, RAFT-small 20)."""
     short_side: int = 0
-    """Shorter side of the frames the teacher sees; flow is stored at that size; 0: original size."""
+    """Shorter side of the frames the teacher sees (never enlarged); flow is stored at that size; 0: original size."""
     occlusion: bool = True
     """Store forward-backward occlusion (needs both directions)."""
     batch_pairs: int = 4
     """Pairs per network call."""
     num_actors: int = 0
-    """Teacher actors; 0 means one per GPU, or one per two CPUs without a GPU."""
+    """Teacher actors; 0 means one per GPU or, without a GPU, as many as CPUs and memory allow."""
     threads_per_actor: int = 1
     """CPU threads each actor uses."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -143,6 +143,9 @@ class TeachConfig:
         _require(self.stride >= 1, "stride", self.stride, "use 1 or more")
         _require(self.iters >= 0, "iters", self.iters, "use 1 or more, or 0 for the network's default")
         _require(self.batch_pairs >= 1, "batch_pairs", self.batch_pairs, "use 1 or more")
+        _require(self.short_side >= 0, "short_side", self.short_side, "use pixels, or 0 for the original size")
+        _require(self.num_actors >= 0, "num_actors", self.num_actors, "use 1 or more, or 0 for what fits")
+        _require(self.threads_per_actor >= 1, "threads_per_actor", self.threads_per_actor, "use 1 or more")
         _require(
             0 <= self.allowed_quarantine <= 1,
             "allowed_quarantine",

@@ -27,6 +27,7 @@ Backend = Literal["ray", "serial"]
 
 _OBJECT_STORE_BYTES = 512 * 1024 * 1024  # paths and rows travel, frames never
 _MAX_FAILED_STARTS = 3
+_TICK_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -94,6 +95,54 @@ def connect(*, worker_logs: bool = False, num_cpus: int | None = None) -> dict[s
     return ray.cluster_resources()
 
 
+def resources(engine: str | None = None) -> dict[str, float]:
+    """What there is to work with: of the cluster, or of this machine for the serial backend."""
+    if backend(engine) == "ray":
+        return connect()
+    import psutil
+
+    return {"CPU": float(os.cpu_count() or 1), "memory": float(psutil.virtual_memory().available)}
+
+
+class Counter:
+    """Numbers that workers add to and the driver reads, for progress. Travels to workers."""
+
+    def __init__(self, size: int = 2, engine: str | None = None):
+        self._local = _Tally(size)
+        self._remote: Any = None
+        if backend(engine) == "ray":
+            connect()
+            import ray
+
+            self._remote = ray.remote(_Tally).options(num_cpus=0).remote(size)
+
+    def add(self, *amounts: int) -> None:
+        """Add one amount to each number; does not wait."""
+        if self._remote is None:
+            self._local.add(*amounts)
+        else:
+            self._remote.add.remote(*amounts)
+
+    def read(self) -> list[int]:
+        """The sums so far."""
+        if self._remote is None:
+            return self._local.read()
+        import ray
+
+        return ray.get(self._remote.read.remote())
+
+
+class _Tally:
+    def __init__(self, size: int):
+        self.sums = [0] * size
+
+    def add(self, *amounts: int) -> None:
+        self.sums = [total + amount for total, amount in zip(self.sums, amounts, strict=True)]
+
+    def read(self) -> list[int]:
+        return self.sums
+
+
 def _own_code() -> dict[str, Any]:
     """A runtime environment that carries this process's package (files, not links)."""
     return {"py_modules": [str(Path(kinema.__file__).parent)], "excludes": ["__pycache__", "*.pyc"]}
@@ -108,16 +157,18 @@ def run_tasks(
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
     timeout_s: float | None = None,
+    on_tick: Callable[[], None] | None = None,
     engine: str | None = None,
 ) -> Iterator[tuple[Item, Result[Value] | Failure]]:
     """`fn(item)` for every item, in order of completion, with at most `max_in_flight` submitted (0: two per slot).
 
     A task whose process dies or takes longer than `timeout_s` is tried again `retries` times; one that raises is
-    not, since the same input raises again. Leaving the iterator stops what is running.
+    not, since the same input raises again. Leaving the iterator stops what is running. `on_tick` is called about
+    every second while waiting (the serial backend: after every item).
     Raises: StageError when a task raised one (a full disk concerns the run, not the item).
     """
     if backend(engine) == "serial":
-        yield from _serial(fn, items)
+        yield from _serial(fn, items, on_tick)
         return
     queue = deque((item, 1) for item in items)
     if not queue:
@@ -136,7 +187,11 @@ def run_tasks(
             while queue and len(running) < limit:
                 item, attempt = queue.popleft()
                 running[remote.remote(fn, item, timeout_s)] = (item, attempt, time.monotonic())
-            ready, _ = ray.wait(list(running), num_returns=1)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=_TICK_S)
+            if on_tick:
+                on_tick()
+            if not ready:
+                continue
             item, attempt, started = running.pop(ready[0])
             outcome = _collect(ready[0], attempt, started, timeout_s)
             if isinstance(outcome, Failure) and outcome.kind != "error" and attempt <= retries:
@@ -157,6 +212,7 @@ def run_on_actors(
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
     timeout_s: float | None = None,
+    on_tick: Callable[[], None] | None = None,
     engine: str | None = None,
 ) -> Iterator[tuple[Item, Result[Value] | Failure]]:
     """Like run_tasks on `num_actors` long-lived workers, each of which calls `make()` once (weights) and then the
@@ -170,15 +226,17 @@ def run_on_actors(
     if not queue:
         return
     if backend(engine) == "serial":
-        yield from _serial(make(), (item for item, _ in queue))
+        yield from _serial(make(), (item for item, _ in queue), on_tick)
         return
-    connect()
+    slots = _slots(connect(), num_cpus, num_gpus)
     pool = _ActorPool(make, num_cpus=num_cpus, num_gpus=num_gpus, timeout_s=timeout_s)
     try:
-        for _ in range(max(1, min(num_actors, len(queue)))):
+        for _ in range(max(1, min(num_actors, slots, len(queue)))):
             pool.start()
         while queue or pool.num_busy:
             pool.feed(queue)
+            if on_tick:
+                on_tick()
             for item, attempt, outcome in pool.wait():
                 if isinstance(outcome, Failure) and outcome.kind != "error" and attempt <= retries:
                     queue.appendleft((item, attempt + 1))
@@ -218,8 +276,10 @@ class _ActorPool:
             self.busy[reference] = (host, item, attempt, time.monotonic())
 
     def wait(self) -> list[tuple[Any, int, Result | Failure]]:
-        """Wait for one actor to start or to finish; returns the finished item, or nothing."""
-        ready, _ = self.ray.wait([*self.starting, *self.busy], num_returns=1)
+        """Wait a while for one actor to start or to finish; returns the finished item, or nothing."""
+        ready, _ = self.ray.wait([*self.starting, *self.busy], num_returns=1, timeout=_TICK_S)
+        if not ready:
+            return []
         if ready[0] in self.starting:
             self._started(ready[0])
             return []
@@ -321,11 +381,15 @@ def _collect(reference: Any, attempt: int, started: float, timeout_s: float | No
     return Result(outcome[1], attempt)
 
 
-def _serial(fn: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[tuple[Item, Result | Failure]]:
+def _serial(
+    fn: Callable[[Item], Value], items: Iterable[Item], on_tick: Callable[[], None] | None
+) -> Iterator[tuple[Item, Result | Failure]]:
     for item in items:
         outcome = _guarded(fn, item, None)
         if outcome[0] == "stage":
             raise StageError(outcome[1])
+        if on_tick:
+            on_tick()
         yield item, Result(outcome[1]) if outcome[0] == "value" else Failure("error", *outcome[1:3], 1, outcome[3])
 
 

@@ -242,15 +242,25 @@ class Artifact:
         return quarantine.table(quarantine.all_rows(self.store))
 
     def finalize(self) -> None:
-        """Write samples.parquet from the commit parts and quarantine.parquet from its parts."""
-        self.store.write(SAMPLES, tables.parquet_bytes(self.committed_rows()))
-        self.store.write(QUARANTINE, tables.parquet_bytes(self.quarantined()))
+        """Write samples.parquet from the commit parts and quarantine.parquet from its parts, where they changed."""
+        self.store.sweep()
+        for name, table in ((SAMPLES, self.committed_rows()), (QUARANTINE, self.quarantined())):
+            data = tables.parquet_bytes(table)
+            try:
+                unchanged = self.store.read(name) == data
+            except FileNotFoundError:
+                unchanged = False
+            if not unchanged:
+                self.store.write(name, data)
+
+    def rows_of(self, shard: int) -> pa.Table:
+        """The rows of one finished shard. Raises: FileNotFoundError before its commit."""
+        return tables.read_parquet(self.store.read(commit_rows(shard)))
 
     def committed_rows(self) -> pa.Table:
         """The rows of all finished shards, ordered by shard and position."""
         with ThreadPoolExecutor(_READ_THREADS) as pool:
-            names = [commit_rows(shard) for shard in sorted(self.commits())]
-            parts = list(pool.map(lambda name: tables.read_parquet(self.store.read(name)), names))
+            parts = list(pool.map(self.rows_of, sorted(self.commits())))
         filled = [part for part in parts if part.num_rows]
         if filled:
             return tables.stack_tables(filled)

@@ -1,0 +1,241 @@
+"""`kinema teach`: optical flow of every clip, once, as a sidecar artifact with the clips' shards, keys and order."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kinema.configs.schema import TeachConfig
+from kinema.pipelines import engine
+from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.engine import Failure
+from kinema.pipelines.flow_codec import SCALE
+from kinema.pipelines.progress import Progress
+from kinema.pipelines.teach.clip_flow import Pairing
+from kinema.pipelines.teach.shard_teacher import ShardTeacher
+from kinema.pipelines.teach.teachers import DEFAULT_ITERS, TeacherSpec, locate_weights
+
+_RAFT_BYTES = 4 * 2**30  # what one RAFT on a CPU may take for its correlations
+
+
+@dataclass(frozen=True)
+class TeachSummary:
+    """What the artifact holds after the run, and what the run did."""
+
+    clips: int
+    """Clips with flow."""
+    pairs: int
+    """Stored pairs of frames."""
+    quarantined: int
+    """Clips without flow, each with its reason in quarantine.parquet."""
+    seconds: float
+    """Duration of this run."""
+    shards: int
+    """Shards in the artifact."""
+    new_shards: int
+    """Shards this run computed."""
+    bytes: int
+    """Size of all shards."""
+    mean_flow_px: float
+    """Mean length of the stored flow."""
+    out: str
+    """Where the artifact is."""
+    exit_status: int = 0
+    """3 when more than the allowed share of the clips is quarantined."""
+
+
+def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> TeachSummary:
+    """Compute what is missing in config.out. Raises: ValueError for bad arguments, StageError when it cannot end."""
+    started = time.monotonic()
+    say = report or (lambda line: print(line, file=sys.stderr, flush=True))
+    clips = _open_clips(config.clips)
+    pairing = pairing_of(config)
+    weights, weights_hash = locate_weights(config.teacher, config.weights)
+    spec = TeacherSpec(
+        name=config.teacher,
+        weights=weights,
+        weights_hash=weights_hash,
+        iters=_iters(config),
+        short_side=config.short_side,
+        precision=config.precision,
+        threads=config.threads_per_actor,
+    )
+    flow = Artifact.open(
+        config.out or default_out(config.clips, config.teacher),
+        kind="flow",
+        config=identity(spec, pairing),
+        inputs={"clips": clips.plan8},
+    )
+    todo = plan(clips, flow)
+    total = flow.plan.num_rows
+    say(f"teach: {config.teacher} on {total} clips, {len(todo)} of {len(flow.planned_shards())} shards to compute")
+    _compute(config, clips, flow, spec, pairing, todo)
+    flow.finalize()
+    return _summary(config, flow, len(todo), time.monotonic() - started)
+
+
+def _open_clips(url: str) -> Artifact:
+    if not url:
+        raise ValueError("clips= is empty; give the folder that `kinema shard` wrote")
+    clips = Artifact.read(url)
+    if clips.kind != "clips":
+        raise ValueError(f"clips={url} holds {clips.kind}, not clips; give the folder that `kinema shard` wrote")
+    return clips
+
+
+def default_out(clips: str, teacher: str) -> str:
+    """flow/TEACHER beside the clips."""
+    parent, slash, _ = clips.rstrip("/").rpartition("/")
+    return f"{parent}{slash}flow/{teacher}"
+
+
+def pairing_of(config: TeachConfig) -> Pairing:
+    """Which pairs the config asks for."""
+    return Pairing(
+        gaps=tuple(sorted(set(config.gaps))),
+        forward="forward" in config.directions,
+        backward="backward" in config.directions,
+        stride=config.stride,
+        occlusion=config.occlusion,
+        batch_pairs=config.batch_pairs,
+    )
+
+
+def _iters(config: TeachConfig) -> int:
+    return config.iters or DEFAULT_ITERS.get(config.teacher, 0)
+
+
+def identity(spec: TeacherSpec, pairing: Pairing) -> dict[str, Any]:
+    """What decides the stored numbers; the artifact refuses to resume with anything else."""
+    return {
+        "teacher": spec.name,
+        "weights_hash": spec.weights_hash,
+        "iters": spec.iters,
+        "short_side": spec.short_side,
+        "precision": spec.precision,
+        "gaps": list(pairing.gaps),
+        "forward": pairing.forward,
+        "backward": pairing.backward,
+        "stride": pairing.stride,
+        "occlusion": pairing.stores_occlusion,
+        "steps_per_px": SCALE,
+    }
+
+
+def plan(clips: Artifact, flow: Artifact) -> list[int]:
+    """Plan a sidecar shard for every clip shard that has none yet.
+
+    Returns: the shards to compute: pending ones, and those whose clip shard was made anew.
+    Raises: ValueError when a planned shard no longer has the clips it was planned for.
+    """
+    samples = clips.samples(["shard", "key", "source"])
+    planned = flow.plan
+    old = samples.filter(pc.is_in(samples["shard"], value_set=pc.unique(planned["shard"]).cast(pa.int32())))
+    mine = planned.select(["shard", "key"]).sort_by([("shard", "ascending")])
+    if old.select(["shard", "key"]).to_pylist() != mine.to_pylist():
+        raise ValueError(f"{flow.url} was planned for other clips than {clips.url} holds now; choose another out=")
+    new = samples.filter(pc.invert(pc.is_in(samples["shard"], value_set=pc.unique(planned["shard"]).cast(pa.int32()))))
+    flow.append_plan(new.select(["shard", "key", "source"]))
+    done = flow.commits()
+    sources = clips.commits()
+    changed = [
+        shard
+        for shard, record in done.items()
+        if shard in sources and record["input_hashes"].get("clips") != sources[shard]["sha256"]
+    ]
+    return sorted({*flow.pending(), *changed})
+
+
+def _compute(
+    config: TeachConfig, clips: Artifact, flow: Artifact, spec: TeacherSpec, pairing: Pairing, todo: list[int]
+) -> None:
+    """Build shards on a pool of actors; a shard that cannot be built is quarantined and tried by the next run."""
+    if not todo:
+        return
+    resources = engine.resources()
+    spec, num_actors = _place(config, spec, resources)
+    counter = engine.Counter()
+    total = sum(flow.plan_of(shard).num_rows for shard in todo)
+    progress = Progress("teach", total, "clips")
+
+    def tick() -> None:
+        counts = counter.read()
+        progress.update(min(counts[0], total), f"{counts[1]} pairs")
+
+    outcomes = engine.run_on_actors(
+        partial(ShardTeacher, clips, flow, spec, pairing, counter.add),
+        todo,
+        num_actors=num_actors,
+        num_cpus=1.0 if spec.device == "cuda" else float(spec.threads),
+        num_gpus=1.0 if spec.device == "cuda" else 0.0,
+        on_tick=tick,
+    )
+    for shard, outcome in outcomes:
+        if isinstance(outcome, Failure):
+            _quarantine_shard(flow, shard, outcome)
+    tick()
+    progress.close()
+
+
+def _place(config: TeachConfig, spec: TeacherSpec, resources: dict[str, float]) -> tuple[TeacherSpec, int]:
+    """Device and number of actors. Raises: ValueError when the device is not there."""
+    gpus = int(resources.get("GPU", 0))
+    if config.device == "cuda" and not gpus:
+        raise ValueError("device=cuda, but there is no GPU; use device=auto or device=cpu")
+    use_gpu = config.teacher != "dis" and gpus > 0 and config.device != "cpu"
+    if config.precision == "bf16" and not use_gpu:
+        raise ValueError("precision=bf16 runs on a GPU only; use precision=fp32")
+    spec = TeacherSpec(**{**spec.__dict__, "device": "cuda" if use_gpu else "cpu"})
+    if config.num_actors:
+        return spec, config.num_actors
+    if use_gpu:
+        return spec, gpus
+    num_actors = int(resources.get("CPU", 1)) // config.threads_per_actor
+    if config.teacher != "dis":
+        num_actors = min(num_actors, int(resources.get("memory", _RAFT_BYTES)) // _RAFT_BYTES)
+    return spec, max(1, num_actors)
+
+
+def _quarantine_shard(flow: Artifact, shard: int, failure: Failure) -> None:
+    where = f" ({failure.where})" if failure.where else ""
+    flow.quarantine(
+        {
+            "source": row["source"],
+            "stage": "teach",
+            "error_class": failure.error_class,
+            "message": f"the shard's worker failed: {failure.message}{where}",
+            "attempts": failure.attempts,
+            "key": row["key"],
+            "shard": shard,
+        }
+        for row in flow.plan_of(shard).select(["source", "key"]).to_pylist()
+    )
+
+
+def _summary(config: TeachConfig, flow: Artifact, new_shards: int, seconds: float) -> TeachSummary:
+    commits = flow.commits()
+    samples = flow.samples()
+    names = set(samples.column_names)
+    pairs = int(pc.sum(samples["num_pairs"]).as_py() or 0) if "num_pairs" in names else 0
+    lengths = samples["mean_flow_px"] if "mean_flow_px" in names else pa.array([], pa.float64())
+    quarantined = flow.quarantined().num_rows
+    share = quarantined / max(1, flow.plan.num_rows)
+    return TeachSummary(
+        clips=samples.num_rows,
+        pairs=pairs,
+        quarantined=quarantined,
+        seconds=round(seconds, 3),
+        shards=len(commits),
+        new_shards=new_shards,
+        bytes=sum(record["bytes"] for record in commits.values()),
+        mean_flow_px=float(pc.mean(lengths).as_py() or 0.0),
+        out=flow.url,
+        exit_status=3 if share > config.allowed_quarantine else 0,
+    )

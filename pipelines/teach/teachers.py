@@ -1,0 +1,164 @@
+"""The flow networks behind one call: features of a frame once, then flow of any pairs of frames.
+
+Images are resized here (short_side), never enlarged; flow is in pixels of the image the network saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from kinema.models.dis import DIS
+from kinema.models.raft import FrameFeatures, raft, raft_small
+from kinema.models.weights import download, file_sha256, published_file
+
+DEFAULT_ITERS = {"raft": 20, "raft_small": 20}
+_RAFTS = {"raft": raft, "raft_small": raft_small}
+
+
+class Teacher(Protocol):
+    """What the stage needs of a flow network."""
+
+    def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> Any:
+        """Everything later pairs need of one frame."""
+
+    def flow(self, pairs: Sequence[tuple[Any, Any]]) -> Float[Tensor, "B 2 h w"]:
+        """Flow of each (from, to), float32 in pixels, on the CPU."""
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """All that decides a teacher's numbers, and where it runs. Travels to actors; weights go by path."""
+
+    name: str
+    """dis, raft or raft_small."""
+    weights: str = ""
+    """Local path of the checkpoint; empty for dis."""
+    weights_hash: str = ""
+    """sha256 of that file; empty for dis."""
+    iters: int = 0
+    """Refinement iterations; 0 for the preset of dis."""
+    short_side: int = 0
+    """Shorter side the frames are reduced to; 0 keeps them."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    precision: str = "fp32"
+    """fp32, or bf16 autocast (cuda only)."""
+    threads: int = 1
+    """CPU threads."""
+
+    def load(self) -> Teacher:
+        """Build the network and load its weights. Raises: ValueError for weights that do not fit."""
+        return DISTeacher(self) if self.name == "dis" else RAFTTeacher(self)
+
+
+@contextmanager
+def use_threads(threads: int) -> Iterator[None]:
+    """CPU threads of torch and OpenCV inside the block; with them, the last bits of a network's output are fixed."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
+
+
+def locate_weights(name: str, weights: str) -> tuple[str, str]:
+    """Local file and sha256 of a teacher's weights; both empty for dis.
+
+    Args: weights, a path or http(s) URL; empty means the published file.
+    Raises: ValueError, one line that names weights=, when there is none or it does not fit the network.
+    """
+    if name == "dis":
+        if weights:
+            raise ValueError(
+                f"weights={weights}: the teacher dis has no weights; use teacher=raft or leave weights out"
+            )
+        return "", ""
+    if not weights:
+        path = published_file(name)
+    else:
+        path = download(weights) if "://" in weights else Path(weights).expanduser().absolute()
+    if not path.is_file():
+        raise ValueError(f"weights={weights}: the file does not exist; give a .pth or .safetensors file of {name}")
+    _RAFTS[name](weights=path)  # a wrong file is refused before an artifact is tied to its hash
+    return str(path), file_sha256(path)
+
+
+def reduced_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """(height, width) with the shorter side at most `short_side`; 0 keeps the size."""
+    shorter = min(height, width)
+    if not short_side or shorter <= short_side:
+        return height, width
+    return max(1, round(height * short_side / shorter)), max(1, round(width * short_side / shorter))
+
+
+def to_image(frame: UInt8[np.ndarray, "H W 3"], short_side: int, device: str) -> Float[Tensor, "1 3 h w"]:
+    """RGB bytes as float in 0..1, reduced with antialiasing."""
+    image = torch.from_numpy(np.ascontiguousarray(frame)).to(device).permute(2, 0, 1)[None].float() / 255
+    size = reduced_size(*image.shape[-2:], short_side)
+    if size != tuple(image.shape[-2:]):
+        image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
+    return image
+
+
+class DISTeacher:
+    """OpenCV's Dense Inverse Search; needs no weights."""
+
+    def __init__(self, spec: TeacherSpec):
+        self.spec = spec
+        self.network = DIS()
+
+    def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "1 3 h w"]:
+        """The reduced image itself."""
+        return to_image(frame, self.spec.short_side, "cpu")
+
+    def flow(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "B 2 h w"]:
+        """One solver call a pair."""
+        first, second = (torch.cat(images) for images in zip(*pairs, strict=True))
+        return self.network(first, second, iters=self.spec.iters or None)
+
+
+class RAFTTeacher:
+    """RAFT or RAFT-small; each frame passes through the encoders once."""
+
+    def __init__(self, spec: TeacherSpec):
+        self.spec = spec
+        self.network = _RAFTS[spec.name](weights=spec.weights).to(spec.device).eval()
+
+    @torch.inference_mode()
+    def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> FrameFeatures:
+        """Correlation features and context of one frame."""
+        with self._autocast():
+            return self.network.encode(to_image(frame, self.spec.short_side, self.spec.device))
+
+    @torch.inference_mode()
+    def flow(self, pairs: Sequence[tuple[FrameFeatures, FrameFeatures]]) -> Float[Tensor, "B 2 h w"]:
+        """All pairs in one network call."""
+        first, second = (_stack(features) for features in zip(*pairs, strict=True))
+        with self._autocast():
+            return self.network.flow_from_features(first, second, iters=self.spec.iters).float().cpu()
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.spec.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.spec.device, torch.bfloat16)
+
+
+def _stack(features: Sequence[FrameFeatures]) -> FrameFeatures:
+    """Rows of several frames as one batch."""
+    fmap = torch.cat([f.fmap for f in features])
+    context = torch.cat([f.context for f in features if f.context is not None])
+    return FrameFeatures(fmap, context, features[0].size, features[0].padding)
