@@ -1,10 +1,14 @@
 """RAFT and RAFT-small: published numbers, the feature cache, sizes, padding, errors."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from kinema.models.raft import RAFT
+from kinema.models.raft import RAFT, raft, raft_small
 from kinema.models.raft_loss import flow_errors, sequence_loss
+from kinema.pipelines.flow_io import read_flow
 
 VARIANTS = {"raft": "large", "raft_small": "small"}
 
@@ -59,3 +63,150 @@ def test_sequence_loss_and_gradients_equal_the_published_ones(name, filled, fill
     reference.check("grad_flow_head_conv2_weight", network.update_block.flow_head.conv2.weight.grad, atol=0, rtol=1e-4)
     reference.check("grad_fnet_conv1_weight", network.fnet.conv1.weight.grad, atol=0, rtol=5e-2)
     reference.check("grad_cnet_conv1_weight", network.cnet.conv1.weight.grad, atol=0, rtol=5e-2)
+
+
+def _pair(fill, batch, height, width, seed=5):
+    first = fill.image(seed, "img", batch, height, width)
+    return first, fill.image(seed, "img", batch, height, width, shift=(1.5, -1.0), zoom=1.02)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_features_give_the_direct_result(name, filled, fill):
+    network, video = filled(name), torch.cat(_pair(fill, 2, 131, 150))
+    starts, targets = [0, 1, 3], [1, 2, 0]
+    with torch.no_grad():
+        direct = network(video[starts], video[targets], iters=3)
+        features = network.encode(video)
+        cached = network.flow_from_features(features[starts], features[targets], iters=3)
+        single = network.flow_from_features(features[3:], network.encode(video[:1], context=False), iters=3)
+    scale = direct.abs().max()
+    assert direct.shape == (3, 2, 131, 150) and len(features) == 4
+    assert (cached - direct).abs().max() < 2e-5 * scale
+    assert (single - direct[2:]).abs().max() < 2e-5 * scale
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_batch_gives_what_its_pairs_give(name, filled, fill):
+    network, (first, second) = filled(name), _pair(fill, 2, 128, 137)
+    with torch.no_grad():
+        together = network(first, second, iters=2)
+        alone = torch.cat([network(first[i : i + 1], second[i : i + 1], iters=2) for i in range(2)])
+    assert (together - alone).abs().max() < 2e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_last_prediction_is_the_result(name, filled, fill):
+    network, (first, second) = filled(name), _pair(fill, 1, 128, 128)
+    with torch.no_grad():
+        predictions = network.predictions(first, second, iters=3)
+        assert len(predictions) == 3
+        for n, flow in enumerate(predictions, 1):
+            assert (network(first, second, iters=n) - flow).abs().max() < 2e-5 * flow.abs().max()
+
+
+def test_padding_outside_equals_padding_inside(filled, fill):
+    """Odd sizes: as if the images had been padded by hand, borders repeated, the odd pixel right and below."""
+    network, (first, second) = filled("raft_small"), _pair(fill, 1, 131, 150)
+    by_hand = [torch.nn.functional.pad(x, (1, 1, 2, 3), mode="replicate") for x in (first, second)]
+    with torch.no_grad():
+        flow, padded = network(first, second, iters=2), network(*by_hand, iters=2)
+        assert torch.equal(flow, padded[..., 2:-3, 1:-1])
+        network.padding = "kitti"
+        by_hand = [torch.nn.functional.pad(x, (1, 1, 0, 5), mode="replicate") for x in (first, second)]
+        assert torch.equal(network(first, second, iters=2), network(*by_hand, iters=2)[..., :-5, 1:-1])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 90), (64, 64), (100, 130), (127, 121)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_small_images_give_finite_flow_of_their_size(name, size, filled, fill):
+    network, (first, second) = filled(name), _pair(fill, 1, *size)
+    with torch.no_grad():
+        flow = network(first, second, iters=2)
+    assert flow.shape == (1, 2, *size) and torch.isfinite(flow).all()
+
+
+def test_small_images_with_published_weights_show_the_motion(fill, shared_data):
+    network = raft_small(weights=shared_data / "weights" / "raft-small.pth")
+    first = fill.image(0, "small", 1, 64, 96)
+    second = fill.image(0, "small", 1, 64, 96, shift=(3.0, -2.0))
+    with torch.no_grad():
+        flow = network(first, second)[..., 12:-12, 12:-12].flatten(2).median(2).values[0]
+    assert torch.allclose(flow, torch.tensor([3.0, -2.0]), atol=0.3)
+
+
+@pytest.mark.parametrize("size", [(128, 136), (131, 150), (60, 90)])
+def test_an_initial_flow_is_where_refinement_starts(size, filled, fill):
+    """Zeros change nothing, half a cell does, and another size is refused."""
+    network, (first, second) = filled("raft_small"), _pair(fill, 1, *size)
+    cells = [-(-side // 8) for side in size]
+    with torch.no_grad():
+        plain = network(first, second, iters=1)
+        assert torch.equal(network(first, second, 1, torch.zeros(1, 2, *cells)), plain)
+        moved = network(first, second, 1, torch.full((1, 2, *cells), 0.5))
+        assert (moved - plain).abs().max() > 0.1
+        with pytest.raises(ValueError, match=r"it must be \[1, 2, "):
+            network(first, second, 1, torch.zeros(1, 2, cells[0] + 1, cells[1]))
+
+
+def test_an_initial_flow_reaches_the_motion_encoder(filled, fill):
+    network, (first, second) = filled("raft_small"), _pair(fill, 1, 128, 136)
+    start = fill.smooth_flow(0, "start", 1, 16, 17, amplitude=2.0)
+    seen = []
+    network.update_block.encoder.convf1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        network(first, second, 1, start)
+    assert torch.allclose(seen[0], start, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_reach_every_parameter(name, filled, fill):
+    network, (first, second) = filled(name), _pair(fill, 1, 128, 128)
+    network.train()
+    torch.stack(network.predictions(first, second, iters=2)).abs().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+def test_published_weights_give_the_published_fields(shared_data):
+    network = raft_small(weights=shared_data / "weights" / "raft-small.pth")
+    folder = shared_data / "flow"
+    images = [
+        torch.from_numpy(np.array(Image.open(folder / f"middlebury/RubberWhale{n}.png"))).permute(2, 0, 1)[None] / 255
+        for n in (1, 2)
+    ]
+    with torch.no_grad():
+        flow = network(*images, iters=12)[0].numpy()
+    assert np.abs(flow - read_flow(folder / "golden_raft_small/rubberwhale_it12_sintel.flo")).max() < 0.01
+
+
+def test_weights_load_with_and_without_prefix_and_without_aliases(filled, tmp_path):
+    state = filled("raft").state_dict()
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "prefixed.pth")
+    shared = {key: value.clone() for key, value in state.items() if ".norm3." not in key}
+    save_file(shared, tmp_path / "deduplicated.safetensors")
+    for file in ("prefixed.pth", "deduplicated.safetensors"):
+        loaded = raft(weights=tmp_path / file).state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    torch.save({"fnet.conv1.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
+    with pytest.raises(ValueError, match=r"missing.*cnet\.conv1\.weight"):
+        raft(weights=tmp_path / "wrong.pth")
+
+
+def test_bad_arguments_are_named(filled):
+    network, image = filled("raft_small"), torch.rand(1, 3, 128, 128)
+    with pytest.raises(ValueError, match="shapes must agree"):
+        network(image, image[..., 1:])
+    with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
+        network(image[:, :2], image[:, :2])
+    with pytest.raises(ValueError, match="iters=0"):
+        network(image, image, iters=0)
+    with pytest.raises(ValueError, match="context=True"):
+        features = network.encode(image, context=False)
+        network.flow_from_features(features, features)
+    with pytest.raises(ValueError, match="numbers and sizes"):
+        network.flow_from_features(network.encode(image), network.encode(torch.rand(2, 3, 128, 128)))
+    with pytest.raises(ValueError, match="variant='tiny'"):
+        RAFT("tiny")
+    with pytest.raises(ValueError, match="padding mode 'zero'"):
+        RAFT("small", padding="zero")
+    with pytest.raises(ValueError, match="lookup='fast'"):
+        RAFT("small", lookup="fast")

@@ -1,0 +1,191 @@
+"""`kinema evaluate`: a model and a benchmark folder in, one table out, logged to the model's run."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kinema.configs import EvaluateConfig
+from kinema.pipelines import tracking
+from kinema.pipelines.pictures import normalise_images
+from kinema.pipelines.progress import Progress
+
+FLOW_NETWORKS = ("dis", "raft", "raft_small")
+FLOW_BENCHMARKS = ("sintel", "kitti", "middlebury")
+
+
+@dataclass(frozen=True)
+class EvaluateSummary:
+    """One number per metric, and where they are."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """{name: value}; names begin with the benchmark."""
+    model: str = ""
+    """What was evaluated."""
+    benchmark: str = ""
+    """On what."""
+    seconds: float = 0.0
+    """Wall time."""
+    run_id: str = ""
+    """MLflow run that got the table; empty if there is none."""
+
+
+def run(config: EvaluateConfig, *, report: Callable[[Any], None] | None = None) -> EvaluateSummary:
+    """Evaluate `config.model` on `config.benchmark`.
+
+    Raises: ValueError for a model or folder that does not fit the benchmark; names what would.
+    """
+    started = time.monotonic()
+    if not config.data:
+        raise ValueError(f"data is empty; name the folder of the {config.benchmark} benchmark: data=DIR")
+    if not config.model:
+        raise ValueError("model is empty; give a run folder, models:/NAME@ALIAS, a FlowFeat variant or a flow network")
+    if config.benchmark in FLOW_BENCHMARKS:
+        metrics = _flow(config)
+    else:
+        metrics = _davis(config)
+    run_id = _log(config, metrics)
+    summary = EvaluateSummary(metrics, config.model, config.benchmark, round(time.monotonic() - started, 2), run_id)
+    if config.out:
+        write_table(Path(config.out), summary)
+    return summary
+
+
+def flow_network(name: str, weights: str = "") -> nn.Module:
+    """A flow network by name; without `weights` the published ones of the ledger."""
+    if name == "dis":
+        from kinema.models.dis import DIS
+
+        return DIS()
+    if name not in FLOW_NETWORKS:
+        raise ValueError(f"model={name} is no flow network; use one of {', '.join(FLOW_NETWORKS)}")
+    from kinema.models import raft
+
+    return getattr(raft, name)(pretrained=not weights, weights=weights or None)
+
+
+def feature_model(model: str, weights: str = "") -> nn.Module:
+    """A FlowFeat from a run folder, checkpoint, registry URI, or hub name (then with `weights` or published ones)."""
+    from kinema.models.flowfeat import VARIANTS, flowfeat
+
+    if model in VARIANTS:
+        return flowfeat(model, pretrained=not weights, weights=weights or None)
+    if model.startswith(("models:/", "runs:/")):
+        from kinema.pipelines.registry import load_registered
+
+        return load_registered(model)
+    from kinema.pipelines.train.checkpoint import load_model
+
+    return load_model(model)
+
+
+def dense_features(model: nn.Module, which: str) -> Callable[[Tensor], Any]:
+    """`frame [3, H, W] in 0..1 -> [C, h, w]`, or the pair (y_enc, y_dec) for `which="both"`.
+
+    The model sees the frame at the nearest size that its patch divides; y_dec is brought back to the frame's size.
+    """
+    patch = model.encoder.patch_size
+
+    @torch.inference_mode()
+    def features(frame: Tensor) -> Any:
+        height, width = frame.shape[-2:]
+        size = (max(patch, round(height / patch) * patch), max(patch, round(width / patch) * patch))
+        image = normalise_images(frame)[None]
+        if size != (height, width):
+            image = F.interpolate(image, size, mode="bilinear", antialias=True)
+        coarse, fine = model(image)
+        if size != (height, width):
+            fine = F.interpolate(fine, (height, width), mode="bilinear")
+        return (coarse[0], fine[0]) if which == "both" else (fine if which == "y_dec" else coarse)[0]
+
+    return features
+
+
+def _flow(config: EvaluateConfig) -> dict[str, float]:
+    from kinema.pipelines.evaluate.flow import evaluate_flow, find_samples
+
+    if config.model not in FLOW_NETWORKS:
+        raise ValueError(f"model={config.model}: {config.benchmark} takes flow networks: {', '.join(FLOW_NETWORKS)}")
+    total = len(find_samples(config.data, config.benchmark))  # type: ignore[arg-type]
+    progress = Progress("evaluate", total, "pairs")
+    values = evaluate_flow(
+        flow_network(config.model, config.weights),
+        config.data,
+        config.benchmark,  # type: ignore[arg-type]
+        iters=config.iters or None,
+        progress=lambda done, _total, name: progress.update(done, name),
+    )
+    progress.close()
+    return {f"{config.benchmark}_{name}": float(value) for name, value in values.items()}
+
+
+def _davis(config: EvaluateConfig) -> dict[str, float]:
+    from kinema.pipelines.evaluate.davis import evaluate_davis
+    from kinema.pipelines.evaluate.davis_folder import find_sequences
+    from kinema.pipelines.evaluate.probe_fitting import ProbeFit
+
+    sequences = list(config.sequences) or None
+    names = [sequence.name for sequence in find_sequences(config.data, sequences)]
+    model = feature_model(config.model, config.weights)
+    metrics: dict[str, float] = {}
+    for protocol in config.protocols:
+        progress = Progress(f"evaluate {protocol}", len(names), "sequences")
+        progress.update(0, "first sequence")
+        options: dict[str, Any] = {"frame_side": config.short_side}
+        if protocol != "propagation":
+            options = {"fit": ProbeFit(seed=config.seed)}
+        scores = evaluate_davis(
+            dense_features(model, "both" if protocol == "attention" else config.features),
+            config.data,
+            names,
+            protocol,
+            progress=lambda done, _total, name, shown=progress: shown.update(done, name),
+            masks_out=Path(config.out) / "masks" / protocol if config.out else None,
+            **options,
+        )
+        progress.close()
+        metrics |= {f"davis_{protocol}_{name}": value for name, value in scores.as_dict().items()}
+    first = config.protocols[0]
+    return {"davis_jf": metrics[f"davis_{first}_jf_mean"], **metrics}
+
+
+def _log(config: EvaluateConfig, metrics: dict[str, float]) -> str:
+    """Log to the run asked for, or to that of the run folder; without one only the table is written."""
+    run_id = config.run_id
+    for folder in (Path(config.model), Path(config.model).parent.parent):
+        if not run_id and (folder / "run.json").is_file():
+            run_id = json.loads((folder / "run.json").read_text()).get("run_id", "")
+    if not run_id:
+        return ""
+    uri = tracking.tracking_uri()
+    tracker = tracking.reopen(uri, run_id)
+    if tracker is None:
+        return ""
+    tracker.log_metrics({f"evaluate.{name}": value for name, value in metrics.items()})
+    tracker.flush()
+    tracker.end()
+    return run_id
+
+
+def write_table(folder: Path, summary: EvaluateSummary) -> None:
+    """`table.json` and `table.csv` in the folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".table.partial"
+    partial.write_text(json.dumps(dataclasses.asdict(summary), indent=1, sort_keys=True) + "\n")
+    os.replace(partial, folder / "table.json")
+    with partial.open("w", newline="") as handle:
+        rows = csv.writer(handle)
+        rows.writerow(["metric", "value"])
+        rows.writerows(sorted(summary.metrics.items()))
+    os.replace(partial, folder / "table.csv")
