@@ -178,8 +178,9 @@ class Loader:
         watch = _Watch(self.warn_after_s, self._warn_of_starvation)
         try:
             return next(readings)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # What a dead worker looks like depends on when it died; an error inside a worker names itself.
+            if self.config.num_workers == 0 or "in DataLoader worker process" in str(error):
                 raise
             raise StageError(
                 f"a loader worker of rank {self.rank} died ({str(error).rstrip('.')}): out of memory, or killed? "
