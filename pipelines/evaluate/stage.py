@@ -38,7 +38,7 @@ class EvaluateSummary:
     seconds: float = 0.0
     """Wall time."""
     run_id: str = ""
-    """MLflow run that got the table; empty if there is none."""
+    """MLflow run that got the table."""
 
 
 def run(config: EvaluateConfig, *, report: Callable[[Any], None] | None = None) -> EvaluateSummary:
@@ -144,7 +144,7 @@ def _davis(config: EvaluateConfig) -> dict[str, float]:
         progress.update(0, "first sequence")
         options: dict[str, Any] = {"frame_side": config.short_side}
         if protocol != "propagation":
-            options = {"fit": ProbeFit(seed=config.seed)}
+            options = {"fit": ProbeFit()}
         scores = evaluate_davis(
             dense_features(model, "both" if protocol == "attention" else config.features),
             config.data,
@@ -161,21 +161,17 @@ def _davis(config: EvaluateConfig) -> dict[str, float]:
 
 
 def _log(config: EvaluateConfig, metrics: dict[str, float]) -> str:
-    """Log to the run asked for, or to that of the run folder; without one only the table is written."""
+    """Log to the run asked for, else to the run that made the model, else to a run of its own; returns its id."""
     run_id = config.run_id
     for folder in (Path(config.model), Path(config.model).parent.parent):
         if not run_id and (folder / "run.json").is_file():
             run_id = json.loads((folder / "run.json").read_text()).get("run_id", "")
-    if not run_id:
-        return ""
-    uri = tracking.tracking_uri()
-    tracker = tracking.reopen(uri, run_id)
-    if tracker is None:
-        return ""
-    tracker.log_metrics({f"evaluate.{name}": value for name, value in metrics.items()})
-    tracker.flush()
+    tags = {"kinema.kind": "evaluate"}
+    settings = {"evaluate": dataclasses.asdict(config)}
+    tracker = tracking.start_run("kinema", f"evaluate-{config.benchmark}", settings, tags=tags, resume=run_id)
+    tracker.log_metrics({f"evaluate.{name}": value for name, value in metrics.items() if value == value})
     tracker.end()
-    return run_id
+    return tracker.run_id
 
 
 def write_table(folder: Path, summary: EvaluateSummary) -> None:
