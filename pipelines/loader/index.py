@@ -197,6 +197,6 @@ def _nothing_left(clips: Artifact, flow: Artifact | None, left_out: dict[str, in
         text += f", left out: {_listed(left_out)}"
     if sources:
         text += f"; {sources} sources were quarantined before they gave a clip (see quarantine.parquet)"
-    if flow is not None and set(left_out) == {"without flow"}:
+    if "without flow" in left_out and "quarantined by teach" not in left_out:
         text += "; was the flow made from these clips?"
     return text
