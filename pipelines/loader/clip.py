@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float32, UInt8
 
 from kinema.pipelines.artifacts import read_range
 from kinema.pipelines.flow_codec import FlowBlob, FlowPair
-from kinema.pipelines.video.packets import PacketTable, decode_gop, packet_table
+from kinema.pipelines.loader._h264 import is_unreferenced, length_size
+from kinema.pipelines.video.packets import DECODERS, PacketTable, decode_gop, packet_table
 
 # Two ranges closer than this are read as one: a request costs more than these bytes, on disks and on buckets.
 _MERGE_GAP_BYTES = 32768
@@ -144,11 +145,21 @@ class Clip:
         blocks = _read_blocks([_byte_range(table, span) for span in spans], read)
         pictures: dict[int, np.ndarray] = {}
         for first, last in spans:
-            packets = [(_cut(blocks, table.offset[i], table.size[i]), table.frame[i]) for i in range(first, last)]
             here = wanted.intersection(table.frame[first:last])
+            packets = [(_cut(blocks, table.offset[i], table.size[i]), table.frame[i]) for i in range(first, last)]
+            packets = self._without_unreferenced(packets, here, table.extradata)
             self._counter.frames_decoded += len(packets)
             pictures.update(decode_gop(self.row["codec"], table.extradata, packets, here))
         return pictures
+
+    def _without_unreferenced(
+        self, packets: list[tuple[bytes, int]], wanted: set[int], extradata: bytes
+    ) -> list[tuple[bytes, int]]:
+        """Packets without the pictures that are neither wanted nor referred to: about half of them in H.264."""
+        length_bytes = length_size(extradata) if DECODERS.get(self.row["codec"]) == "h264" else 0
+        if not length_bytes:
+            return packets
+        return [(data, i) for data, i in packets if i in wanted or not is_unreferenced(data, length_bytes)]
 
     def _read(self, offset_column: str, size_column: str) -> bytes:
         return self._range(self._shard_url, self.row[offset_column], self.row[size_column])
