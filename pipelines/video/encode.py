@@ -67,11 +67,14 @@ class ClipEncoder:
 
     def add(self, picture: av.VideoFrame) -> None:
         """Append a picture made by PictureMaker for the same spec."""
-        picture.pts = self.num_frames
-        picture.time_base = self._time_base
+        before = picture.pts, picture.time_base, picture.pict_type
+        picture.pts, picture.time_base = self.num_frames, self._time_base
         picture.pict_type = 0  # the source's picture types must not steer the encoder
         self.num_frames += 1
         self._container.mux(self._stream.encode(picture))
+        picture.pts, _, picture.pict_type = before  # it may be the decoder's own frame
+        if before[1] is not None:
+            picture.time_base = before[1]
 
     def finish(self) -> bytes:
         """Flush and return the whole mp4."""

@@ -188,17 +188,24 @@ def frame_of_planes(planes: list[np.ndarray], pix_fmt: str) -> av.VideoFrame:
 
 
 class Thumbnails:
-    """Small upright BGR pictures of decoded frames, for cut detection, hashes and motion."""
+    """Small upright BGR pictures of decoded frames, for cut detection, hashes and motion. All have one size."""
 
     def __init__(self, orientation: Orientation, short_side: int):
         self.orientation, self.short_side = orientation, short_side
         self._scale = VideoReformatter()
+        self._size: tuple[int, int] | None = None
 
     def make(self, frame: av.VideoFrame) -> np.ndarray:
         """uint8 [h, w, 3] BGR with the shorter side at most `short_side`, area-averaged."""
-        scale = min(1.0, self.short_side / min(frame.width, frame.height))
-        size = [max(8, round(side * scale)) for side in (frame.width, frame.height)]
+        if self._size is None:
+            scale = min(1.0, self.short_side / min(frame.width, frame.height))
+            self._size = max(8, round(frame.width * scale)), max(8, round(frame.height * scale))
         small = self._scale.reformat(
-            frame, width=size[0], height=size[1], format="bgr24", interpolation=Interpolation.AREA, threads=1
+            frame,
+            width=self._size[0],
+            height=self._size[1],
+            format="bgr24",
+            interpolation=Interpolation.AREA,
+            threads=1,
         )
         return np.ascontiguousarray(self.orientation.apply(small.to_ndarray()))

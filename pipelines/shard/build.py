@@ -1,0 +1,354 @@
+"""Build: one planned shard from its sources, one clip in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+
+from kinema.configs.schema import ClipConfig
+from kinema.pipelines.artifacts import Artifact, ShardWriter
+from kinema.pipelines.shard.media import Source, open_source, read_all
+from kinema.pipelines.shard.scan import THUMBNAIL_SIDE, Scan, load_scan, stall_watch
+from kinema.pipelines.video.decode import VideoFile
+from kinema.pipelines.video.encode import ClipEncoder
+from kinema.pipelines.video.errors import Corrupt, Missing, SourceError
+from kinema.pipelines.video.frame_folder import FrameFolder, masks_npz, read_masks
+from kinema.pipelines.video.motion import MOTION
+from kinema.pipelines.video.packets import packet_table
+from kinema.pipelines.video.picture import PictureMaker, Thumbnails
+from kinema.pipelines.video.timeline import ClipSpan
+
+ROWS = pa.schema(
+    [
+        ("source", pa.string()),
+        ("source_hash", pa.string()),
+        ("shot", pa.int32()),
+        ("clip", pa.int32()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+        ("num_frames", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("fps_num", pa.int64()),
+        ("fps_den", pa.int64()),
+        ("rotation", pa.int32()),
+        ("codec", pa.string()),
+        ("motion_score", pa.float64()),
+        ("phash", pa.uint64()),
+        ("duplicate_of", pa.string()),
+        ("near_duplicate_of", pa.string()),
+        ("labels", pa.string()),
+        ("json_offset", pa.int64()),
+        ("json_size", pa.int64()),
+        ("mp4_offset", pa.int64()),
+        ("mp4_size", pa.int64()),
+        ("masks_offset", pa.int64()),
+        ("masks_size", pa.int64()),
+        ("extradata", pa.binary()),
+        ("packet_offset", pa.list_(pa.int64())),
+        ("packet_size", pa.list_(pa.int32())),
+        ("packet_frame", pa.list_(pa.int32())),
+        ("packet_keyframe", pa.list_(pa.bool_())),
+    ]
+)
+"""Columns of samples.parquet besides key, shard and position."""
+
+
+@dataclass(frozen=True)
+class BuildTask:
+    """What a worker needs to build one shard."""
+
+    artifact: Artifact
+    shard: int
+    rows: list[dict[str, Any]]
+    """The shard's plan."""
+    sources: dict[str, Source]
+    """Where the sources of these rows are now; one that is gone is missing here."""
+    clip: ClipConfig
+    frames_fps: float
+    motion: str
+    stall_s: float | None
+    excluded: dict[str, tuple[str, str, int]] = field(default_factory=dict)
+    """Sources that stopped earlier attempts -> (error class, message, attempts)."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of a shard."""
+
+    num_samples: int
+    num_bytes: int
+    quarantined: tuple[str, ...]
+    """Sources of which clips are missing."""
+
+
+def build_shard(task: BuildTask) -> Built:
+    """Encode the shard's clips and commit it. What cannot be decoded is quarantined with the shard."""
+    hashes = {row["source"]: row["source_hash"] for row in task.rows}
+    lost: set[str] = set()
+    with task.artifact.shard_writer(task.shard, ROWS) as writer:
+        for source_id, rows in _by_source(task.rows):
+            if not _build_source(task, source_id, rows, writer):
+                lost.add(source_id)
+        record = writer.commit(num_planned=len(task.rows), input_hashes=hashes)
+    return Built(record["num_samples"], record["bytes"], tuple(sorted(lost)))
+
+
+def try_source(task: BuildTask) -> None:
+    """Encode a source's clips and throw them away, to see whether it stops its worker.
+
+    Raises: SourceError and whatever stopped the build.
+    """
+    for source_id, rows in _by_source(task.rows):
+        for _ in _clips_of(task, source_id, rows):
+            pass
+
+
+def _by_source(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for source_id, group in itertools.groupby(rows, key=lambda row: row["source"]):
+        yield source_id, list(group)
+
+
+def _build_source(task: BuildTask, source_id: str, rows: list[dict[str, Any]], writer: ShardWriter) -> bool:
+    """Returns: whether all clips of the source are in the shard."""
+    if source_id in task.excluded:
+        _quarantine(writer, rows, *task.excluded[source_id])
+        return False
+    written = 0
+    try:
+        for key, members, row in _clips_of(task, source_id, rows):
+            writer.add(key, members, row)
+            written += 1
+    except SourceError as error:
+        _quarantine(writer, rows[written:], type(error).__name__, str(error), 1)
+        return False
+    return True
+
+
+def _quarantine(writer: ShardWriter, rows: list[dict[str, Any]], error_class: str, message: str, attempts: int) -> None:
+    for row in rows:
+        writer.quarantine(row["key"], stage="build", error_class=error_class, message=message, attempts=attempts)
+
+
+def _clips_of(
+    task: BuildTask, source_id: str, rows: list[dict[str, Any]]
+) -> Iterator[tuple[str, dict[str, bytes], dict[str, Any]]]:
+    """(key, members, columns) of each planned clip of one source."""
+    scan = load_scan(task.artifact, source_id)
+    if scan is None or scan.content_hash != rows[0]["source_hash"] or not scan.ok:
+        raise Missing("the file changed after it was planned, before its clips were cut")
+    if source_id not in task.sources:
+        raise Missing("the file is no longer there; it was planned in an earlier run")
+    source = task.sources[source_id]
+    alive = stall_watch(task.stall_s)
+    spans, fps, _ = scan.clips(task.clip)
+    try:
+        with open_source(source, task.frames_fps) as video:
+            cursor = FrameCursor(video, scan, alive)
+            for row in rows:
+                span = spans[row["clip"]]
+                mp4, motion_score = encode_clip(cursor, scan, span, fps, task.clip, task.motion)
+                meta = _sample_meta(row, scan, span, fps, task.clip, motion_score, mp4, bool(source.masks))
+                members = {"mp4": mp4, "json": _json(meta)}
+                if source.masks:
+                    members["masks.npz"] = _masks(source, scan, span)
+                yield row["key"], members, _columns(meta, row, mp4)
+    except av.FFmpegError as error:
+        raise Corrupt(f"encoding or decoding fails: {error.strerror}") from None
+
+
+class _InexactSeek(Exception):
+    """A seek did not lead to the frames the scan saw."""
+
+
+class FrameCursor:
+    """The frames of a source by index, seeking to the keyframe before where the container does that exactly."""
+
+    def __init__(self, video: VideoFile | FrameFolder, scan: Scan, alive: Callable[[], None] = lambda: None):
+        self._video, self._scan, self._alive = video, scan, alive
+        self._seeks = scan.facts["seeks"]
+        self._frames: Iterator[av.VideoFrame] | None = None
+        self._next = 0
+
+    def frames(self, first: int, last: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """(index, frame) from `first` up to and without `last`. Raises: Corrupt if they differ from the scan's."""
+        if self._frames is None or first < self._next or self._keyframe_between(self._next, first):
+            self._go_to(first)
+        while self._next < last:
+            self._alive()
+            frame = next(self._frames, None)
+            if frame is None or frame.pts != self._scan.pts[self._next]:
+                raise _InexactSeek
+            index = self._next
+            self._next += 1
+            if index >= first:
+                yield index, frame
+
+    def give_up_seeking(self, where: int) -> None:
+        """Decode from the start from now on. Raises: Corrupt when that is what was done."""
+        if not self._seeks:
+            raise Corrupt(f"frame {where} decodes differently than the first time")
+        self._seeks, self._frames = False, None
+
+    def _keyframe_between(self, after: int, upto: int) -> bool:
+        keys = self._scan.keyframes
+        return self._seeks and bool(((keys > after) & (keys <= upto)).any())
+
+    def _go_to(self, first: int) -> None:
+        self._next = 0
+        if not self._seeks or first == 0 or not self._keyframe_between(0, first):
+            self._frames = self._video.frames()
+            return
+        frames = self._video.frames(from_pts=int(self._scan.pts[first]))
+        start = next(frames, None)
+        index = -1 if start is None else int(np.searchsorted(self._scan.pts, start.pts))
+        if not 0 <= index <= first or self._scan.pts[index] != start.pts:
+            raise _InexactSeek
+        self._next, self._frames = index, itertools.chain([start], frames)
+
+
+def encode_clip(
+    cursor: FrameCursor, scan: Scan, span: ClipSpan, fps: Fraction, clip: ClipConfig, motion: str
+) -> tuple[bytes, float | None]:
+    """Encode one clip; holds its encoded bytes and a few frames.
+
+    Returns: the mp4, and the motion score (None when not measured).
+    Raises: Corrupt if the source decodes differently than when it was scanned.
+    """
+    while True:
+        try:
+            return _encode_once(cursor, scan, span, fps, clip, motion)
+        except (_InexactSeek, SourceError) as error:
+            try:
+                cursor.give_up_seeking(int(span.frames[0]))
+            except Corrupt:
+                raise (error if isinstance(error, SourceError) else Corrupt(_differs(span))) from None
+
+
+def _differs(span: ClipSpan) -> str:
+    return f"frames {span.frames[0]} to {span.frames[-1]} decode differently than the first time"
+
+
+def _encode_once(
+    cursor: FrameCursor, scan: Scan, span: ClipSpan, fps: Fraction, clip: ClipConfig, motion: str
+) -> tuple[bytes, float | None]:
+    first, last = int(span.frames[0]), int(span.frames[-1])
+    times_shown = np.bincount(span.frames - first, minlength=last - first + 1)
+    maker, thumbnails = PictureMaker(scan.spec), Thumbnails(scan.spec.orientation, THUMBNAIL_SIDE)
+    measure = MOTION[motion]()
+    with ClipEncoder(clip, scan.spec, fps) as encoder:
+        for index, frame in cursor.frames(first, last + 1):
+            small = thumbnails.make(frame)
+            if index in (first, last) and zlib.crc32(small) != scan.checks[index]:
+                raise _InexactSeek
+            if times_shown[index - first]:
+                picture = maker.make(frame)
+            for _ in range(times_shown[index - first]):
+                encoder.add(picture)
+                measure.add(small)
+        return encoder.finish(), measure.score()
+
+
+def _masks(source: Source, scan: Scan, span: ClipSpan) -> bytes:
+    spec = scan.spec
+    paths = [source.masks[index] for index in span.frames]
+    labels, annotated = read_masks(paths, spec.width, spec.height, spec.pad_right, spec.pad_bottom, read_all)
+    return masks_npz(labels, annotated)
+
+
+def _sample_meta(
+    row: dict[str, Any],
+    scan: Scan,
+    span: ClipSpan,
+    fps: Fraction,
+    clip: ClipConfig,
+    motion_score: float | None,
+    mp4: bytes,
+    has_masks: bool,
+) -> dict[str, Any]:
+    """The sample's json."""
+    spec = scan.spec
+    return {
+        "key": row["key"],
+        "source": row["source"],
+        "source_hash": row["source_hash"],
+        "shot": row["shot"],
+        "clip": row["clip"],
+        "pts": scan.pts[span.frames].tolist(),
+        "time_base": scan.facts["time_base"],
+        "start_s": row["start_s"],
+        "end_s": row["end_s"],
+        "fps": [fps.numerator, fps.denominator],
+        "num_frames": len(span.frames),
+        "width": spec.width,
+        "height": spec.height,
+        "padding": [spec.pad_right, spec.pad_bottom],
+        "rotation": spec.orientation.degrees,
+        "mirrored": spec.orientation.mirror,
+        "codec": clip.codec,
+        "gop": clip.gop,
+        "pix_fmt": spec.pix_fmt,
+        "color": {
+            "matrix": spec.matrix,
+            "range": spec.color_range,
+            "primaries": spec.primaries,
+            "transfer": spec.transfer,
+        },
+        "source_facts": {
+            name: scan.facts[name]
+            for name in (
+                "container",
+                "codec",
+                "stream",
+                "stored_width",
+                "stored_height",
+                "stored_pix_fmt",
+                "pixel_aspect_ratio",
+                "fps",
+                "variable_rate",
+            )
+        },
+        "motion_score": None if motion_score is None else round(motion_score, 8),
+        "phash": f"{row['phash']:016x}",
+        "duplicate_of": row["duplicate_of"],
+        "near_duplicate_of": row["near_duplicate_of"],
+        "has_masks": has_masks,
+        "sha256": hashlib.sha256(mp4).hexdigest(),
+        "labels": json.loads(row["labels"]) if row["labels"] else {},
+    }
+
+
+def _json(meta: dict[str, Any]) -> bytes:
+    return json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _columns(meta: dict[str, Any], row: dict[str, Any], mp4: bytes) -> dict[str, Any]:
+    """The sample's row of samples.parquet."""
+    table = packet_table(mp4)
+    if len(table.frame) != meta["num_frames"]:
+        raise Corrupt(f"the encoder wrote {len(table.frame)} of {meta['num_frames']} frames")
+    same = ("source", "source_hash", "shot", "clip", "start_s", "end_s", "num_frames", "width", "height", "rotation")
+    return {
+        **{name: meta[name] for name in (*same, "codec", "motion_score", "duplicate_of", "near_duplicate_of")},
+        "fps_num": meta["fps"][0],
+        "fps_den": meta["fps"][1],
+        "phash": row["phash"],
+        "labels": row["labels"],
+        "masks_offset": 0,
+        "masks_size": 0,
+        "extradata": table.extradata,
+        "packet_offset": table.offset,
+        "packet_size": table.size,
+        "packet_frame": table.frame,
+        "packet_keyframe": table.keyframe,
+    }

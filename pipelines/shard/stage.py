@@ -1,0 +1,345 @@
+"""The stage: find sources, scan what is new, plan, build what is not committed, write the tables.
+
+Every step leaves its result in the artifact, so a run that was killed goes on where it stopped and ends with the
+same bytes, and a run with nothing to do decodes nothing.
+
+Quarantine rules: a source that cannot be used is recorded with the reason and not tried again until its bytes
+change. Where the decoder crashed or hung (which may have been the machine's fault) it is tried again by later runs,
+up to MAX_ATTEMPTS times in all. A source that fails only while clips are cut costs its rows of that shard.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from kinema.configs.schema import ShardConfig
+from kinema.pipelines import engine
+from kinema.pipelines.artifacts import Artifact, quarantine_row
+from kinema.pipelines.errors import StageError
+from kinema.pipelines.progress import Progress
+from kinema.pipelines.shard.build import BuildTask, Built, build_shard, try_source
+from kinema.pipelines.shard.media import Source, content_hash, fingerprint
+from kinema.pipelines.shard.plan import Duplicates, PlannedClip, new_rows, plan_source
+from kinema.pipelines.shard.scan import Scan, ScanTask, load_scan, save_scan, scan_task
+from kinema.pipelines.shard.sources import Found, find_sources
+from kinema.pipelines.video.errors import SourceError
+
+MAX_ATTEMPTS = 6
+"""Times a source is tried, over all runs, whose decoder crashes or hangs."""
+_RETRIES = 2  # within one run
+_RETRIED = frozenset({"WorkerCrashed", "OutOfMemory", "Timeout"})
+_HASH_THREADS = 8
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What `kinema shard --json` prints."""
+
+    sources: int
+    """Videos found, unusable ones included."""
+    clips: int
+    """Clips in the artifact."""
+    quarantined: int
+    """Sources of this run that are in quarantine, wholly or in part."""
+    shards: int
+    """Committed shards of the artifact."""
+    seconds: float
+    """Wall time of this run."""
+    new_clips: int
+    """Clips that this run planned."""
+    built_shards: int
+    """Shards that this run built."""
+    dropped_short: int
+    """Pieces of shots left out for having fewer than clip.min_frames frames."""
+    duplicates: int
+    """Clips that repeat an earlier one exactly."""
+    near_duplicates: int
+    """Clips that look like an earlier one."""
+    bytes: int
+    """Of all shards."""
+    ignored_files: int
+    """Files that are not videos."""
+    exit_status: int = field(default=0, metadata={"json": False})
+    """0, or 3 when more than the allowed share of sources is quarantined."""
+
+
+def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> ShardSummary:
+    """Make or continue the clips artifact at `config.out` from `config.videos`.
+
+    Args: report: gets one sentence at each step; None writes them to stderr.
+    Raises: ValueError for bad settings, no video, or an artifact made with another config; StageError when the disk
+    is full or Ray cannot be reached.
+    """
+    started = time.monotonic()
+    check_config(config)
+    say = report or (lambda line: print(f"shard: {line}", file=sys.stderr, flush=True))
+    found = find_sources(config.videos, config.layout, exclude=config.out)
+    artifact = Artifact.open(config.out, kind="clips", config=content_config(config))
+    say(f"{len(found.sources)} videos in {config.videos}, {found.ignored_files} other files ignored")
+    new_scans = scan_sources(artifact, found.sources, config)
+    new_clips = plan_sources(artifact, found.sources, config)
+    built = build_shards(artifact, found.sources, config)
+    _settle_quarantine(artifact, found)
+    artifact.finalize()
+    if not (new_scans or new_clips or built):
+        say("nothing to do: every clip of every video is in the artifact")
+    return _summary(artifact, found, config, new_clips, built, time.monotonic() - started, say)
+
+
+def check_config(config: ShardConfig) -> None:
+    """Raises: ValueError with the value, the rule and the fix."""
+    clip = config.clip
+    rules = (
+        (bool(config.out), "out", "must name a folder or URL, for example out=workspace/clips"),
+        (clip.seconds > 0, "clip.seconds", "must be positive; use for example 4"),
+        (0 <= clip.fps <= 240, "clip.fps", "must be 0 (the source's rate) to 240"),
+        (clip.min_frames >= 1, "clip.min_frames", "must be at least 1"),
+        (clip.short_side == 0 or clip.short_side >= 16, "clip.short_side", "must be 0 (keep) or at least 16"),
+        (0 <= clip.crf <= 51, "clip.crf", "must be 0 to 51"),
+        (clip.gop >= 1, "clip.gop", "must be at least 1"),
+        (clip.cut_threshold > 0, "clip.cut_threshold", "must be positive; 27 is usual"),
+        (config.shard_mb >= 1, "shard_mb", "must be at least 1"),
+        (config.min_shards >= 1, "min_shards", "must be at least 1"),
+        (config.frames_fps > 0, "frames_fps", "must be positive; DAVIS has 24, YouTube-VOS 6"),
+        (0 <= config.near_duplicate_bits <= 16, "near_duplicate_bits", "must be 0 to 16"),
+        (0 <= config.allowed_quarantine <= 1, "allowed_quarantine", "must be 0 to 1"),
+        (config.source_timeout_s > 0, "source_timeout_s", "must be positive"),
+    )
+    for holds, name, rule in rules:
+        if not holds:
+            value: Any = config
+            for part in name.split("."):
+                value = getattr(value, part)
+            raise ValueError(f"{name}={value!r} {rule}")
+
+
+def content_config(config: ShardConfig) -> dict[str, Any]:
+    """The settings that decide what is in the clips, not where they come from or how they are packed."""
+    return {
+        "clip": asdict(config.clip),
+        "frames_fps": config.frames_fps,
+        "motion": config.motion,
+        "near_duplicate_bits": config.near_duplicate_bits,
+    }
+
+
+def scan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig) -> int:
+    """Scan every source that is new, changed, or worth another try. Returns: how many."""
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        states = pool.map(lambda source: _needs_scan(artifact, source), sources)
+        wanted = [source for source, needed in zip(sources, states, strict=True) if needed]
+    tasks = [ScanTask(artifact, s, config.clip, config.frames_fps, _stall_s(config)) for s in wanted]
+    progress = Progress("scan", len(tasks), "videos")
+    for done, (task, outcome) in enumerate(_run_tasks(scan_task, tasks, config), start=1):
+        if isinstance(outcome, engine.Failure):
+            _record_failed_scan(artifact, task.source, outcome)
+        progress.update(done)
+    progress.close()
+    return len(wanted)
+
+
+def _needs_scan(artifact: Artifact, source: Source) -> bool:
+    scan = load_scan(artifact, source.id)
+    if scan is None:
+        return True
+    if scan.error_class in _RETRIED and scan.attempts < MAX_ATTEMPTS:
+        return True
+    if scan.fingerprint and scan.fingerprint == fingerprint(source):
+        return False
+    try:
+        return content_hash(source) != scan.content_hash
+    except SourceError:
+        return bool(scan.content_hash)
+
+
+def _record_failed_scan(artifact: Artifact, source: Source, failure: engine.Failure) -> None:
+    """The worker left no record: write one, with all attempts so far on these bytes."""
+    try:
+        found = content_hash(source)
+    except SourceError:
+        found = ""
+    before = load_scan(artifact, source.id)
+    tried = before.attempts if before and before.content_hash == found and before.error_class in _RETRIED else 0
+    message = f"{failure.message} ({failure.where})" if failure.where else failure.message
+    scan = Scan(source.id, found, fingerprint(source), failure.error_class, message, tried + failure.attempts)
+    save_scan(artifact, scan)
+
+
+def plan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig) -> int:
+    """Append the clips of sources that are not in the plan yet. Returns: how many."""
+    existing = artifact.plan
+    planned = set()
+    if existing.num_rows:
+        planned = set(zip(existing["source"].to_pylist(), existing["source_hash"].to_pylist(), strict=True))
+    new: list[PlannedClip] = []
+    for source in sources:
+        scan = load_scan(artifact, source.id)
+        if scan is not None and scan.ok and (source.id, scan.content_hash) not in planned:
+            new.extend(plan_source(source, scan, config.clip, artifact.config_hash))
+    if not new:
+        return 0
+    duplicates = Duplicates(config.near_duplicate_bits)
+    for clip in _planned_before(artifact, config):
+        duplicates.add(clip)
+    first = max(artifact.planned_shards(), default=-1) + 1
+    rows = new_rows(new, duplicates, first=first, shard_mb=config.shard_mb, min_shards=config.min_shards)
+    artifact.append_plan(rows)
+    return rows.num_rows
+
+
+def _planned_before(artifact: Artifact, config: ShardConfig) -> Iterator[PlannedClip]:
+    """Clips of the plan whose source's record is still that of the planned bytes."""
+    plan = artifact.plan
+    if not plan.num_rows:
+        return
+    known = dict(zip(plan["source"].to_pylist(), plan["source_hash"].to_pylist(), strict=True))
+    for source_id, source_hash in known.items():
+        scan = load_scan(artifact, source_id)
+        if scan is not None and scan.ok and scan.content_hash == source_hash:
+            yield from plan_source(Source(source_id, ""), scan, config.clip, artifact.config_hash)
+
+
+def build_shards(artifact: Artifact, sources: list[Source], config: ShardConfig) -> int:
+    """Build every shard without a valid commit. Returns: how many."""
+    pending = artifact.pending()
+    if not pending:
+        return 0
+    by_id = {source.id: source for source in sources}
+    tasks = [_build_task(artifact, shard, by_id, config) for shard in pending]
+    progress = Progress("shard", sum(len(task.rows) for task in tasks), "clips")
+    done = 0
+    failed: list[tuple[BuildTask, engine.Failure]] = []
+    for task, outcome in _run_tasks(build_shard, tasks, config, retries=1):
+        if isinstance(outcome, engine.Failure):
+            failed.append((task, outcome))
+            continue
+        done += len(task.rows)
+        progress.update(done, _lost_note(outcome.value))
+    for task, failure in failed:
+        _build_without_culprits(task, failure, config)
+        done += len(task.rows)
+        progress.update(done)
+    progress.close()
+    return len(pending)
+
+
+def _lost_note(built: Built) -> str:
+    return f"{len(built.quarantined)} videos quarantined" if built.quarantined else ""
+
+
+def _build_task(artifact: Artifact, shard: int, by_id: dict[str, Source], config: ShardConfig) -> BuildTask:
+    rows = artifact.plan_of(shard).to_pylist()
+    named = {row["source"] for row in rows}
+    return BuildTask(
+        artifact,
+        shard,
+        rows,
+        {name: by_id[name] for name in sorted(named) if name in by_id},
+        config.clip,
+        config.frames_fps,
+        config.motion,
+        _stall_s(config),
+    )
+
+
+def _build_without_culprits(task: BuildTask, failure: engine.Failure, config: ShardConfig) -> None:
+    """A shard that keeps stopping its worker: try its sources one by one, then build it without those that fail.
+
+    Raises: the failure, when the shard cannot even be built without any source.
+    """
+    singles = [
+        replace(task, rows=[row for row in task.rows if row["source"] == name])
+        for name in dict.fromkeys(row["source"] for row in task.rows)
+    ]
+    excluded = {}
+    for single, outcome in _run_tasks(try_source, singles, config, retries=0):
+        if isinstance(outcome, engine.Failure):
+            excluded[single.rows[0]["source"]] = _reason(outcome, failure.attempts)
+    everything = {single.rows[0]["source"]: _reason(failure, failure.attempts) for single in singles}
+    for choice in (excluded, everything):
+        for _, outcome in _run_tasks(build_shard, [replace(task, excluded=choice)], config, retries=0):
+            if not isinstance(outcome, engine.Failure):
+                return
+            failure = outcome
+    raise StageError(f"shard {task.shard} cannot be built: {failure.error_class}: {failure.message}")
+
+
+def _reason(failure: engine.Failure, attempts: int) -> tuple[str, str, int]:
+    where = f" ({failure.where})" if failure.where else ""
+    return failure.error_class, f"{failure.message}{where}", attempts + failure.attempts
+
+
+def _run_tasks(fn: Callable, tasks: list, config: ShardConfig, retries: int = _RETRIES) -> Iterator[tuple]:
+    return engine.run_tasks(
+        fn, tasks, max_in_flight=config.num_workers, retries=retries, timeout_s=config.source_timeout_s
+    )
+
+
+def _stall_s(config: ShardConfig) -> float | None:
+    """Workers end themselves when they stall; this process must not."""
+    return config.source_timeout_s if engine.backend() == "ray" else None
+
+
+def _settle_quarantine(artifact: Artifact, found: Found) -> None:
+    """Make the entries of this run's sources say what is true now."""
+    known = {(row["source"], row["error_class"], row["message"]) for row in artifact.quarantined().to_pylist()}
+    good, bad = [], []
+    for source in found.sources:
+        scan = load_scan(artifact, source.id)
+        if scan.ok:
+            good.append(source.id)
+        else:
+            bad.append((source.id, scan.error_class, scan.message, scan.attempts))
+    bad += [(name, "Missing", why, 1) for name, why in found.missing.items()]
+    artifact.clear_quarantine(good)
+    artifact.quarantine(
+        quarantine_row(source=name, stage="scan", error_class=error_class, message=message, attempts=attempts)
+        for name, error_class, message, attempts in bad
+        if (name, error_class, " ".join(message.split())) not in known
+    )
+
+
+def _summary(
+    artifact: Artifact, found: Found, config: ShardConfig, new_clips: int, built: int, seconds: float, say: Callable
+) -> ShardSummary:
+    ids = {source.id for source in found.sources} | set(found.missing)
+    entries = [row for row in artifact.quarantined().to_pylist() if row["source"] in ids]
+    quarantined = {row["source"] for row in entries}
+    commits = artifact.commits()
+    samples = artifact.samples()
+    marks = {name: _count(samples, name) for name in ("duplicate_of", "near_duplicate_of")}
+    share = len(quarantined) / len(ids)
+    if quarantined:
+        classes = Counter({row["source"]: row["error_class"] for row in entries}.values())
+        listed = ", ".join(f"{count} {name}" for name, count in sorted(classes.items()))
+        say(f"{len(quarantined)} of {len(ids)} videos quarantined ({listed}); see quarantine.parquet")
+    return ShardSummary(
+        sources=len(ids),
+        clips=samples.num_rows,
+        quarantined=len(quarantined),
+        shards=len(commits),
+        seconds=round(seconds, 3),
+        new_clips=new_clips,
+        built_shards=built,
+        dropped_short=_dropped(artifact, found, config),
+        duplicates=marks["duplicate_of"],
+        near_duplicates=marks["near_duplicate_of"],
+        bytes=sum(record["bytes"] for record in commits.values()),
+        ignored_files=found.ignored_files,
+        exit_status=3 if share > config.allowed_quarantine else 0,
+    )
+
+
+def _count(samples, name: str) -> int:
+    return samples.num_rows - samples[name].null_count if name in samples.column_names else 0
+
+
+def _dropped(artifact: Artifact, found: Found, config: ShardConfig) -> int:
+    scans = (load_scan(artifact, source.id) for source in found.sources)
+    return sum(scan.clips(config.clip)[2] for scan in scans if scan is not None and scan.ok)

@@ -1,0 +1,77 @@
+"""How many bytes a container says it has: tells a file that was cut off from one that is damaged inside."""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+_MP4_FIRST = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}
+_EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
+
+
+def missing_end(file: BinaryIO, num_bytes: int) -> str | None:
+    """What shows that the file ends too early, or None when nothing does.
+
+    Reads the outermost structure of MP4 and QuickTime (boxes), Matroska and WebM (segment), AVI and WAV (RIFF).
+
+    Args: file: seekable; its position changes. num_bytes: its size.
+    """
+    file.seek(0)
+    head = file.read(12)
+    if head[4:8] in _MP4_FIRST:
+        return _check_boxes(file, num_bytes)
+    if head[:4] == _EBML.to_bytes(4, "big"):
+        return _check_segment(file, num_bytes)
+    if head[:4] == b"RIFF":
+        return _too_short(8 + int.from_bytes(head[4:8], "little"), num_bytes, "RIFF chunk")
+    return None
+
+
+def _too_short(end: int, num_bytes: int, what: str) -> str | None:
+    return f"the {what} ends at byte {end}, the file at byte {num_bytes}" if end > num_bytes else None
+
+
+def _check_boxes(file: BinaryIO, num_bytes: int) -> str | None:
+    position, seen = 0, set()
+    while position + 8 <= num_bytes:
+        file.seek(position)
+        head = file.read(16)
+        size, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if size == 1:
+            size = int.from_bytes(head[8:16], "big")
+        elif size == 0:
+            size = num_bytes - position
+        if size < 8 or not kind.isascii():
+            return None  # damaged rather than cut
+        seen.add(kind)
+        if position + size > num_bytes:
+            name = kind.decode("ascii", "replace")
+            return _too_short(position + size, num_bytes, f"{name} box")
+        position += size
+    if b"moov" not in seen and b"mdat" in seen:
+        return "the file has no moov box: it was cut off before its index was written"
+    return None
+
+
+def _check_segment(file: BinaryIO, num_bytes: int) -> str | None:
+    position = 0
+    while position < num_bytes:
+        file.seek(position)
+        head = file.read(12)
+        id_length = _vint_length(head[:1])
+        size_length = _vint_length(head[id_length : id_length + 1])
+        if not id_length or not size_length:
+            return None
+        number = int.from_bytes(head[:id_length], "big")
+        mask = (1 << (7 * size_length)) - 1
+        size = int.from_bytes(head[id_length : id_length + size_length], "big") & mask
+        if size == mask:
+            return None  # written as a stream: the size is unknown
+        position += id_length + size_length + size
+        if number == _SEGMENT:
+            return _too_short(position, num_bytes, "Matroska segment")
+    return None
+
+
+def _vint_length(first: bytes) -> int:
+    """Bytes of an EBML number by its first byte; 0 for an impossible one."""
+    return 9 - first[0].bit_length() if first and first[0] else 0

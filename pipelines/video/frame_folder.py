@@ -1,0 +1,109 @@
+"""A folder of pictures as a video, with masks where the data set has them (YouTube-VOS, DAVIS)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import av
+import cv2
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image, UnidentifiedImageError
+
+from kinema.pipelines.video.errors import Corrupt, Missing
+
+
+class FrameFolder:
+    """Pictures in the order given, one tick each. Same interface as VideoFile.
+
+    Args:
+        pictures: paths or URLs of JPEG or PNG files.
+        fps: frames per second, which the folder does not say.
+        read: reads all bytes of one path.
+    """
+
+    format_name, stream_index, seeks, invented_pts = "frames", 0, True, False
+    aspect_ratio = Fraction(1)
+
+    def __init__(self, pictures: Sequence[str], fps: float, read):
+        self._pictures, self._read = list(pictures), read
+        rate = Fraction(fps).limit_denominator(100_000)
+        self.time_base, self.start, self.rates = 1 / rate, 0, (rate,)
+
+    def __enter__(self) -> FrameFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held open."""
+
+    @property
+    def codec_name(self) -> str:
+        """The pictures' extension."""
+        return self._pictures[0].rpartition(".")[2].lower()
+
+    def frames(self, from_pts: int | None = None) -> Iterator[av.VideoFrame]:
+        """Frames in order; pts is the picture's number. Raises: Corrupt, Missing."""
+        for index in range(from_pts or 0, len(self._pictures)):
+            frame = av.VideoFrame.from_ndarray(self._picture(index), format="bgr24")
+            frame.pts, frame.time_base = index, self.time_base
+            frame.duration = 1
+            yield frame
+
+    def _picture(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        path = self._pictures[index]
+        name = path.rpartition("/")[2]
+        try:
+            data = self._read(path)
+        except OSError as error:
+            raise Missing(f"picture {name} cannot be read: {error}") from None
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+        if picture is None:
+            raise Corrupt(f"picture {name} (frame {index}) does not decode")
+        return np.ascontiguousarray(picture)
+
+
+def read_masks(
+    masks: Sequence[str | None], width: int, height: int, pad_right: int, pad_bottom: int, read
+) -> tuple[UInt8[np.ndarray, "T H W"], Bool[np.ndarray, "T"]]:
+    """Object masks of a clip's frames at the clip's size.
+
+    Args:
+        masks: path of each frame's PNG, or None where the frame is not annotated.
+        width, height: of the clip, padding included; masks are resized by nearest neighbour where they differ.
+        read: reads all bytes of one path.
+
+    Returns: labels (0 where not annotated), and which frames are annotated.
+    Raises: Corrupt, Missing.
+    """
+    labels = np.zeros((len(masks), height, width), np.uint8)
+    annotated = np.array([path is not None for path in masks])
+    inner = (width - pad_right, height - pad_bottom)
+    for index, path in enumerate(masks):
+        if path is None:
+            continue
+        mask = _read_mask(path, read)
+        if mask.shape != inner[::-1]:
+            mask = cv2.resize(mask, inner, interpolation=cv2.INTER_NEAREST)
+        labels[index] = np.pad(mask, ((0, pad_bottom), (0, pad_right)), mode="edge")
+    return labels, annotated
+
+
+def _read_mask(path: str, read) -> UInt8[np.ndarray, "H W"]:
+    """Palette or grey PNG as label numbers; the palette itself is dropped."""
+    try:
+        with Image.open(io.BytesIO(read(path))) as image:
+            plain = image if image.mode in ("P", "L") else image.convert("L")
+            return np.asarray(plain, np.uint8)
+    except (UnidentifiedImageError, SyntaxError) as error:
+        raise Corrupt(f"mask {path.rpartition('/')[2]} does not decode: {error}") from None
+    except OSError as error:
+        raise Missing(f"mask {path.rpartition('/')[2]} cannot be read: {error}") from None
+
+
+def masks_npz(labels: UInt8[np.ndarray, "T H W"], annotated: Bool[np.ndarray, "T"]) -> bytes:
+    """Payload of `KEY.masks.npz`: arrays `masks` and `annotated`; the same bytes every time."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, masks=labels, annotated=annotated)
+    return buffer.getvalue()
