@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from kinema.configs.schema import TrainConfig
 from kinema.pipelines import tracking
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.errors import StageError
+from kinema.pipelines.loader import ClipIndex, Loader
 from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.checkpoint import load_model
 from kinema.pipelines.train.launch import launch
@@ -86,9 +88,11 @@ def run(config: TrainConfig, *, report: Callable[[dict[str, Any]], None] | None 
         if meta["step"] >= config.steps:
             return _summary(_read_run(folder).get("run_id", ""), newest, meta, meta["samples_per_second"], started)
     recipe.check()
+    make_loader = ClipLoader(config, recipe)
+    sys.stderr.write(f"kinema train: {make_loader.index().describe()}\n")
     _make_folder(folder)
     tracker = _open_run(config, folder, identity, inputs)
-    job = TrainJob(config, recipe, FlowLoader(config, recipe), folder, identity, tracker.handle)
+    job = TrainJob(config, recipe, make_loader, folder, identity, tracker.handle)
     total = {"stage": "train", "steps": config.steps}
     on_progress = (lambda step, loss: report(total | {"step": step, "loss": loss})) if report else None
     status = "FAILED"
@@ -108,31 +112,32 @@ def build_model(config: TrainConfig) -> Any:
 
 
 @dataclass(frozen=True)
-class FlowLoader:
+class ClipLoader:
     """Makes each rank's loader; pickled to the ranks."""
 
     config: TrainConfig
     recipe: Any
 
     def __call__(self, place: Place) -> Any:
-        from kinema.pipelines.loader import ClipIndex, Loader
-
         config = self.config
-        sidecars = {"flow_url": config.flow} if "flow" in self.recipe.needs else {}
-        index = ClipIndex.open(
-            config.clips,
-            **sidecars,
-            min_motion=config.loader.min_motion,
-            skip_duplicates=config.loader.skip_duplicates,
-        )
         return Loader(
-            index,
+            self.index(),
             self.recipe.read_sample,
             config.loader,
             batch_size=rank_batch_size(config, place.world_size),
             seed=config.seed,
             rank=place.rank,
             world_size=place.world_size,
+            pin_memory=place.device.type == "cuda",
+        )
+
+    def index(self) -> ClipIndex:
+        """The clips to train on; ValueError with reasons and counts if there are none."""
+        return ClipIndex.open(
+            self.config.clips,
+            self.config.flow if "flow" in self.recipe.needs else None,
+            min_motion=self.config.loader.min_motion,
+            skip_duplicates=self.config.loader.skip_duplicates,
         )
 
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from kinema.models.flowfeat import VARIANTS, FlowFeat
 from kinema.models.flowfeat_training import FlowFeatLossConfig, FlowFeatTraining, random_crop_matrix
 from kinema.models.vision_transformer import CONFIGS
 from kinema.models.weights import LEDGER, load_weights, published_file
+from kinema.pipelines.loader import Clip, Skip
 from kinema.pipelines.pictures import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -78,9 +78,7 @@ class FlowFeatRecipe:
         self._load_start(module, say=True)
         return module
 
-    def read_sample(self, clip: Any, rng: np.random.Generator) -> dict[str, Tensor] | Skip:
-        from kinema.pipelines.loader import Skip
-
+    def read_sample(self, clip: Clip, rng: np.random.Generator) -> dict[str, Tensor] | Skip:
         """One frame, the flow from it to a neighbour, and two crops.
 
         Returns: image uint8 [3, S, S], flow float32 [2, s, s] in px of its own size, crop1 and crop2 [2, 3].

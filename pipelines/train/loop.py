@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import threading
 import time
@@ -139,16 +140,15 @@ def train_worker(job: TrainJob, place: Place, stop: Stop) -> Finished:
                 point = log.step(state, means) if log else None
             if log and point:
                 log.send(point, state.step)
-    except (StageError, ValueError):
-        if log:
-            log.finish("FAILED")
-        raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise StageError(f"disk full while writing {error.filename}: free space or set out= to another disk") from None
     finally:
         stop.close()
-        with contextlib.suppress(AttributeError):
-            state.loader.close()
-    if log:
-        log.finish("KILLED" if stopped else "FINISHED")
+        state.loader.close()
+        if log:
+            log.close()
     rate = (state.step - first_step) * config.batch_size / max(time.perf_counter() - started, 1e-9)
     return Finished(state.step, state.loss, rate, (stop.reason or "another rank") if stopped else None)
 
@@ -292,12 +292,11 @@ class _Log:
             if self.tracker:
                 self.tracker.log_artifact(path, "pictures")
 
-    def finish(self, status: str) -> None:
+    def close(self) -> None:
         """Flush everything; the driver ends the MLflow run."""
         self.metrics.close()
         if self.tracker:
             self.tracker.flush()
-            self.tracker.set_tag("kinema.train", status)
 
 
 def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:

@@ -1,5 +1,6 @@
 """The loop on a toy recipe: resume, accumulation, stopping, failures."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from kinema.pipelines.train.loop import rank_batch_size, train_worker
 from kinema.pipelines.train.meter import read_metrics
 from kinema.pipelines.train.optimizer import learning_rate
 from kinema.pipelines.train.parallel import Place
-from kinema.pipelines.train.stop import CatchSignals, Stop
+from kinema.pipelines.train.stop import Stop
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_training import NUM_SAMPLES, MakeLoader, ToyRecipe, toy_job
@@ -229,7 +230,7 @@ from toy_training import ToyRecipe, toy_job
 from kinema.configs.schema import TrainConfig
 from kinema.pipelines.train.loop import train_worker
 from kinema.pipelines.train.parallel import Place
-from kinema.pipelines.train.stop import CatchSignals, Stop
+from kinema.pipelines.train.stop import Stop
 torch.set_num_threads(1)
 config = TrainConfig(steps=40, batch_size=4, lr=0.01, checkpoint_every=5, log_every=3, pictures_every=6,
     warmup_steps=3, seed=3, keep_checkpoints=3, clip_norm=1.0, schedule="cosine")
@@ -262,8 +263,5 @@ def test_loader_is_closed_and_gets_its_share(tmp_path):
             made.append(super().__call__(place))
             return made[-1]
 
-    import dataclasses
-
     train_worker(dataclasses.replace(job, make_loader=Keep(job.config)), Place(), Stop())
     assert made[0].closed and made[0].batch_size == 4
-    assert CatchSignals is not None
