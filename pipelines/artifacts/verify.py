@@ -56,15 +56,16 @@ def _problems(artifact: Artifact) -> Iterator[Problem]:
         yield Problem("_quarantine", f"cannot be read: {error}")
         return
     latest = artifact.latest_shards()
+    sizes = artifact.store.sizes()
     for shard in shards:
         excused = {q["key"] for q in quarantined if q["shard"] == shard}
-        yield from _shard_problems(artifact, shard, excused, latest)
+        yield from _shard_problems(artifact, shard, excused, latest, sizes)
     yield from _stray_files(artifact, shards)
     yield from _derived_tables(artifact)
 
 
 def _shard_problems(
-    artifact: Artifact, shard: int, excused: set[str | None], latest: dict[str, int]
+    artifact: Artifact, shard: int, excused: set[str | None], latest: dict[str, int], sizes: dict[str, int]
 ) -> Iterator[Problem]:
     name, planned = artifact.shard_name(shard), artifact.plan_of(shard).select(["key", "source"]).to_pylist()
     record = artifact.commit_of(shard)
@@ -84,7 +85,7 @@ def _shard_problems(
         yield Problem(layout.commit_rows(shard), f"damaged: {error}")
     if record["num_planned"] != len(planned):
         yield Problem(layout.commit_record(shard), f"plans {record['num_planned']} samples, {len(planned)} are planned")
-    yield from _tar_problems(artifact, record, rows)
+    yield from _tar_problems(artifact, record, rows, sizes.get(record["name"]))
     present = [row["key"] for row in rows]
     order = {row["key"]: place for place, row in enumerate(planned)}
     if [key for key in order if key in set(present)] != present:
@@ -95,9 +96,10 @@ def _shard_problems(
             yield Problem(name, f"planned sample {row['key']} is neither in the shard nor quarantined")
 
 
-def _tar_problems(artifact: Artifact, record: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[Problem]:
+def _tar_problems(
+    artifact: Artifact, record: dict[str, Any], rows: list[dict[str, Any]], size: int | None
+) -> Iterator[Problem]:
     name = record["name"]
-    size = artifact.store.sizes().get(name)
     if size is None:
         yield Problem(name, "missing although it is committed")
         return

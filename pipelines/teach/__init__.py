@@ -87,6 +87,9 @@ def _open_clips(url: str) -> Artifact:
     clips = Artifact.read(url)
     if clips.kind != "clips":
         raise ValueError(f"clips={url} holds {clips.kind}, not clips; give the folder that `kinema shard` wrote")
+    if not clips.samples(["key"]).num_rows:
+        bad = clips.quarantined().num_rows
+        raise ValueError(f"clips={url} holds no clip ({bad} inputs are quarantined, see its quarantine.parquet)")
     return clips
 
 
@@ -162,12 +165,13 @@ def _compute(
     resources = engine.resources()
     spec, num_actors = _place(config, spec, resources)
     counter = engine.Counter()
-    total = sum(flow.plan_of(shard).num_rows for shard in todo)
+    total = pc.sum(pc.is_in(flow.plan["shard"], value_set=pa.array(todo, pa.int32()))).as_py()
     progress = Progress("teach", total, "clips")
 
     def tick() -> None:
-        counts = counter.read()
-        progress.update(min(counts[0], total), f"{counts[1]} pairs")
+        num_clips, num_pairs = counter.read()
+        if progress.done < total:
+            progress.update(min(num_clips, total), f"{num_pairs} pairs")
 
     outcomes = engine.run_on_actors(
         partial(ShardTeacher, clips, flow, spec, pairing, counter.add),

@@ -9,17 +9,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import av
+import cv2
 import numpy as np
 import pyarrow as pa
 from jaxtyping import UInt8
 
 from kinema.pipelines.artifacts import Artifact, read_range
+from kinema.pipelines.errors import StageError
 from kinema.pipelines.flow_codec import FlowBlob, encode_clip_flow
 from kinema.pipelines.teach.clip_flow import BadFlow, FlowStatistics, Pairing, clip_flow
 from kinema.pipelines.teach.teachers import Teacher, TeacherSpec, reduced_size, use_threads
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.errors import Corrupt, SourceError, Truncated
 from kinema.pipelines.video.packets import to_rgb
+
+RETRY = "retry"
+# What networks, OpenCV and FFmpeg raise on a clip they cannot take, memory included: it costs the clip, not its shard.
+_UNFORESEEN = (ValueError, RuntimeError, cv2.error, av.FFmpegError)
 
 FLOW_COLUMNS = pa.schema(
     [
@@ -78,21 +85,23 @@ class ShardTeacher:
         if record is None:
             raise ValueError(f"clip shard {shard} of {self.clips.url} is not committed; run `kinema shard` to the end")
         rows = {row["key"]: row for row in self.clips.rows_of(shard).to_pylist()}
-        num_pairs, damaged = 0, False
+        num_pairs, passing = 0, False
         with use_threads(self.spec.threads), self.flow.shard_writer(shard, FLOW_COLUMNS) as writer:
             for key in writer.planned:
                 try:
                     blob, row = self._clip(shard, rows[key])
-                except (SourceError, BadFlow) as error:
-                    damaged |= isinstance(error, DamagedStorage)
+                except StageError:
+                    raise
+                except (SourceError, BadFlow, *_UNFORESEEN) as error:
+                    passing |= isinstance(error, (DamagedStorage, *_UNFORESEEN)) and not isinstance(error, BadFlow)
                     writer.quarantine(key, stage="teach", error_class=type(error).__name__, message=str(error))
                     self.count(1, 0)
                     continue
                 writer.add(key, {"flow": blob}, row)
                 num_pairs += row["num_pairs"]
                 self.count(1, row["num_pairs"])
-            # A hash that no clip shard has: the next run tries again, by when the clips may be mended.
-            committed = writer.commit(input_hashes={"clips": "damaged" if damaged else record["sha256"]})
+            # RETRY is a hash that no clip shard has, so the next run tries again what may have passed by then.
+            committed = writer.commit(input_hashes={"clips": RETRY if passing else record["sha256"]})
         return ShardOutcome(committed["num_samples"], num_pairs, len(writer.quarantined), committed["bytes"])
 
     def _clip(self, shard: int, row: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:

@@ -26,6 +26,7 @@ from kinema.pipelines.flow_codec import FlowBlob
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.teach import clip_flow
 from kinema.pipelines.teach.shard_teacher import ShardTeacher, clip_frames
+from kinema.pipelines.teach.teachers import use_threads
 
 HEIGHT, WIDTH = 72, 96
 SHARDS = {0: ["pan.mp4", "zoom.mp4"], 1: ["turn.mp4"]}
@@ -182,10 +183,10 @@ def test_raft_stores_what_the_network_gives_and_encodes_each_frame_once(clips, t
     network = raft_small(weights=weights)
     frames, blob = film("zoom.mp4"), blobs(tmp_path / "flow")["zoom.mp4"]
     assert blob.header.weights_hash == hashlib.sha256(weights.read_bytes()).hexdigest()
-    with torch.inference_mode():
+    with torch.inference_mode(), use_threads(1):
         for t, gap in [(0, 1), (3, -2), (4, -1)]:
             expected = network(image(frames[t]), image(frames[t + gap]), iters=1)[0].numpy()
-            assert np.abs(blob.flow(t, gap) - expected).max() <= STEP_PX + 1e-4
+            assert np.abs(blob.flow(t, gap) - expected).max() <= STEP_PX + 2e-5  # another batch size
 
 
 def save_filled_raft(path: Path, fill, manifest, seed: int = 0) -> None:
@@ -397,6 +398,41 @@ def test_unfinished_clips_are_refused(tmp_path):
     Artifact.open(tmp_path / "clips", kind="clips", config={})
     with pytest.raises(ValueError, match="no commits yet: run `kinema shard`"):
         teach.run(config(tmp_path / "clips", tmp_path / "flow"))
+    assert not (tmp_path / "flow").exists()
+
+
+def test_clips_without_any_clip_are_refused(tmp_path):
+    clips = Artifact.open(tmp_path / "clips", kind="clips", config={})
+    clips.quarantine([{"source": "x.mp4", "stage": "shard", "error_class": "Empty", "message": "0 bytes"}])
+    clips.finalize()
+    with pytest.raises(ValueError, match="holds no clip \\(1 inputs are quarantined"):
+        teach.run(config(tmp_path / "clips", tmp_path / "flow"))
+
+
+def test_a_clip_too_short_for_every_gap_has_a_blob_without_pairs(clips, tmp_path):
+    summary = teach.run(config(clips, tmp_path / "flow", gaps=(4,)))
+    assert (summary.clips, summary.quarantined) == (3, 0)
+    stored = blobs(tmp_path / "flow")
+    assert {source: len(blob.pairs) for source, blob in stored.items()} == {"pan.mp4": 4, "zoom.mp4": 2, "turn.mp4": 0}
+    assert Artifact.read(tmp_path / "flow").samples().to_pylist()[2]["mean_flow_px"] is None
+
+
+def test_what_a_network_cannot_take_costs_the_clip_and_is_tried_again(clips, tmp_path, monkeypatch):
+    bad_frame = film("zoom.mp4")[3].tobytes()
+
+    class Choosy(NaNTeacher):
+        def features(self, frame):
+            if frame.tobytes() == bad_frame:
+                raise RuntimeError("out of memory:\nno room for this frame")
+            return super().features(frame)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teach.TeacherSpec, "load", lambda self: Choosy(0.0))
+        assert teach.run(config(clips, tmp_path / "flow")).quarantined == 1
+    entry = Artifact.read(tmp_path / "flow").quarantined().to_pylist()[0]
+    assert (entry["error_class"], entry["message"]) == ("RuntimeError", "out of memory: no room for this frame")
+    summary = teach.run(config(clips, tmp_path / "flow"))
+    assert (summary.clips, summary.quarantined, summary.new_shards) == (3, 0, 1)
 
 
 def test_memory_does_not_grow_with_the_clip(monkeypatch):
