@@ -55,9 +55,9 @@ class FrameFeatures:
     padding: Padding
     """Margins that were added."""
 
-    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> "FrameFeatures":
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> "FrameFeatures":
         if isinstance(rows, int):
-            rows = slice(rows, rows + 1 or None)
+            rows = [range(len(self))[rows]]  # an IndexError past the end, so that iteration stops
         context = None if self.context is None else self.context[rows]
         return FrameFeatures(self.fmap[rows], context, self.size, self.padding)
 

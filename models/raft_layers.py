@@ -16,9 +16,20 @@ from torch import Tensor, nn
 Norm = Literal["instance", "batch", "none"]
 
 
+class InstanceNorm(nn.Module):
+    """Instance norm without parameters.
+
+    As a group norm of one channel per group it is several times faster on a CPU than `F.instance_norm`.
+    That holds for planar memory only: channels-last group norm subtracts squared means and loses digits.
+    """
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return F.group_norm(x.contiguous(), x.shape[1])
+
+
 def _norm(kind: Norm, channels: int) -> nn.Module:
     if kind == "instance":
-        return nn.InstanceNorm2d(channels)
+        return InstanceNorm()
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.Identity()
 
 
@@ -46,9 +57,9 @@ class ResidualBlock(nn.Module):
                     state[missing] = state[present]
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        y = F.relu(self.norm1(self.conv1(x)))
-        y = F.relu(self.norm2(self.conv2(y)))
-        return F.relu((x if self.downsample is None else self.downsample(x)) + y)
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = F.relu(self.norm2(self.conv2(y)), inplace=True)
+        return F.relu((x if self.downsample is None else self.downsample(x)) + y, inplace=True)
 
 
 class BottleneckBlock(nn.Module):
@@ -69,10 +80,10 @@ class BottleneckBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride), self.norm4)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        y = F.relu(self.norm1(self.conv1(x)))
-        y = F.relu(self.norm2(self.conv2(y)))
-        y = F.relu(self.norm3(self.conv3(y)))
-        return F.relu((x if self.downsample is None else self.downsample(x)) + y)
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = F.relu(self.norm2(self.conv2(y)), inplace=True)
+        y = F.relu(self.norm3(self.conv3(y)), inplace=True)
+        return F.relu((x if self.downsample is None else self.downsample(x)) + y, inplace=True)
 
 
 class Encoder(nn.Module):
@@ -94,7 +105,7 @@ class Encoder(nn.Module):
         self.conv2 = nn.Conv2d(channels[2], out_channels, 1)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
-        x = F.relu(self.norm1(self.conv1(images)))
+        x = F.relu(self.norm1(self.conv1(images)), inplace=True)
         return self.conv2(self.layer3(self.layer2(self.layer1(x))))
 
 

@@ -22,11 +22,11 @@ def sequence_loss(
 ) -> Float[Tensor, ""]:
     """Sum over the n refinements of gamma^(n-1-i) times the mean absolute error of prediction i."""
     mask = _counted(flow_gt, valid, max_motion_px)[:, None]
+    # Unknown ground truth may be nan, which no later product with 0 would take out of the gradient.
+    known = torch.where(mask, flow_gt, 0.0)
     last = len(predictions) - 1
-    # where, not a product: unknown ground truth may be nan or huge.
     losses = [
-        gamma ** (last - i) * torch.where(mask, (flow - flow_gt).abs(), 0.0).mean()
-        for i, flow in enumerate(predictions)
+        gamma ** (last - i) * torch.where(mask, (flow - known).abs(), 0.0).mean() for i, flow in enumerate(predictions)
     ]
     return torch.stack(losses).sum()
 

@@ -42,21 +42,20 @@ def feature_pyramid(fmap: Float[Tensor, "B C H W"], num_levels: int = NUM_LEVELS
 
 def correlation_volume(fmap1: Float[Tensor, "B C H W"], fmap2: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N h w"]:
     """Dot product of every pixel of fmap1 with every pixel of fmap2, divided by sqrt(C), float32."""
-    B, C, H, W = fmap1.shape
-    # Scaling the features costs N C multiplications; scaling the volume would cost N^2.
-    queries = fmap1.float().flatten(2).transpose(1, 2) * (1.0 / math.sqrt(C))  # [B, N, C]
-    return (queries @ fmap2.float().flatten(2)).view(B, H * W, *fmap2.shape[-2:])
+    return (_queries(fmap1) @ fmap2.float().flatten(2)).unflatten(2, fmap2.shape[-2:])
 
 
 def correlation_pyramid(
     fmap1: Float[Tensor, "B C H W"], fmap2: Float[Tensor, "_ _ h w"], num_levels: int = NUM_LEVELS
 ) -> list[Float[Tensor, "B N _ _"]]:
-    """The volume at every level: level 0 by products, the others by 2x2 average pooling of it.
+    """The volume at every level: level k is the volume averaged over 2^k x 2^k target pixels.
+
+    Formed from averaged features, which reads less memory than averaging the volume.
 
     Raises: ValueError if the maps disagree in B or C, or are too small for `num_levels`.
     """
     _check_maps(fmap1, [fmap2])
-    return feature_pyramid(correlation_volume(fmap1, fmap2), num_levels)
+    return [correlation_volume(fmap1, level) for level in feature_pyramid(fmap2.float(), num_levels)]
 
 
 def volume_bytes(batch: int, height: int, width: int, num_levels: int = NUM_LEVELS) -> int:
@@ -112,7 +111,7 @@ def correlation_lookup_reference(
     """
     _check_maps(fmap1, fmap2_pyramid, coords)
     B, C, H, W = fmap1.shape
-    queries = fmap1.float().flatten(2).transpose(1, 2) * (1.0 / math.sqrt(C))  # [B, N, C]
+    queries = _queries(fmap1)
     points = coords.flatten(2).transpose(1, 2).float()  # [B, N, 2]
     chunk = max(1, ON_DEMAND_CHUNK_BYTES // (4 * C * (2 * radius + 2) ** 2))
     targets = [fmap2.float().flatten(2).transpose(1, 2).contiguous() for fmap2 in fmap2_pyramid]
@@ -126,6 +125,11 @@ def correlation_lookup_reference(
             ]
             rows.append(torch.cat(levels, dim=1))
     return torch.cat(rows, dim=0).view(B, H, W, -1).permute(0, 3, 1, 2)
+
+
+def _queries(fmap1: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N C"]:
+    """Pixels of fmap1 as rows; scaling them costs N C multiplications, scaling the products N^2."""
+    return fmap1.float().flatten(2).transpose(1, 2) * (1.0 / math.sqrt(fmap1.shape[1]))
 
 
 def _window_products(

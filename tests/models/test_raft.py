@@ -191,6 +191,24 @@ def test_weights_load_with_and_without_prefix_and_without_aliases(filled, tmp_pa
         raft(weights=tmp_path / "wrong.pth")
 
 
+def test_unknown_ground_truth_has_no_loss_and_no_gradient():
+    flow = torch.ones(1, 2, 2, 2, requires_grad=True)
+    flow_gt = torch.zeros(1, 2, 2, 2)
+    flow_gt[0, :, 0, 0], flow_gt[0, 0, 0, 1] = float("nan"), 400.0
+    loss = sequence_loss([flow, flow], flow_gt, torch.tensor([[[1.0, 1.0], [0.0, 1.0]]]), gamma=0.5)
+    loss.backward()
+    assert loss.item() == pytest.approx(1.5 * 2 / 8)
+    assert flow.grad[0, 0].tolist() == [[0, 0], [0, pytest.approx(1.5 / 8)]]
+
+
+def test_features_iterate_over_frames(filled):
+    with torch.no_grad():
+        features = filled("raft_small").encode(torch.rand(2, 3, 128, 128))
+    frames = list(features)
+    assert [len(frame) for frame in frames] == [1, 1]
+    assert torch.equal(features[-1].fmap, features.fmap[1:])
+
+
 def test_bad_arguments_are_named(filled):
     network, image = filled("raft_small"), torch.rand(1, 3, 128, 128)
     with pytest.raises(ValueError, match="shapes must agree"):
