@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -125,9 +125,10 @@ class Loader:
 
     def _batches(self) -> Iterator[Batch]:
         with contextlib.ExitStack() as stack:
+            watch = stack.enter_context(_Watch(self.warn_after_s, self._warn_of_starvation))
             readings = self._read_here() if self.config.num_workers == 0 else self._read_in_workers(stack)
             while True:
-                reading = self._next(readings)
+                reading = self._next(readings, watch)
                 self._settle(reading)
                 self._position += self.batch_size * self.world_size
                 yield reading.batch
@@ -173,9 +174,9 @@ class Loader:
         stack.callback(_shut_down, readings)
         return readings
 
-    def _next(self, readings: Iterator[Reading]) -> Reading:
+    def _next(self, readings: Iterator[Reading], watch: _Watch) -> Reading:
         started = time.perf_counter()
-        watch = _Watch(self.warn_after_s, self._warn_of_starvation)
+        watch.wait_begins()
         try:
             return next(readings)
         except (RuntimeError, OSError, EOFError) as error:
@@ -187,7 +188,7 @@ class Loader:
                 "Lower loader.num_workers or loader.prefetch, then start again: the run resumes"
             ) from error
         finally:
-            watch.stop()
+            watch.wait_ends()
             self._wait_s += time.perf_counter() - started
 
     def _settle(self, reading: Reading) -> None:
@@ -217,31 +218,45 @@ class Loader:
 
 
 class _Watch:
-    """Calls `warn` with the seconds waited, every `every_s` seconds, until stopped."""
+    """Calls `warn` with the seconds waited, for every `every_s` seconds that a wait lasts.
 
-    def __init__(self, every_s: float, warn):
+    One thread looks now and then; a wait costs the waiting side nothing but noting its beginning and end.
+    """
+
+    def __init__(self, every_s: float, warn: Callable[[float], None]):
         self._every_s, self._warn = every_s, warn
-        self._started = time.monotonic()
-        self._lock = threading.Lock()
-        self._stopped = False
-        self._arm()
+        self._since: float | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="loader-watch", daemon=True)
 
-    def _arm(self) -> None:
-        self._timer = threading.Timer(self._every_s, self._fire)
-        self._timer.daemon = True
-        self._timer.start()
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
 
-    def _fire(self) -> None:
-        with self._lock:
-            if self._stopped:
-                return
-            self._arm()
-        self._warn(time.monotonic() - self._started)
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
 
-    def stop(self) -> None:
-        with self._lock:
-            self._stopped = True
-            self._timer.cancel()
+    def wait_begins(self) -> None:
+        """The other side begins to wait."""
+        self._since = time.monotonic()
+
+    def wait_ends(self) -> None:
+        """What it waited for has come."""
+        self._since = None
+
+    def _look(self) -> None:
+        warned_since, num_warnings = None, 0
+        while not self._ended.wait(min(1.0, self._every_s / 4)):
+            since = self._since
+            if since is None:
+                continue
+            if since != warned_since:
+                warned_since, num_warnings = since, 0
+            waited_s = time.monotonic() - since
+            if waited_s >= (num_warnings + 1) * self._every_s:
+                num_warnings += 1
+                self._warn(waited_s)
 
 
 def _as_it_is(reading: Reading) -> Reading:

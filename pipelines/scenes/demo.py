@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
+import numpy as np
+from jaxtyping import Bool, Float32
 
 from kinema.pipelines.scenes.scene import Scene
 
@@ -55,9 +60,6 @@ def write_scene(scene: Scene, path: str | Path, crf: int = 10) -> None:
 def load_scene(path: str | Path) -> Scene:
     """The scene that a video written by `write_scene` shows; frame numbers of both agree.
 
-    A clip cut from the video knows its source file and the presentation time of each of its frames:
-    `scene.frame_at(pts * time_base)` is the frame to ask ground truth for, at the clip's size if it was resized.
-
     Raises: ValueError when the video is not a rendered scene.
     """
     with av.open(str(path)) as container:
@@ -66,6 +68,38 @@ def load_scene(path: str | Path) -> Scene:
         raise ValueError(f"{path} is not a rendered scene: its comment does not begin with {_TAG!r}")
     arguments = json.loads(comment[len(_TAG) :])
     return Scene(**{**arguments, "cuts": tuple(arguments["cuts"])})
+
+
+@dataclass(frozen=True)
+class ClipTruth:
+    """Exact motion of a clip that was cut from a rendered video."""
+
+    scene: Scene
+    frames: tuple[int, ...]
+    """The scene's frame that each frame of the clip shows."""
+    size: tuple[int, int]
+    """(height, width) of the clip."""
+
+    def motion(
+        self, t: int, gap: int, size: tuple[int, int] | None = None
+    ) -> tuple[Float32[np.ndarray, "2 H W"], Bool[np.ndarray, "H W"]]:
+        """Flow from the clip's frame t to its frame t + gap, and where it is occluded.
+
+        Args: size, (height, width) at which flow is wanted, in its pixels; None: the clip's.
+        """
+        return self.scene.motion(self.frames[t], self.frames[t + gap], size or self.size)
+
+
+def clip_truth(videos: str | Path, meta: Mapping[str, Any]) -> ClipTruth:
+    """Ground truth of a clip.
+
+    Args: videos, the folder that was sharded; meta, the clip's json (`Clip.meta`).
+    Raises: ValueError when the clip's source is not a rendered scene.
+    """
+    scene = load_scene(Path(videos) / meta["source"])
+    time_base = Fraction(*meta["time_base"])
+    frames = tuple(scene.frame_at(float(pts * time_base)) for pts in meta["pts"])
+    return ClipTruth(scene, frames, (meta["height"], meta["width"]))
 
 
 def _arguments(scene: Scene) -> dict[str, object]:

@@ -38,7 +38,7 @@ class Scene:
     Args: height, width in pixels; num_frames; fps; num_objects in every shot; cuts, frames at which a new shot
         begins; camera, what it does; speed_px, typical object and camera speed in pixels per frame (0 for 1/150 of
         the shorter side).
-    Raises: ValueError for an empty size, or cuts that are not increasing frame numbers.
+    Raises: ValueError for an empty size, a negative number, or cuts that are not increasing frame numbers.
     Units: (x, y), pixel centres at integers; times in frames.
     """
 
@@ -56,6 +56,8 @@ class Scene:
     ):
         if min(height, width, num_frames) < 1 or fps <= 0:
             raise ValueError(f"scene of {num_frames} frames of {height}x{width} at {fps} fps is empty")
+        if num_objects < 0 or speed_px < 0:
+            raise ValueError(f"scene num_objects={num_objects}, speed_px={speed_px}: neither may be negative")
         if list(cuts) != sorted(set(cuts)) or any(not 0 < cut < num_frames for cut in cuts):
             raise ValueError(f"scene cuts {cuts} must increase and lie within 1..{num_frames - 1}")
         if camera not in _CAMERA_SWINGS:

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kinema.pipelines.scenes import Scene, load_scene, render_demo_videos, write_scene
+from kinema.pipelines.scenes import Scene, clip_truth, load_scene, render_demo_videos, write_scene
 
 
 def near_outline(parts: np.ndarray) -> np.ndarray:
@@ -156,6 +156,23 @@ def test_a_written_scene_is_found_again(tmp_path, height, width):
         assert np.abs(decoded.astype(int) - scene.frame(t)).mean() < 8
 
 
+def test_a_clip_finds_its_truth_by_the_times_of_its_frames(tmp_path):
+    scene = Scene(seed=17, height=48, width=64, num_frames=12, fps=25.0, cuts=(4,))
+    write_scene(scene, tmp_path / "a.mp4")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        pts = sorted(packet.pts for packet in container.demux(stream) if packet.size)
+        time_base = [stream.time_base.numerator, stream.time_base.denominator]
+    # Every second frame of the second shot, at half the size.
+    meta = {"source": "a.mp4", "pts": pts[4::2], "time_base": time_base, "height": 24, "width": 32}
+    truth = clip_truth(tmp_path, meta)
+    assert truth.frames == (4, 6, 8, 10)
+    flow, occluded = truth.motion(2, -1)
+    np.testing.assert_array_equal(flow, scene.flow_px(8, 6, size=(24, 32)))
+    np.testing.assert_array_equal(occluded, scene.occluded(8, 6, size=(24, 32)))
+    assert truth.motion(0, 3, size=(48, 64))[0].shape == (2, 48, 64)
+
+
 def test_other_videos_are_refused(tmp_path):
     with av.open(str(tmp_path / "plain.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=5)
@@ -180,6 +197,7 @@ def test_demo_videos_have_cuts_in_one_of_them_and_are_reproducible(tmp_path):
         ({"num_frames": 5, "cuts": (5,)}, "cuts"),
         ({"num_frames": 5, "cuts": (3, 2)}, "cuts"),
         ({"camera": "dolly"}, "use one of still, pan"),
+        ({"num_objects": -1}, "num_objects=-1"),
     ],
 )
 def test_arguments_that_make_no_scene_are_refused(arguments, message):
