@@ -154,13 +154,6 @@ def _check(config: TrainConfig, recipe: Any) -> None:
         raise ValueError("train.out is empty; name the run's folder: out=DIR")
     if "://" in config.out:
         raise ValueError(f"train.out={config.out}: a run needs a folder that all its workers see, not a URL")
-    for name, smallest in (("steps", 1), ("batch_size", 1), ("accumulate", 1), ("num_workers", 1), ("log_every", 1)):
-        if getattr(config, name) < smallest:
-            raise ValueError(f"train.{name}={getattr(config, name)}: give {smallest} or more")
-    if config.keep_checkpoints < 1:
-        raise ValueError(f"train.keep_checkpoints={config.keep_checkpoints}: keep at least 1, to resume from")
-    if config.lr <= 0:
-        raise ValueError(f"train.lr={config.lr}: give a learning rate above 0")
     if not config.clips:
         raise ValueError("train.clips is empty; name the clips artifact: clips=DIR (made by `kinema shard`)")
     for need in recipe.needs:

@@ -62,13 +62,6 @@ class FlowFeatRecipe:
             raise ValueError(
                 f"train.flowfeat.crop={config.crop} is no multiple of {self.backbone}'s patch {patch}; use {sizes}"
             )
-        low, high = config.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"train.flowfeat.crop_scale={[low, high]}: give 0 < smallest <= largest <= 1")
-        if config.gap < 1:
-            raise ValueError(f"train.flowfeat.gap={config.gap}: the distance of a pair is at least 1")
-        if config.resize < 2:
-            raise ValueError(f"train.flowfeat.resize={config.resize}: give the side of the square frame in pixels")
         if self.weights or config.backbone_weights:
             self._load_start(self._new_module(), say=False)
 

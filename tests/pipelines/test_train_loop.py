@@ -26,6 +26,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toy_training import NUM_SAMPLES, MakeLoader, ToyRecipe, toy_job
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def config(**changes) -> TrainConfig:
     defaults = dict(
         steps=12, batch_size=4, lr=0.01, checkpoint_every=5, log_every=3, pictures_every=6, warmup_steps=3, seed=3,
@@ -230,7 +239,7 @@ from toy_training import ToyRecipe, toy_job
 from kinema.configs.schema import TrainConfig
 from kinema.pipelines.train.loop import train_worker
 from kinema.pipelines.train.parallel import Place
-from kinema.pipelines.train.stop import Stop
+from kinema.pipelines.train.stop import CatchSignals, Stop
 torch.set_num_threads(1)
 config = TrainConfig(steps=40, batch_size=4, lr=0.01, checkpoint_every=5, log_every=3, pictures_every=6,
     warmup_steps=3, seed=3, keep_checkpoints=3, clip_norm=1.0, schedule="cosine")

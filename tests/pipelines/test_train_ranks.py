@@ -30,6 +30,15 @@ from toy_training import ToyRecipe, toy_job
 SKIPPED = (1, 2, 3, 5, 8, 13)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As on the ranks, for equal bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def config(**changes) -> TrainConfig:
     defaults = dict(
         steps=10, batch_size=4, lr=0.01, checkpoint_every=3, log_every=2, pictures_every=0, seed=3, clip_norm=1.0,
