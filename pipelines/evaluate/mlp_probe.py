@@ -15,20 +15,6 @@ from kinema.pipelines.evaluate.davis_folder import DavisSequence
 from kinema.pipelines.evaluate.probe_fitting import ProbeFit, segment_by_probe
 
 
-class PixelMLP(nn.Module):
-    """Two linear layers at every pixel."""
-
-    def __init__(self, channels: int, num_labels: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Linear(channels, num_labels)
-        )
-
-    def forward(self, features: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K H W"]:
-        """Logits of every label."""
-        return self.layers(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 def segment_by_mlp(
     features: Callable[[Tensor], Float[Tensor, "C h w"]],
     sequence: DavisSequence,
@@ -40,10 +26,12 @@ def segment_by_mlp(
     """
 
     def read_features(frame: Tensor) -> tuple[Tensor]:
-        # Channels last in memory: the probe's linear layers read one pixel's channels at a stretch.
-        return (features(frame).detach().float().permute(1, 2, 0).contiguous().permute(2, 0, 1)[None],)
+        return (features(frame).detach().float().contiguous()[None],)
 
     def build_probe(inputs: tuple[Tensor, ...], num_labels: int) -> nn.Module:
-        return PixelMLP(inputs[0].shape[1], num_labels)
+        channels = inputs[0].shape[1]
+        return nn.Sequential(
+            nn.Conv2d(channels, channels, 1), nn.ReLU(inplace=True), nn.Conv2d(channels, num_labels, 1)
+        )
 
     return segment_by_probe(read_features, build_probe, sequence, fit or ProbeFit())
