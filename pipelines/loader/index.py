@@ -17,7 +17,8 @@ _CACHED_CLIPS = 256
 _PLAIN_COLUMNS = ("key", "shard", "num_frames", "height", "width", "fps_num", "fps_den", "codec", "source", "labels")
 _MEMBER_COLUMNS = ("mp4_offset", "mp4_size", "json_offset", "json_size", "masks_offset", "masks_size")
 _PACKET_COLUMNS = ("extradata", "packet_offset", "packet_size", "packet_frame", "packet_keyframe")
-_JUDGED_COLUMNS = ("motion_score", "duplicate_of")
+_JUDGED_COLUMNS = ("key", "num_frames", "motion_score", "duplicate_of")
+_FLOW_COLUMNS = ("flow_shard", "flow_offset", "flow_size", "num_pairs")
 
 
 class ClipIndex:
@@ -67,21 +68,26 @@ class ClipIndex:
         left_out: dict[str, int] = {}
         _count(left_out, "quarantined by shard", clips.plan.num_rows - samples.num_rows)
 
-        table, flow = samples, None
-        if skip_duplicates and "duplicate_of" in table.column_names:
-            table = _keep(table, pc.is_null(table["duplicate_of"]), left_out, "exact duplicate")
-        table = _keep(table, pc.greater_equal(table["num_frames"], min_frames), left_out, f"under {min_frames} frames")
+        # Judged on a few narrow columns; the packet tables, most of the bytes, are copied once, at the end.
+        judged = samples.select([name for name in _JUDGED_COLUMNS if name in samples.column_names])
+        judged = judged.append_column("row", pa.array(range(samples.num_rows), pa.int64()))
+        if skip_duplicates and "duplicate_of" in judged.column_names:
+            judged = _keep(judged, pc.is_null(judged["duplicate_of"]), left_out, "exact duplicate")
+        long_enough = pc.greater_equal(judged["num_frames"], min_frames)
+        judged = _keep(judged, long_enough, left_out, f"under {min_frames} frames")
         if min_motion > 0:
-            table = _with_motion(table, min_motion, left_out)
-        if flow_url is not None:
-            flow = Artifact.read(flow_url)
-            table = _with_flow(table, flow, left_out)
-        if not table.num_rows:
+            judged = _with_motion(judged, min_motion, left_out)
+        flow = None if flow_url is None else Artifact.read(flow_url)
+        if flow is not None:
+            judged = _with_flow(judged, flow, left_out)
+        if not judged.num_rows:
             raise ValueError(_nothing_left(clips, flow, left_out))
 
-        wanted = [*_PLAIN_COLUMNS, *_MEMBER_COLUMNS, *_PACKET_COLUMNS, *_JUDGED_COLUMNS]
-        wanted += ["flow_shard", "flow_offset", "flow_size", "num_pairs"]
-        table = table.select([name for name in wanted if name in table.column_names]).combine_chunks()
+        wanted = [*_PLAIN_COLUMNS, *_MEMBER_COLUMNS, *_PACKET_COLUMNS]
+        table = samples.select([name for name in wanted if name in samples.column_names])
+        table = table.take(judged["row"]).combine_chunks()
+        for name in _FLOW_COLUMNS if flow is not None else ():
+            table = table.append_column(name, judged[name].combine_chunks())
         return cls(table, clips.url, _shard_urls(clips, table["shard"]), _flow_shard_urls(flow, table), left_out)
 
     def __len__(self) -> int:
@@ -158,23 +164,21 @@ def _with_motion(table: pa.Table, min_motion: float, left_out: dict[str, int]) -
 
 
 def _with_flow(table: pa.Table, flow: Artifact, left_out: dict[str, int]) -> pa.Table:
-    """Rows that have a flow blob with at least one pair, and where it lies."""
+    """Rows that have a flow blob with at least one pair, with the columns that say where it lies."""
     if flow.kind != "flow":
         raise ValueError(f"{flow.url} holds {flow.kind}, not flow; give flow= the output of `kinema teach`")
-    rows = flow.samples(["key", "shard", "flow_offset", "flow_size", "num_pairs"])
-    quarantined = pc.drop_null(flow.quarantined()["key"].combine_chunks())
-    missing = pc.invert(pc.is_in(table["key"], value_set=rows["key"].combine_chunks()))
-    by_teacher = pc.and_(missing, pc.is_in(table["key"], value_set=quarantined))
-    table_kept = table.filter(pc.invert(missing))
-    num_by_teacher = pc.sum(by_teacher).as_py() or 0
-    _count(left_out, "quarantined by teach", num_by_teacher)
-    _count(left_out, "without flow", table.num_rows - table_kept.num_rows - num_by_teacher)
-    place = pc.index_in(table_kept["key"], value_set=rows["key"].combine_chunks())
-    joined = rows.take(place)
-    for name in ("flow_offset", "flow_size", "num_pairs"):
-        table_kept = table_kept.append_column(name, joined[name])
-    table_kept = table_kept.append_column("flow_shard", joined["shard"])
-    return _keep(table_kept, pc.greater(table_kept["num_pairs"], 0), left_out, "without a flow pair")
+    blobs = flow.samples(["key", "shard", "flow_offset", "flow_size", "num_pairs"]).combine_chunks()
+    blobs = blobs.rename_columns(["key", *_FLOW_COLUMNS])
+    place = pc.index_in(table["key"], value_set=blobs["key"].combine_chunks())
+    quarantined = pc.is_in(table["key"], value_set=flow.quarantined()["key"].combine_chunks())
+    table = table.append_column("place", place).append_column("quarantined", quarantined)
+    by_teacher = pc.and_(pc.is_null(table["place"]), table["quarantined"])
+    table = _keep(table, pc.invert(by_teacher), left_out, "quarantined by teach")
+    table = _keep(table, pc.is_valid(table["place"]), left_out, "without flow")
+    joined = blobs.take(table["place"])
+    for name in _FLOW_COLUMNS:
+        table = table.append_column(name, joined[name])
+    return _keep(table, pc.greater(table["num_pairs"], 0), left_out, "without a flow pair")
 
 
 def _shard_urls(artifact: Artifact, shards: pa.ChunkedArray) -> dict[int, str]:
