@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .inference_linear import linear
+
 
 class ResidualUnit(nn.Module):
     """Two convolutions around a rectified skip.
@@ -128,7 +130,7 @@ class DPTDecoder(nn.Module):
     def unnormed_head(self, hidden: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
         """Features before the last norm, with the channels last."""
         mix = self.scratch.output_conv1[2]
-        return F.linear(F.relu(hidden), mix.weight.flatten(1), mix.bias)
+        return linear(F.relu(hidden), mix.weight.flatten(1), mix.bias)
 
 
 def tokens_to_map(tokens: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Float[Tensor, "B C h w"]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .inference_linear import Linear, linear
 from .weights import resolve_weights
 
 
@@ -146,7 +147,7 @@ def _rotate_patches(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     return torch.cat([prefix, rotated.to(x.dtype)], dim=-2)
 
 
-class MaskedKeyBiasLinear(nn.Linear):
+class MaskedKeyBiasLinear(Linear):
     """Projection to queries, keys and values whose key bias is held at zero by a persistent mask."""
 
     def __init__(self, in_features: int, out_features: int):
@@ -156,7 +157,7 @@ class MaskedKeyBiasLinear(nn.Linear):
         self.register_buffer("bias_mask", mask.flatten())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
+        return linear(x, self.weight, self.bias * self.bias_mask.to(self.bias.dtype))
 
 
 class Attention(nn.Module):
@@ -165,8 +166,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, masked_key_bias: bool):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = (MaskedKeyBiasLinear if masked_key_bias else nn.Linear)(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = (MaskedKeyBiasLinear if masked_key_bias else Linear)(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Float[Tensor, "B N D"], rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -182,8 +183,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         return self.fc2(F.gelu(self.fc1(x)))

@@ -1,0 +1,49 @@
+"""A linear layer that a frozen network evaluates faster on CPUs with AVX-512.
+
+PyTorch sends float32 matrix products to MKL, which leaves half of such a CPU idle when it is not made by
+Intel; oneDNN, which PyTorch uses for convolutions, does not. Measured on an AMD EPYC, 514 x 384 tokens to
+1536 channels, one thread: 6.1 ms through MKL, 3.0 ms through oneDNN; results agree to rounding.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose forward without gradient takes the faster of two libraries."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Same as `F.linear`."""
+    if _can_use_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@functools.cache
+def _onednn_is_faster() -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _can_use_onednn(x: Tensor) -> bool:
+    # The operator has no gradient, and exporters and compilers expect the ordinary one.
+    return (
+        not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.enabled
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and _onednn_is_faster()
+    )
