@@ -1,0 +1,79 @@
+"""`kinema inspect`: a page about one artifact or training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.report import sections
+from kinema.pipelines.report.page import Page
+
+
+@dataclass(frozen=True)
+class InspectSummary:
+    """Where the page is."""
+
+    page: str
+    """Path of the HTML file."""
+    kind: str
+    """`clips`, `flow`, `features` or `run`."""
+
+
+def inspect(target: str, out: str | None = None) -> InspectSummary:
+    """Make the page; beside a local target by default, in the current folder for a URL.
+
+    Raises: ValueError if the target is neither an artifact nor a run.
+    """
+    local = "://" not in target
+    name = target.rstrip("/").rsplit("/", 1)[-1] or "artifact"
+    path = Path(out) if out else (Path(target).resolve().parent if local else Path()) / f"{name}_inspect.html"
+    if path.suffix != ".html":
+        path = path / f"{name}_inspect.html"
+    if local and (Path(target) / "run.json").is_file():
+        page, kind = Page(f"Run {name}", str(Path(target).resolve())), "run"
+        sections.add_run(page, target)
+    elif local and not (Path(target) / "manifest.json").is_file():
+        raise ValueError(f"{target} is neither an artifact (manifest.json) nor a run (run.json); check the path")
+    else:
+        artifact = Artifact.read(target)
+        page, kind = Page(f"{artifact.kind} {name}", artifact.url), artifact.kind
+        _artifact(page, artifact)
+    return InspectSummary(str(page.write(path)), kind)
+
+
+def _artifact(page: Page, artifact: Artifact) -> None:
+    page.section("Contents")
+    if artifact.kind == "clips":
+        sections.add_clips(page, artifact.url)
+    elif artifact.kind == "flow":
+        clips = _clips_beside(artifact)
+        if clips is None:
+            page.text("The clips were not found beside this artifact (../../clips), so no pictures are shown.")
+        sections.add_flow(page, artifact.url, clips)
+    else:
+        samples = artifact.samples()
+        page.numbers({"samples": samples.num_rows, "shards": len(artifact.commits())})
+    page.section("Quarantine", "Inputs that were left out, and why.")
+    sections.add_quarantine(page, [artifact])
+    page.section("Made with")
+    page.table([{"key": k, "value": str(v)} for k, v in _flat(artifact.manifest["config"])])
+
+
+def _clips_beside(flow: Artifact) -> str | None:
+    """The clips artifact at the usual place, if it is the one this flow belongs to."""
+    if "://" in flow.url:
+        return None
+    for candidate in (Path(flow.url).parent.parent / "clips", Path(flow.url).parent / "clips"):
+        if (candidate / "manifest.json").is_file():
+            clips = Artifact.read(str(candidate))
+            if flow.manifest["inputs"].get("clips") in (None, clips.plan8):
+                return str(candidate)
+    return None
+
+
+def _flat(config: dict, prefix: str = "") -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    for key, value in config.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return rows
