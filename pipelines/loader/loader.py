@@ -8,7 +8,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ class Loader:
         self._position = 0
         self._account = Account()
         self._num_batches, self._wait_s = 0, 0.0
-        self._running: Iterator[Batch] | None = None
+        # Weak, so that an iteration which nobody holds any more ends, and its workers with it.
+        self._running: Callable[[], Generator[Batch, None, None] | None] = _none
 
     @property
     def epoch(self) -> int:
@@ -76,8 +78,9 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current position on; ends an earlier iteration and its workers."""
         self.close()
-        self._running = self._batches()
-        return self._running
+        batches = self._batches()
+        self._running = weakref.ref(batches)
+        return batches
 
     def state_dict(self) -> dict[str, int]:
         """Position behind the last batch that was handed out; plain numbers, equal on all ranks."""
@@ -119,11 +122,11 @@ class Loader:
 
     def close(self) -> None:
         """End the iteration and its workers; harmless when there is none."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        running = self._running()
+        if running is not None:
+            running.close()
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         with contextlib.ExitStack() as stack:
             watch = stack.enter_context(_Watch(self.warn_after_s, self._warn_of_starvation))
             readings = self._read_here() if self.config.num_workers == 0 else self._read_in_workers(stack)
@@ -224,7 +227,9 @@ class _Watch:
     """
 
     def __init__(self, every_s: float, warn: Callable[[float], None]):
-        self._every_s, self._warn = every_s, warn
+        self._every_s = every_s
+        # Weak: the thread must not keep a loader alive that nobody iterates any more.
+        self._warn = weakref.WeakMethod(warn)
         self._since: float | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="loader-watch", daemon=True)
@@ -256,7 +261,13 @@ class _Watch:
             waited_s = time.monotonic() - since
             if waited_s >= (num_warnings + 1) * self._every_s:
                 num_warnings += 1
-                self._warn(waited_s)
+                warn = self._warn()
+                if warn is not None:
+                    warn(waited_s)
+
+
+def _none() -> None:
+    return None
 
 
 def _as_it_is(reading: Reading) -> Reading:
