@@ -213,7 +213,7 @@ class PreparedPass:
         z, r = gates.chunk(2, dim=1)
         inputs = torch.cat([r * hidden, motion], 1)
         q = torch.tanh(F.conv2d(inputs, self.weight_q, padding=self.padding) + self.context_q)
-        return torch.lerp(hidden, q, z)
+        return torch.lerp(hidden, q.type_as(hidden), z.type_as(hidden))  # they differ under autocast
 
 
 class UpdateBlock(nn.Module):

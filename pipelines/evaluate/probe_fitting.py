@@ -52,6 +52,8 @@ def segment_by_probe(
     for path in sequence.frames:
         with torch.no_grad():
             inputs = read_features(read_view(path, fit.crop_px))
+            # Features made in inference mode cannot be trained on; a copy can.
+            inputs = tuple(value.clone() if value.is_inference() else value for value in inputs)
         if probe is None:
             probe = _fitted(build_probe, inputs, annotated[0], fit)
         with torch.no_grad():

@@ -50,6 +50,7 @@ class PropagationSettings:
             raise ValueError(f"{self}: num_last_frames and top_k from 1, radius from 0, temperature above 0")
 
 
+@torch.no_grad()
 def segment_by_propagation(
     features: Callable[[Tensor], Float[Tensor, "C h w"]],
     sequence: DavisSequence,
@@ -79,9 +80,9 @@ def segment_by_propagation(
 
 def frame_size(height: int, width: int, side: int = FRAME_SIDE) -> tuple[int, int]:
     """Size at which frames are compared: shorter side `side`, the other rounded down to a multiple of 64."""
-    if height > width:
-        return int(side * height / width // FRAME_MULTIPLE * FRAME_MULTIPLE), side
-    return side, int(side * width / height // FRAME_MULTIPLE * FRAME_MULTIPLE)
+    longer = int(side * max(height, width) / min(height, width) // FRAME_MULTIPLE * FRAME_MULTIPLE)
+    longer = max(longer, FRAME_MULTIPLE)
+    return (longer, side) if height > width else (side, longer)
 
 
 def propagate(

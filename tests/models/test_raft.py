@@ -191,6 +191,19 @@ def test_weights_load_with_and_without_prefix_and_without_aliases(filled, tmp_pa
         raft(weights=tmp_path / "wrong.pth")
 
 
+def test_autocast_changes_digits_only(filled, fill):
+    network, (first, second) = filled("raft_small"), _pair(fill, 1, 128, 128)
+    with torch.no_grad():
+        exact = network(first, second, iters=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = network.encode(torch.cat([first, second]))
+            flow = network.flow_from_features(features[:1], features[1:], iters=1)
+        later = network.flow_from_features(features[:1], features[1:], iters=1)
+    assert flow.dtype == later.dtype == torch.float32
+    assert (flow - exact).abs().max() < 0.05 * exact.abs().max()
+    assert (later - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 def test_unknown_ground_truth_has_no_loss_and_no_gradient():
     flow = torch.ones(1, 2, 2, 2, requires_grad=True)
     flow_gt = torch.zeros(1, 2, 2, 2)

@@ -198,6 +198,13 @@ def test_a_fitted_probe_is_the_same_every_time(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_features_of_inference_mode_can_be_fitted(tmp_path):
+    _scene(tmp_path, num_frames=3)
+    fit = ProbeFit(num_steps=10, crop_px=64)
+    in_inference_mode = torch.inference_mode()(_colours)
+    assert evaluate_davis(in_inference_mode, tmp_path, fit=fit) == evaluate_davis(_colours, tmp_path, fit=fit)
+
+
 def test_features_without_information_score_low(tmp_path):
     _scene(tmp_path)
     flat = evaluate_davis(lambda frame: torch.ones(4, 16, 16), tmp_path, fit=ProbeFit(num_steps=20, crop_px=64))
