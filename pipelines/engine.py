@@ -339,7 +339,8 @@ def _guarded(fn: Callable[[Any], Any], item: Any, timeout_s: float | None) -> tu
     except StageError as error:
         return "stage", str(error)
     except Exception as error:  # noqa: BLE001  failures become data; the caller decides
-        _log.warning("work failed", exc_info=True)
+        level = logging.WARNING if os.environ.get("KINEMA_DEBUG") == "1" else logging.DEBUG
+        _log.log(level, "work failed", exc_info=True)
         return "error", type(error).__name__, _one_line(error), _where(error)
 
 

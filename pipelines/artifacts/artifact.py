@@ -234,8 +234,11 @@ class Artifact:
 
     def latest_shards(self) -> dict[str, int]:
         """The highest shard number in which each source is planned."""
-        grouped = self.plan.select(["source", "shard"]).group_by("source").aggregate([("shard", "max")])
-        return dict(zip(grouped["source"].to_pylist(), grouped["shard_max"].to_pylist(), strict=True))
+        latest: dict[str, int] = {}
+        plan = self.plan
+        for source, shard in zip(plan["source"].to_pylist(), plan["shard"].to_pylist(), strict=True):
+            latest[source] = max(shard, latest.get(source, shard))
+        return latest
 
     def quarantined(self) -> pa.Table:
         """All entries so far: source, stage, error_class, message, attempts, key, shard."""

@@ -39,9 +39,13 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def read_parquet(data: bytes, **options: Any) -> pa.Table:
-    """The table that parquet_bytes wrote."""
-    return pq.read_table(pa.BufferReader(data), **options)
+def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
+    """The table that parquet_bytes wrote.
+
+    Through ParquetFile and without threads: `pyarrow.parquet.read_table` goes through the dataset engine, whose
+    threads sometimes abort the process when it ends soon after.
+    """
+    return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)
 
 
 def stack_tables(tables: list[pa.Table]) -> pa.Table:
