@@ -141,6 +141,8 @@ class _Place:
                 continue
             visited.add(real)
             for name in files:
+                if not os.path.isfile(os.path.join(folder, name)):
+                    continue  # pipes and devices would block whoever reads them; broken links have no bytes
                 yield os.path.relpath(os.path.join(folder, name), self.root).replace(os.sep, "/")
 
     def glob(self) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
@@ -23,7 +23,12 @@ _SIDE = 96  # shorter side of the pictures that blocks are matched on
 _BLOCKS = (4, 6)  # rows and columns
 _REACH = 0.25  # of the picture's sides: how far a block may move between two frames
 _FLAT = 4.0  # standard deviation below which a block has nothing to match
-_SAME_SHOT = 0.7  # median correlation of blocks; cuts reach 0.66, fast motion stays above 0.72
+_FINE = 4.0  # px: coarser structure is taken out, since it matches by chance
+_SAME_SHOT = 0.42  # median correlation of blocks; between shots of a film it stays below 0.40
+_ALIKE = 0.15  # share of blocks that move like two neighbours; between shots of a film it stays below 0.03
+_NEIGHBOURS_PX = 3
+_BAR = 24  # brightness of what counts as a dark bar
+_SAME_BRIGHTNESS = 16
 _BRIDGE = 3  # frames a flash or an occluder may span, counted from the frame before to the frame after
 
 
@@ -86,31 +91,66 @@ def _matching_picture(picture_bgr: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarr
 
 
 def same_shot(a: UInt8[np.ndarray, "h w"], b: UInt8[np.ndarray, "h w"]) -> bool:
-    """Whether most blocks of each small grey picture are found again in the other, displaced or not.
+    """Whether most blocks of each small grey picture are found again in the other, moved like their neighbours.
 
-    The correlation ignores brightness and contrast, so flashes do not matter. Pictures without texture are the same
-    only if their brightness is.
+    The correlation ignores brightness and contrast, so flashes do not matter. That neighbours move alike tells true
+    matches from chance. Pictures without texture are the same only if their brightness is.
     """
-    scores = [*_block_scores(a, b), *_block_scores(b, a)]
-    if not scores:
-        return abs(float(a.mean()) - float(b.mean())) < 16
-    return float(np.median(scores)) >= _SAME_SHOT
+    rows, columns = _without_bars(a, b)
+    pair = [np.ascontiguousarray(picture[rows, columns]) for picture in (a, b)]
+    fine = [
+        picture.astype(np.float32) - cv2.GaussianBlur(picture.astype(np.float32), (0, 0), _FINE) for picture in pair
+    ]
+    there, there_alike = _match_blocks(pair[0], fine[0], fine[1])
+    back, back_alike = _match_blocks(pair[1], fine[1], fine[0])
+    if not there and not back:
+        return abs(float(pair[0].mean()) - float(pair[1].mean())) < _SAME_BRIGHTNESS
+    if not there or not back:
+        return False
+    return float(np.median(there + back)) >= _SAME_SHOT and (there_alike + back_alike) / 2 >= _ALIKE
 
 
-def _block_scores(a: UInt8[np.ndarray, "h w"], b: UInt8[np.ndarray, "h w"]) -> list[float]:
-    """Best correlation within reach of every textured block of `a` in `b`."""
-    height, width = a.shape
-    rows, columns = height // _BLOCKS[0], width // _BLOCKS[1]
-    reach_y, reach_x = int(height * _REACH), int(width * _REACH)
+def _fine_structure(picture: UInt8[np.ndarray, "h w"]) -> Float32[np.ndarray, "h w"]:
+    exact = picture.astype(np.float32)
+    return exact - cv2.GaussianBlur(exact, (0, 0), _FINE)
+
+
+def _without_bars(a: UInt8[np.ndarray, "h w"], b: UInt8[np.ndarray, "h w"]) -> tuple[slice, slice]:
+    """The part inside of the dark bars both pictures have (their edges would match in any two shots)."""
+    bright = np.maximum(a, b) > _BAR
+    inside = []
+    for axis, side in ((1, a.shape[0]), (0, a.shape[1])):
+        lines = np.flatnonzero(bright.any(axis))
+        first, last = (int(lines[0]), int(lines[-1]) + 1) if len(lines) else (0, side)
+        inside.append(slice(first, last) if last - first >= side // 3 else slice(0, side))
+    return inside[0], inside[1]
+
+
+def _match_blocks(
+    a: UInt8[np.ndarray, "h w"], fine_a: Float32[np.ndarray, "h w"], fine_b: Float32[np.ndarray, "h w"]
+) -> tuple[list[float], float]:
+    """Best correlation of every textured block of `a`, and the share of them that move like two neighbours."""
+    height, width = a.shape[0] // _BLOCKS[0], a.shape[1] // _BLOCKS[1]
+    reach_y, reach_x = int(a.shape[0] * _REACH), int(a.shape[1] * _REACH)
+    moves = np.full((_BLOCKS[0] + 2, _BLOCKS[1] + 2, 2), np.inf)
     scores = []
-    for y in range(0, rows * _BLOCKS[0], rows):
-        for x in range(0, columns * _BLOCKS[1], columns):
-            block = a[y : y + rows, x : x + columns]
-            if block.std() < _FLAT:
-                continue
-            area = b[
-                max(0, y - reach_y) : y + rows + reach_y,
-                max(0, x - reach_x) : x + columns + reach_x,
-            ]
-            scores.append(float(cv2.matchTemplate(area, block, cv2.TM_CCOEFF_NORMED).max()))
-    return scores
+    for row, column in np.ndindex(_BLOCKS):
+        y, x = row * height, column * width
+        if a[y : y + height, x : x + width].std() < _FLAT:
+            continue
+        top, left = max(0, y - reach_y), max(0, x - reach_x)
+        area = fine_b[top : y + height + reach_y, left : x + width + reach_x]
+        found = cv2.matchTemplate(area, fine_a[y : y + height, x : x + width], cv2.TM_CCOEFF_NORMED)
+        _, score, _, (best_x, best_y) = cv2.minMaxLoc(found)
+        scores.append(float(score))
+        moves[row + 1, column + 1] = top + best_y - y, left + best_x - x
+    alike = sum(_moves_like_neighbours(moves, row, column) for row, column in np.ndindex(_BLOCKS))
+    return scores, alike / max(1, len(scores))
+
+
+def _moves_like_neighbours(moves: np.ndarray, row: int, column: int) -> bool:
+    own = moves[row + 1, column + 1]
+    if not np.isfinite(own).all():
+        return False
+    around = moves[[row, row + 2, row + 1, row + 1], [column + 1, column + 1, column, column + 2]]
+    return int((np.abs(around - own).max(1) <= _NEIGHBOURS_PX).sum()) >= 2

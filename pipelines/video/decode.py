@@ -34,12 +34,24 @@ class VideoFile:
 
     def __init__(self, file: str | BinaryIO, cut: str | None = None):
         self._stack = ExitStack()
-        self._cut = cut
+        self._file, self._cut = file, cut
+        self._open()
+        self._formats = self._container.format.name.split(",")
+        self.time_base = Fraction(self._stream.time_base)
+        self.start = self._stream.start_time or 0
+        stated = (self._stream.average_rate, self._stream.guessed_rate)
+        self.rates = tuple(dict.fromkeys(Fraction(rate) for rate in stated if rate))
+        self.invented_pts = False
+
+    def _open(self) -> None:
+        self._stack.close()
+        if not isinstance(self._file, str):
+            self._file.seek(0)
         try:
-            self._container = self._stack.enter_context(av.open(file, "r", metadata_errors="replace"))
+            self._container = self._stack.enter_context(av.open(self._file, "r", metadata_errors="replace"))
         except av.FFmpegError as error:
-            if cut:
-                raise Truncated(f"{cut}; it does not open") from None
+            if self._cut:
+                raise Truncated(f"{self._cut}; it does not open") from None
             raise Undecodable(f"the file does not open as a video: {error.strerror}") from None
         try:
             self._stream = _best_stream(self._container)
@@ -47,12 +59,6 @@ class VideoFile:
             self._stack.close()
             raise
         self._stream.thread_count = 1
-        self._formats = self._container.format.name.split(",")
-        self.time_base = Fraction(self._stream.time_base)
-        self.start = self._stream.start_time or 0
-        stated = (self._stream.average_rate, self._stream.guessed_rate)
-        self.rates = tuple(dict.fromkeys(Fraction(rate) for rate in stated if rate))
-        self.invented_pts = False
         self._used = False
 
     def __enter__(self) -> VideoFile:
@@ -86,6 +92,11 @@ class VideoFile:
         """Whether the container has an index that finds keyframes exactly (MPEG program streams do not)."""
         return any(name in _SEEKS_EXACTLY for name in self._formats)
 
+    @property
+    def _counts_frames(self) -> bool:
+        """Whether the header's number of frames is exact (AVI's counts empty slots)."""
+        return "mov" in self._formats
+
     def frames(self, from_pts: int | None = None) -> Iterator[av.VideoFrame]:
         """Frames in order of `pts`, which is never None.
 
@@ -98,7 +109,7 @@ class VideoFile:
             except av.FFmpegError as error:
                 raise Corrupt(f"seeking to tick {from_pts} fails: {error.strerror}") from None
         elif self._used:
-            self._container.seek(self._stream.start_time or 0, stream=self._stream, backward=True)
+            self._open()  # seeking back to the start is not exact in every container
         self._used = True
         yield from _in_order(self._with_pts(self._decoded(check_end=from_pts is None)))
 
@@ -123,6 +134,8 @@ class VideoFile:
             except av.FFmpegError as error:
                 raise self._damage(num_frames, num_packets, error) from None
             for frame in frames:
+                if frame.is_corrupt and self._cut:
+                    raise Truncated(f"{self._cut}; {num_frames} good frames")
                 if frame.is_corrupt:
                     raise Corrupt(f"frame {num_frames} comes out damaged, after {num_frames} good frames")
                 num_frames += 1
@@ -131,7 +144,7 @@ class VideoFile:
             self._check_end(num_packets, num_frames, end_s)
 
     def _damage(self, num_frames: int, num_packets: int, error: av.FFmpegError) -> SourceError:
-        declared = f" of {self._stream.frames} declared" if self._stream.frames else ""
+        declared = f" of {self._stream.frames} declared" if self._counts_frames else ""
         if self._cut:
             return Truncated(f"{self._cut}; {num_frames} good frames{declared}")
         if num_frames == 0:
@@ -139,13 +152,14 @@ class VideoFile:
         return Corrupt(f"{num_frames} good frames{declared}, then packet {num_packets - 1}: {error.strerror}")
 
     def _check_end(self, num_packets: int, num_frames: int, end_s: float) -> None:
-        complete = 0 < self._stream.frames <= num_packets
+        declared = self._stream.frames if self._counts_frames else 0
+        complete = 0 < declared <= num_packets
         if self._cut and not complete:
             raise Truncated(f"{self._cut}; {num_frames} good frames")
         if num_frames == 0:
             raise Undecodable(f"no frame comes out of {num_packets} video packets")
-        if num_packets < self._stream.frames:
-            raise Truncated(f"the file ends after {num_packets} of {self._stream.frames} declared video packets")
+        if num_packets < declared:
+            raise Truncated(f"the file ends after {num_packets} of {declared} declared video packets")
         duration_s = (self._container.duration or 0) / av.time_base
         end_s -= (self._container.start_time or 0) / av.time_base
         if not complete and any(name in _HEADER_KNOWS_DURATION for name in self._formats):

@@ -33,6 +33,7 @@ def encoder_options(clip: ClipConfig) -> tuple[str, dict[str, str]]:
         options = {"crf": str(clip.crf), "preset": clip.preset, "tune": "fastdecode"}
         return "libx265", {**options, "x265-params": x265, "tag": "hvc1"}
     if clip.codec == "av1":
+        os.environ.setdefault("SVT_LOG", "1")  # errors only; FFmpeg has no option for it
         svt = f"keyint={gop}:irefresh-type=2:scd=0:lp=1:fast-decode=1"
         return "libsvtav1", {"crf": str(clip.crf), "preset": "8", "svtav1-params": svt, "g": gop}
     return "mjpeg", {}

@@ -67,7 +67,7 @@ def _vector_encoder(width: int, height: int) -> av.VideoCodecContext:
     encoder.framerate = Fraction(25)
     encoder.thread_count = 1
     params = "keyint=infinite:scenecut=0:bframes=0:ref=1:rc-lookahead=0:mbtree=0:threads=1:weightp=0:partitions=all"
-    encoder.options = {"preset": "medium", "crf": "18", "x264-params": params}
+    encoder.options = {"preset": "veryfast", "crf": "18", "x264-params": params}
     return encoder
 
 

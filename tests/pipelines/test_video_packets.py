@@ -1,0 +1,77 @@
+"""One group of pictures decodes on its own, exactly as in the whole clip."""
+
+import io
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from kinema.pipelines.video.packets import decode_gop, group_of_frame, packet_table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from made_videos import CODECS, decode, encode, number_of, paint
+
+
+def packets(mp4: bytes, table, first: int, last: int) -> list[tuple[bytes, int]]:
+    return [(mp4[table.offset[i] : table.offset[i] + table.size[i]], table.frame[i]) for i in range(first, last)]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_each_group_decodes_alone_and_exactly(codec):
+    mp4 = encode([paint(i, shift=i) for i in range(31)], codec=codec, gop=12, preset="medium")
+    table, whole = packet_table(mp4), decode(mp4)
+    assert len(whole) == 31 and [number_of(frame) for frame in whole] == list(range(31))
+    for frame in (30, 5, 12, 23):
+        first, last = group_of_frame(frame, table.frame, table.keyframe)
+        alone = decode_gop(codec, table.extradata, packets(mp4, table, first, last))
+        assert frame in alone
+        for index, picture in alone.items():
+            np.testing.assert_array_equal(picture, whole[index])
+
+
+@pytest.mark.parametrize("codec", [c for c in CODECS if c != "mjpeg"])
+@pytest.mark.parametrize("gop", [1, 5, 12])
+def test_keyframes_lie_at_multiples_of_the_group(codec, gop):
+    flashing = [paint(i, seed=i // 4) for i in range(26)]  # cuts must not add keyframes
+    table = packet_table(encode(flashing, codec=codec, gop=gop))
+    keys = [frame for frame, key in zip(table.frame, table.keyframe, strict=True) if key]
+    assert keys == list(range(0, 26, gop))
+    assert sorted(table.frame) == list(range(26))
+
+
+def test_only_wanted_frames_are_returned():
+    mp4 = encode([paint(i) for i in range(24)])
+    table = packet_table(mp4)
+    first, last = group_of_frame(15, table.frame, table.keyframe)
+    found = decode_gop("h264", table.extradata, packets(mp4, table, first, last), wanted={15, 17})
+    assert {index: number_of(picture) for index, picture in found.items()} == {15: 15, 17: 17}
+
+
+def test_a_frame_that_does_not_come_out_is_an_error():
+    mp4 = encode([paint(i) for i in range(12)])
+    table = packet_table(mp4)
+    with pytest.raises(ValueError, match=r"frames \[40\] did not come out"):
+        decode_gop("h264", table.extradata, packets(mp4, table, 0, 12), wanted=[40])
+    with pytest.raises(ValueError, match="outside of the clip's 12 frames"):
+        group_of_frame(12, table.frame, table.keyframe)
+    with pytest.raises(ValueError, match="codec 'vp9' is not known"):
+        decode_gop("vp9", b"", [])
+
+
+def test_damaged_packets_are_an_error():
+    mp4 = encode([paint(i) for i in range(12)])
+    table = packet_table(mp4)
+    damaged = [(bytes(len(data)), index) for data, index in packets(mp4, table, 0, 12)]
+    with pytest.raises(ValueError):
+        decode_gop("h264", table.extradata, damaged)
+
+
+def test_offsets_are_those_of_the_payload():
+    mp4 = encode([paint(i) for i in range(13)])
+    table = packet_table(mp4)
+    with av.open(io.BytesIO(mp4)) as container:
+        expected = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    found = [mp4[start : start + size] for start, size in zip(table.offset, table.size, strict=True)]
+    assert found == expected
