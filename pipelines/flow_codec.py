@@ -132,10 +132,10 @@ class FlowBlob:
 
     def __init__(self, source: bytes | ReadRange, size: int | None = None, num_pairs: int | None = None):
         if callable(source):
-            self._read_range = source
+            self._read_range: ReadRange = source
         else:
-            view, size = memoryview(source), len(source)
-            self._read_range = lambda offset, count: view[offset : offset + count]
+            data, size = source, len(source)
+            self._read_range = lambda offset, count: data[offset : offset + count]
         self._size = size
         self._first_read_bytes = _FIRST_READ_BYTES
         if num_pairs is not None:
@@ -240,14 +240,14 @@ def _check_pair(pair: FlowPair, header: FlowHeader) -> None:
     if pair.gap == 0 or not (0 <= pair.t < header.frames and 0 <= pair.t + pair.gap < header.frames):
         raise ValueError(f"{name} is not a pair of two frames of a clip with {header.frames} frames")
     if pair.flow_px.shape != (2, header.height, header.width):
-        expected = (2, header.height, header.width)
-        raise ValueError(f"{name} has shape {pair.flow_px.shape}; the blob was opened for {expected}")
+        size = f"(2, {header.height}, {header.width})"
+        raise ValueError(f"{name} has shape {pair.flow_px.shape}; the blob was opened for {size}")
     if not np.isfinite(pair.flow_px).all():
         bad = int((~np.isfinite(pair.flow_px)).sum())
         raise ValueError(f"{name} has {bad} values that are not finite; quarantine the clip or mend the teacher")
     if pair.occlusion is not None and pair.occlusion.shape != (header.height, header.width):
-        expected = (header.height, header.width)
-        raise ValueError(f"{name} has occlusion of shape {pair.occlusion.shape}; expected {expected}")
+        size = f"({header.height}, {header.width})"
+        raise ValueError(f"{name} has occlusion of shape {pair.occlusion.shape}; expected {size}")
 
 
 def _encode_pair(pair: FlowPair, scale: int) -> tuple[dict[str, int], bytes]:

@@ -63,7 +63,7 @@ def _teacher_flows(height: int, width: int, num_pairs: int) -> list[np.ndarray]:
 
 def _npz(flows: list[np.ndarray]) -> bytes:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{str(t): flow.astype(np.float16) for t, flow in enumerate(flows)})
+    np.savez_compressed(buffer, *(flow.astype(np.float16) for flow in flows))
     return buffer.getvalue()
 
 

@@ -42,10 +42,10 @@ def _compare(name: str, index: ClipIndex, offsets: tuple[int, ...], seconds: flo
     while ours.seconds + theirs.seconds < seconds:
         for side in (ours, theirs):
             side.run_round(8)
-    pairs = [
+    pairs: list[tuple[str, float, float]] = [
         ("samples/s", ours.samples / ours.seconds, theirs.samples / theirs.seconds),
-        ("KB read per frame", *(s.bytes_read / s.samples / len(offsets) / 1e3 for s in (ours, theirs))),
-        ("frames decoded per sample", *(s.frames_decoded / s.samples for s in (ours, theirs))),
+        ("KB read per frame", ours.kb_per_frame, theirs.kb_per_frame),
+        ("frames decoded per sample", ours.decoded_per_sample, theirs.decoded_per_sample),
     ]
     return [
         {"name": f"{name}: {unit}", "value": value, "baseline": baseline, "ratio": value / baseline, "unit": unit}
@@ -64,7 +64,7 @@ class _Side:
         own = ClipIndex.open(index.clips_url)
         self.loader = Loader(own, read, LoaderConfig(num_workers=0), batch_size=1, seed=0)
         self.batches = iter(self.loader)
-        self.seconds, self.samples = 0.0, 0
+        self.seconds, self.samples, self.frames_per_sample = 0.0, 0, len(offsets)
 
     def run_round(self, samples: int) -> None:
         started = time.perf_counter()
@@ -74,12 +74,12 @@ class _Side:
         self.samples += samples
 
     @property
-    def bytes_read(self) -> int:
-        return self.loader.stats()["bytes_read"]
+    def kb_per_frame(self) -> float:
+        return self.loader.stats()["bytes_read"] / self.samples / self.frames_per_sample / 1e3
 
     @property
-    def frames_decoded(self) -> int:
-        return self.loader.stats()["frames_decoded"]
+    def decoded_per_sample(self) -> float:
+        return self.loader.stats()["frames_decoded"] / self.samples
 
 
 def frames_from_start(clip: Clip, indices: list[int]) -> np.ndarray:
@@ -87,7 +87,7 @@ def frames_from_start(clip: Clip, indices: list[int]) -> np.ndarray:
     mp4 = read_range(clip._shard_url, clip.row["mp4_offset"], clip.row["mp4_size"])
     clip._counter.bytes_read += len(mp4)
     pictures: dict[int, np.ndarray] = {}
-    with av.open(io.BytesIO(mp4)) as container:
+    with av.open(io.BytesIO(mp4), "r") as container:
         container.streams.video[0].thread_count = 1
         for number, frame in enumerate(container.decode(video=0)):
             clip._counter.frames_decoded += 1

@@ -111,10 +111,10 @@ class Clip:
     def _flow_blob(self) -> FlowBlob:
         if self._flow_shard_url is None:
             raise ValueError(f"clip {self.key} was opened without flow; give the index a flow artifact")
-        start = self.row["flow_offset"]
+        url, start = self._flow_shard_url, self.row["flow_offset"]
         with self._damage_named("flow"):
             return FlowBlob(
-                lambda offset, size: self._range(self._flow_shard_url, start + offset, size),
+                lambda offset, size: self._range(url, start + offset, size),
                 size=self.row["flow_size"],
                 num_pairs=self.row["num_pairs"],
             )

@@ -32,7 +32,7 @@ class ClipIndex:
         table: pa.Table,
         clips_url: str,
         shard_urls: dict[int, str],
-        flow_shard_urls: dict[int, str] | None,
+        flow_shard_urls: dict[int, str],
         left_out: dict[str, int],
     ):
         self._table: pa.Table | None = table
@@ -185,8 +185,8 @@ def _shard_urls(artifact: Artifact, shards: pa.ChunkedArray) -> dict[int, str]:
     return {shard: artifact.shard_url(shard) for shard in pc.unique(shards).to_pylist()}
 
 
-def _flow_shard_urls(flow: Artifact | None, table: pa.Table) -> dict[int, str] | None:
-    return None if flow is None else _shard_urls(flow, table["flow_shard"])
+def _flow_shard_urls(flow: Artifact | None, table: pa.Table) -> dict[int, str]:
+    return {} if flow is None else _shard_urls(flow, table["flow_shard"])
 
 
 def _listed(left_out: dict[str, int]) -> str:

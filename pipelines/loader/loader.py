@@ -160,7 +160,7 @@ class Loader:
         context = multiprocessing.get_context("forkserver")
         # Imported once, in the server, instead of by every worker.
         context.set_forkserver_preload(["kinema.pipelines.loader.loader"])
-        loader = DataLoader(
+        loader: DataLoader[Reading] = DataLoader(
             BatchReader(self.index.on_disk(folder), self.read_sample, self.order),
             sampler=self._jobs(),
             batch_size=None,
@@ -270,7 +270,7 @@ def _none() -> None:
     return None
 
 
-def _as_it_is(reading: Reading) -> Reading:
+def _as_it_is(reading: Any) -> Any:
     return reading
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader.clip import Clip, DamagedClip
@@ -58,8 +59,8 @@ class Reading:
         return Reading(pinned, self.account, self.failure)
 
 
-class BatchReader:
-    """Reads batches by their sample numbers; a data set in torch's sense, whose items are whole batches."""
+class BatchReader(Dataset[Reading]):
+    """Reads batches by their sample numbers; a torch data set whose items are whole batches."""
 
     def __init__(self, index: ClipIndex, read_sample: ReadSample, order: Order):
         self.index, self.read_sample, self.order = index, read_sample, order

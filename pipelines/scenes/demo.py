@@ -27,7 +27,7 @@ def render_demo_videos(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    size = {"height": height, "width": width, "num_frames": num_frames}
+    size: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames}
     cuts = tuple(sorted({num_frames // 3, 2 * num_frames // 3} - {0}))
     scenes = {
         "pan.mp4": Scene(seed=3 * seed, camera="pan", **size),

@@ -40,7 +40,7 @@ def write_scene_clips(
     artifact = Artifact.open(url, kind="clips", config=dataclasses.asdict(clip))
     keys = [sample_key(str(scene.seed), _identity(scene), start, stop, content_hash(dataclasses.asdict(clip)))
             for scene, start, stop in shots]  # fmt: skip
-    plan = [
+    plan: list[dict[str, Any]] = [
         {"shard": number // clips_per_shard, "key": key, "source": f"scene-{shot[0].seed}"}
         for number, (key, shot) in enumerate(zip(keys, shots, strict=True))
     ]
