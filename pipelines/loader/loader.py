@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import sys
 import tempfile
 import threading
@@ -22,6 +23,8 @@ from kinema.pipelines.loader.order import Order
 from kinema.pipelines.loader.reader import Account, Batch, BatchReader, Reading, ReadSample
 
 _SHOWN_DAMAGES = 5
+# An index with more bytes goes to workers as a file that they share; a smaller one is copied to each.
+_SHARE_ABOVE_BYTES = 32_000_000
 
 
 class Loader:
@@ -156,12 +159,14 @@ class Loader:
             yield reading
 
     def _read_in_workers(self, stack: contextlib.ExitStack) -> Iterator[Reading]:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kinema-loader-"))
+        index = self.index
+        if index.table.nbytes > _SHARE_ABOVE_BYTES:
+            index = index.on_disk(stack.enter_context(tempfile.TemporaryDirectory(prefix="kinema-loader-")))
         context = multiprocessing.get_context("forkserver")
         # Imported once, in the server, instead of by every worker.
         context.set_forkserver_preload(["kinema.pipelines.loader.loader"])
         loader: DataLoader[Reading] = DataLoader(
-            BatchReader(self.index.on_disk(folder), self.read_sample, self.order),
+            BatchReader(index, self.read_sample, self.order),
             sampler=self._jobs(),
             batch_size=None,
             collate_fn=_as_it_is,
@@ -278,6 +283,15 @@ def _start_worker(worker: int) -> None:
     """One thread for each worker: torch's own are limited already, OpenCV's would take every core."""
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(1)
+    threading.Thread(target=_end_with_parent, name="loader-parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Workers are children of the fork server, which outlives a killed training process as long as they live."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _shut_down(readings: Any) -> None:

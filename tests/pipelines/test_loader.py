@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import textwrap
 import time
 from multiprocessing import forkserver
 from pathlib import Path
@@ -300,21 +299,52 @@ def test_workers_live_through_epochs_and_end_with_close(index):
     loader.close()
 
 
-def test_leaving_without_close_does_not_hang(packed):
-    script = f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from kinema.configs.schema import LoaderConfig
-        from kinema.pipelines.loader import ClipIndex, Loader
-        from loader_readers import read_pair
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from kinema.configs.schema import LoaderConfig
+from kinema.pipelines.loader import ClipIndex, Loader
+from loader_readers import read_pair
+import psutil
 
-        if __name__ == "__main__":
-            index = ClipIndex.open({packed[0]!r}, {packed[1]!r})
-            batches = iter(Loader(index, read_pair, LoaderConfig(num_workers=1), 2, seed=0))
-            print(len(next(batches)["key"]))
-        """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout.strip()) == (0, "2") and "Traceback" not in done.stderr
+if __name__ == "__main__":
+    index = ClipIndex.open({clips!r}, {flow!r})
+    batches = iter(Loader(index, read_pair, LoaderConfig(num_workers=2), 2, seed=0))
+    print(len(next(batches)["key"]), *[c.pid for c in psutil.Process().children(recursive=True)], flush=True)
+    time.sleep({sleep_s})
+"""
+
+
+def start_script(packed, sleep_s: float) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """A program in the middle of an iteration with two workers, and the processes it has started."""
+    script = SCRIPT.format(tests=str(Path(__file__).parent), clips=packed[0], flow=packed[1], sleep_s=sleep_s)
+    program = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    num_samples, *pids = program.stdout.readline().split()
+    assert num_samples == "2" and len(pids) == 4
+    return program, [psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))]
+
+
+def test_leaving_without_close_does_not_hang(packed):
+    program, _ = start_script(packed, sleep_s=0)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == 0 and "Traceback" not in errors
+
+
+def test_workers_end_when_their_program_is_killed(packed):
+    program, started = start_script(packed, sleep_s=100)
+    program.kill()
+    program.communicate(timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not alive
+
+
+def test_an_index_shared_as_a_file_gives_the_same_batches(index, monkeypatch):
+    expected = take(make(index), 3)
+    monkeypatch.setattr("kinema.pipelines.loader.loader._SHARE_ABOVE_BYTES", 0)
+    loader = make(index, num_workers=2)
+    assert_same(expected, take(loader, 3))
 
 
 def test_an_iteration_that_nobody_holds_ends_its_workers(index):
