@@ -141,7 +141,8 @@ class FlowBlob:
         if num_pairs is not None:
             self._first_read_bytes = _PRELUDE.size + _LIKELY_HEADER_BYTES + num_pairs * _ROW.itemsize
         self.header, self._table = self._read_index()
-        self._rows = {(int(row["t"]), int(row["gap"])): row for row in self._table}
+        places = zip(self._table["t"].tolist(), self._table["gap"].tolist(), strict=True)
+        self._rows = {place: row for row, place in enumerate(places)}
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -219,7 +220,7 @@ class FlowBlob:
         if row is None:
             gaps = sorted({stored_gap for _, stored_gap in self._rows})
             raise KeyError(f"no flow for t={t} gap={gap}; stored: {len(self._rows)} pairs, gaps {gaps}")
-        return row
+        return self._table[row]
 
     def _decode_flow(self, row: np.void, payload: bytes) -> Float32[np.ndarray, "2 H W"]:
         height, width = self.header.height, self.header.width

@@ -87,18 +87,21 @@ class Clip:
 
     def flow(self, t: int, gap: int) -> Float32[np.ndarray, "2 h w"]:
         """Flow from frame t to frame t + gap, in pixels of `flow_size`."""
+        blob = self._flow_blob
         with self._damage_named("flow"):
-            return self._flow_blob.flow(t, gap)
+            return blob.flow(t, gap)
 
     def occlusion(self, t: int, gap: int) -> Bool[np.ndarray, "h w"] | None:
         """True where frame t's pixel is hidden in frame t + gap; None when the teacher stored none."""
+        blob = self._flow_blob
         with self._damage_named("flow"):
-            return self._flow_blob.occlusion(t, gap)
+            return blob.occlusion(t, gap)
 
     def flow_pair(self, t: int, gap: int) -> FlowPair:
         """Flow and occlusion together, in one read."""
+        blob = self._flow_blob
         with self._damage_named("flow"):
-            return self._flow_blob.pair(t, gap)
+            return blob.pair(t, gap)
 
     def masks(self) -> UInt8[np.ndarray, "T H W"] | None:
         """Object masks that came with the frames (0 is background), or None."""

@@ -138,8 +138,10 @@ def test_a_pair_that_is_not_stored_is_the_callers_mistake(with_flow):
 
 def test_clip_without_flow_says_so(clip):
     assert clip.flow_pairs == []
-    with pytest.raises(ValueError, match="opened without flow"):
-        clip.flow(0, 1)
+    for read in (clip.flow, clip.occlusion, clip.flow_pair):
+        with pytest.raises(ValueError, match="opened without flow") as caught:
+            read(0, 1)
+        assert not isinstance(caught.value, DamagedClip)
 
 
 def test_masks_come_along(tmp_path):
