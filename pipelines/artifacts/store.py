@@ -88,7 +88,7 @@ def disk_full_is_clear(what: str, needed_bytes: int = 0) -> Iterator[None]:
             raise
         needed_mb = max(1, -(-needed_bytes // 1_000_000))
         raise StageError(
-            f"disk full while writing {what}: free at least {needed_mb} MB or set out= to another disk"
+            f"disk full while writing {what}: free at least {needed_mb} MB there or set out= to another disk"
         ) from None
 
 
@@ -99,11 +99,12 @@ class TemporaryFile:
     removes the file unless it was published.
     """
 
-    def __init__(self, folder: Path, label: str):
-        self.label = label
+    def __init__(self, folder: Path, label: str, target: str):
+        self.target = target
+        self.num_bytes = 0
         while True:
             self.path = folder / f"{TEMPORARY_PREFIX}{label}-{secrets.token_hex(6)}"
-            with disk_full_is_clear(label):
+            with disk_full_is_clear(target):
                 self.file: BinaryIO = open(self.path, "xb")
             fcntl.flock(self.file, fcntl.LOCK_EX)
             if os.fstat(self.file.fileno()).st_nlink:  # a sweep may have come between creation and lock
@@ -118,12 +119,13 @@ class TemporaryFile:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`. Raises: StageError when the disk is full."""
-        with disk_full_is_clear(self.label, len(data)):
+        self.num_bytes += len(data)
+        with disk_full_is_clear(self.target, self.num_bytes):
             self.file.write(data)
 
     def sync(self) -> None:
         """Everything written so far reaches the disk."""
-        with disk_full_is_clear(self.label):
+        with disk_full_is_clear(self.target, self.num_bytes):
             self.file.flush()
             os.fsync(self.file.fileno())
 
@@ -197,11 +199,11 @@ class LocalStore:
         target = self.root / name
         with disk_full_is_clear(str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
-        return TemporaryFile(target.parent, target.name)
+        return TemporaryFile(target.parent, target.name, str(target))
 
     def publish(self, temporary: TemporaryFile, name: str, sha256: str) -> None:
         temporary.sync()
-        with disk_full_is_clear(name):
+        with disk_full_is_clear(self.url_of(name)):
             os.replace(temporary.path, self.root / name)
             _sync_folder((self.root / name).parent)
 
@@ -264,7 +266,8 @@ class ObjectStore:
         return hashlib.blake2b(self.url.encode(), digest_size=8).hexdigest()
 
     def build(self, name: str) -> TemporaryFile:
-        return TemporaryFile(Path(tempfile.gettempdir()), f"{self._label}-{name.replace('/', '-')}")
+        folder = Path(tempfile.gettempdir())
+        return TemporaryFile(folder, f"{self._label}-{name.replace('/', '-')}", f"{folder}, on the way to {self.url}")
 
     def publish(self, temporary: TemporaryFile, name: str, sha256: str) -> None:
         """Create-only put. An object that is already there and differs has no commit record, else its shard

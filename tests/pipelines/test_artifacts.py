@@ -391,7 +391,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypatch,
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(store_module.os, "fsync", full)
-    with pytest.raises(StageError, match=r"disk full while writing .*tar: free at least \d+ MB or set out="):
+    with pytest.raises(StageError, match=r"disk full while writing .*tar: free at least \d+ MB there or set out="):
         build(artifact, 0)
     assert tree(tmp_path / "clips") == before
 
