@@ -48,14 +48,14 @@ class Similarity:
 
 @dataclass(frozen=True)
 class Swing:
-    """amplitude * (sin(rate * t + phase) - sin(phase)): zero at t = 0, smooth, bounded; t in frames."""
+    """amplitude * sin(rate * t + phase): smooth and bounded, so that what swings stays in view; t in frames."""
 
     amplitude: float
     rate: float
     phase: float
 
     def __call__(self, t: float) -> float:
-        return self.amplitude * (math.sin(self.rate * t + self.phase) - math.sin(self.phase))
+        return self.amplitude * math.sin(self.rate * t + self.phase)
 
     @staticmethod
     def draw(rng: np.random.Generator, amplitude: float, peak: float) -> Swing:

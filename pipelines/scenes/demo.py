@@ -32,7 +32,7 @@ def render_demo_videos(
     scenes = {
         "pan.mp4": Scene(seed=3 * seed, camera="pan", **size),
         "three_shots.mp4": Scene(seed=3 * seed + 1, camera="mixed", cuts=cuts, **size),
-        "zoom_and_turn.mp4": Scene(seed=3 * seed + 2, camera="mixed", num_objects=2, **size),
+        "zoom_and_turn.mp4": Scene(seed=3 * seed + 2, camera="mixed", **size),
     }
     for name, scene in scenes.items():
         write_scene(scene, folder / name)

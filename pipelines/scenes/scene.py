@@ -25,10 +25,10 @@ _PART_TILE_PX = 96
 # Share of the shorter side (pan), of the scale (zoom) and radians (turn) that each camera swings through.
 _CAMERA_SWINGS: dict[str, tuple[float, float, float]] = {
     "still": (0.0, 0.0, 0.0),
-    "pan": (0.30, 0.0, 0.0),
+    "pan": (0.20, 0.0, 0.0),
     "zoom": (0.04, 0.15, 0.0),
     "turn": (0.04, 0.0, 0.20),
-    "mixed": (0.15, 0.10, 0.12),
+    "mixed": (0.10, 0.12, 0.15),
 }
 
 
@@ -240,8 +240,8 @@ class _Shot:
         rng, side, speed = self._rng, self._side, self._speed
         shape = self._rng.uniform(0.08, 0.14, 2) * side
         torso = RoundedBox(shape[0], shape[1], rng.uniform(0.2, 1.0) * shape.min())
-        home = complex(column * self._size.real, rng.uniform(0.25, 0.75) * self._size.imag)
-        path_x, path_y = (Swing.draw(rng, 0.22 * side, 1.2 * speed) for _ in range(2))
+        home = complex((0.1 + 0.8 * column) * self._size.real, rng.uniform(0.3, 0.7) * self._size.imag)
+        path_x, path_y = (Swing.draw(rng, 0.15 * side, 1.2 * speed) for _ in range(2))
         spin = Swing.draw(rng, 0.6, 0.7 * speed / shape.max())
         angle0 = rng.uniform(0, 2 * math.pi)
         hue = (self._hue + 0.5 + rng.uniform(-0.3, 0.3), 0.15)
