@@ -1,6 +1,7 @@
 """Fixtures that every test may use: the parity goldens, the real data, and checked shapes."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,8 @@ from jaxtyping import install_import_hook
 REPO_ROOT = Path(__file__).resolve().parents[1]
 PARITY_ROOT = REPO_ROOT / "tests" / "parity"
 
-torch.set_num_threads(2)
+# Parallel test runs set OMP_NUM_THREADS: threads that outnumber the cores wait for one another.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 # Shapes in jaxtyping annotations are checked while tests run. The hook works on modules that are
 # imported after it, so it stays here, in front of every test module.
