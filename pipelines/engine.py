@@ -368,13 +368,19 @@ def _collect(reference: Any, attempt: int, started: float, timeout_s: float | No
     except exceptions.OutOfMemoryError:
         message = "its process was stopped for using too much memory; use fewer workers"
         return Failure("crash", "OutOfMemory", message, attempt)
+    except exceptions.RayTaskError as error:  # before or after the work: arguments or the value do not travel
+        cause = error.cause if isinstance(error.cause, Exception) else error
+        return Failure("error", type(cause).__name__, _one_line(cause), attempt)
     except exceptions.RayError as error:
         elapsed_s = time.monotonic() - started
         if timeout_s is not None and elapsed_s >= timeout_s:
             return Failure("timeout", "Timeout", f"took longer than {timeout_s:g} s", attempt)
         if isinstance(error, exceptions.RuntimeEnvSetupError | exceptions.TaskUnschedulableError):
             raise StageError(f"workers cannot start: {_one_line(error)}") from None
-        return Failure("crash", "WorkerCrashed", "its process died (killed, crashed or lost its node)", attempt)
+        reason = "its process died (killed, crashed or lost its node)"
+        if "creation task" in str(error):  # the actor's code does not load there
+            reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1][:500]
+        return Failure("crash", "WorkerCrashed", reason, attempt)
     if outcome[0] == "stage":
         raise StageError(outcome[1])
     if outcome[0] == "error":

@@ -86,7 +86,10 @@ class Artifact:
         try:
             found = _read_manifest(store)
         except FileNotFoundError:
-            store.write(MANIFEST, tables.readable_json(wanted))
+            try:
+                store.write(MANIFEST, tables.readable_json(wanted))
+            except (PermissionError, NotADirectoryError, FileExistsError) as error:
+                raise ValueError(f"{store.url} cannot be written: {error.strerror}; choose another out=") from None
             return cls(store, wanted)
         _refuse_other(store.url, found, wanted)
         return cls(store, found)
@@ -125,7 +128,7 @@ class Artifact:
         """All planned rows, in the order in which they were appended; empty without a plan."""
         if self._plan is None:
             try:
-                self._plan = tables.read_parquet(self.store.read(PLAN))
+                self._plan = self._table(PLAN)
             except FileNotFoundError:
                 schema = pa.schema([("shard", pa.int32()), ("key", pa.string()), ("source", pa.string())])
                 return schema.empty_table()
@@ -277,13 +280,21 @@ class Artifact:
         Raises: ValueError when the stage that makes this artifact has not finished.
         """
         try:
-            data = self.store.read(SAMPLES)
+            return self._table(SAMPLES, columns)
         except FileNotFoundError:
             done, planned = len(self.commits()), len(self.planned_shards())
             state = f"{done} of {planned} shards are committed" if done else "no commits yet"
             maker = MAKERS.get(self.kind, self.kind)
             raise ValueError(f"{self.url} has no {SAMPLES}, {state}: run `kinema {maker}` on it to the end") from None
-        return tables.read_parquet(data, columns=None if columns is None else list(columns))
+
+    def _table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A Parquet file of the artifact. Raises: FileNotFoundError; ValueError when it is damaged."""
+        data = self.store.read(name)
+        try:
+            return tables.read_parquet(data, columns=None if columns is None else list(columns))
+        except (pa.ArrowInvalid, OSError) as error:
+            where = self.store.url_of(name)
+            raise ValueError(f"{where} is damaged ({error}); restore it or choose another out=") from None
 
     def manifest_hash(self) -> str:
         """sha256 over what the artifact is and the bytes of its finished shards; equal content, equal hash."""

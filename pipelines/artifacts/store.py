@@ -92,6 +92,17 @@ def disk_full_is_clear(what: str, needed_bytes: int = 0) -> Iterator[None]:
         ) from None
 
 
+def _lock(file: BinaryIO, wait: bool = True) -> bool:
+    """Lock a file; False when another process holds it, or the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
+
+
 class TemporaryFile:
     """A file under a temporary name, locked for as long as its writer lives.
 
@@ -106,7 +117,7 @@ class TemporaryFile:
             self.path = folder / f"{TEMPORARY_PREFIX}{label}-{secrets.token_hex(6)}"
             with disk_full_is_clear(target):
                 self.file: BinaryIO = open(self.path, "xb")
-            fcntl.flock(self.file, fcntl.LOCK_EX)
+            _lock(self.file)
             if os.fstat(self.file.fileno()).st_nlink:  # a sweep may have come between creation and lock
                 break
             self.file.close()
@@ -144,11 +155,11 @@ def _sweep_folder(folder: Path, label: str = "") -> int:
     for path in sorted(folder.glob(f"{TEMPORARY_PREFIX}{label}*")):
         try:
             with open(path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-                removed += 1
-        except (BlockingIOError, FileNotFoundError):
-            continue  # its writer lives, or has just published it
+                if _lock(file, wait=False):
+                    path.unlink()
+                    removed += 1
+        except FileNotFoundError:
+            continue  # its writer has just published it
     return removed
 
 
@@ -176,7 +187,10 @@ class LocalStore:
         return self.root / name
 
     def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+        try:
+            return (self.root / name).read_bytes()
+        except NotADirectoryError as error:
+            raise FileNotFoundError(*error.args) from None
 
     def open(self, name: str) -> BinaryIO:
         return open(self.root / name, "rb")

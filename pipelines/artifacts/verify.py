@@ -41,8 +41,8 @@ def _problems(artifact: Artifact) -> Iterator[Problem]:
         yield Problem(layout.MANIFEST, "config does not match config_hash")
     try:
         shards = artifact.planned_shards()
-    except (pa.ArrowInvalid, OSError) as error:
-        yield Problem(layout.PLAN, f"cannot be read: {error}")
+    except ValueError as error:
+        yield Problem(layout.PLAN, f"{error}")
         return
     if artifact.plan8 is None and shards:
         yield Problem(layout.MANIFEST, "plan8 is missing although there is a plan")

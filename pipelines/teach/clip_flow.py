@@ -87,9 +87,9 @@ def _unit_flows(units: Sequence[tuple[int, int, Any, Any]], teacher: Teacher, pa
             _check(one, t, signed_gap)
         hidden: list[np.ndarray | None] = [None] * per_unit
         if pairing.stores_occlusion:
-            hidden = list(occlusion(flows, flows.flip(0)).numpy())
+            hidden = list(occlusion(flows, flows.flip(0)).cpu().numpy())
         for (t, signed_gap), one, covered in zip(ends, flows, hidden, strict=True):
-            yield FlowPair(t, signed_gap, one.numpy(), covered)
+            yield FlowPair(t, signed_gap, one.cpu().numpy(), covered)
 
 
 def _check(flow_px: Float[torch.Tensor, "2 H W"], t: int, gap: int) -> None:

@@ -33,7 +33,7 @@ class Teacher(Protocol):
         """Everything later pairs need of one frame."""
 
     def flow(self, pairs: Sequence[tuple[Any, Any]]) -> Float[Tensor, "B 2 h w"]:
-        """Flow of each (from, to), float32 in pixels, on the CPU."""
+        """Flow of each (from, to), float32 in pixels, on the teacher's device."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class RAFTTeacher:
         """All pairs in one network call."""
         first, second = (_stack(features) for features in zip(*pairs, strict=True))
         with self._autocast():
-            return self.network.flow_from_features(first, second, iters=self.spec.iters).float().cpu()
+            return self.network.flow_from_features(first, second, iters=self.spec.iters).float()
 
     def _autocast(self) -> AbstractContextManager:
         if self.spec.precision == "fp32":

@@ -157,6 +157,25 @@ def test_missing_or_unfinished_artifacts_say_what_is_missing(url):
         Artifact.read(url).samples()
 
 
+def test_a_file_in_the_way_and_damaged_tables_are_named(tmp_path):
+    (tmp_path / "film.mp4").write_bytes(b"x")
+    with pytest.raises(ValueError, match="film.mp4 holds no artifact"):
+        Artifact.read(tmp_path / "film.mp4")
+    with pytest.raises(ValueError, match="film.mp4 cannot be written: .*choose another out="):
+        Artifact.open(tmp_path / "film.mp4", kind="clips", config=CONFIG)
+    make(str(tmp_path / "clips"), SHARDS)
+    for name in ("samples.parquet", "_plan.parquet"):
+        path = tmp_path / "clips" / name
+        good = path.read_bytes()
+        path.write_bytes(good[: len(good) // 2])
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            artifact = Artifact.read(tmp_path / "clips")
+            artifact.samples()
+            artifact.pending()
+        assert name in problems(tmp_path / "clips")
+        path.write_bytes(good)
+
+
 def test_plan_refuses_changed_rows_bad_keys_and_grown_shards(tmp_path):
     artifact = make(str(tmp_path / "clips"), {0: ["a.mp4"], 1: ["b.mp4"]})
     with pytest.raises(ValueError, match="planned already"):
