@@ -16,20 +16,11 @@ from torch import Tensor, nn
 Norm = Literal["instance", "batch", "none"]
 
 
-class InstanceNorm(nn.Module):
-    """Instance norm without parameters.
-
-    As a group norm of one channel per group it is several times faster on a CPU than `F.instance_norm`.
-    That holds for planar memory only: channels-last group norm subtracts squared means and loses digits.
-    """
-
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        return F.group_norm(x.contiguous(), x.shape[1])
-
-
 def _norm(kind: Norm, channels: int) -> nn.Module:
     if kind == "instance":
-        return InstanceNorm()
+        # Not the faster group norm with one channel per group: its rounding differs from the published
+        # network's enough to move the error of ill-conditioned pairs (KITTI) by 0.006 px.
+        return nn.InstanceNorm2d(channels)
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.Identity()
 
 

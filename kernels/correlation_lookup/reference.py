@@ -48,14 +48,12 @@ def correlation_volume(fmap1: Float[Tensor, "B C H W"], fmap2: Float[Tensor, "B 
 def correlation_pyramid(
     fmap1: Float[Tensor, "B C H W"], fmap2: Float[Tensor, "_ _ h w"], num_levels: int = NUM_LEVELS
 ) -> list[Float[Tensor, "B N _ _"]]:
-    """The volume at every level: level k is the volume averaged over 2^k x 2^k target pixels.
-
-    Formed from averaged features, which reads less memory than averaging the volume.
+    """The volume at every level: level 0 by products, the others by 2x2 average pooling of it.
 
     Raises: ValueError if the maps disagree in B or C, or are too small for `num_levels`.
     """
     _check_maps(fmap1, [fmap2])
-    return [correlation_volume(fmap1, level) for level in feature_pyramid(fmap2.float(), num_levels)]
+    return feature_pyramid(correlation_volume(fmap1, fmap2), num_levels)
 
 
 def volume_bytes(batch: int, height: int, width: int, num_levels: int = NUM_LEVELS) -> int:
