@@ -11,6 +11,7 @@ Shape legend: B batch, N = 2 B crops, H W image pixels, h w crop pixels, P pixel
 G = F + 1 rows of a linear map (features, then the constant).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +25,10 @@ from .ema import EMA
 from .flowfeat import FlowFeat, build_decoder, encoder_maps
 from .vision_transformer import CONFIGS, VisionTransformer
 
-# 2 MiB of features in float32: a piece stays in a core's cache from the convolution's output to the flow.
-PIXELS_PER_CHUNK = 4096
+# Pixels whose features exist at a time. On a CPU a piece (2 MiB) stays in the cache from the convolution's
+# output to the flow; an accelerator wants few large pieces.
+PIXELS_PER_PIECE = {"cpu": 4096}
+PIXELS_PER_PIECE_ELSEWHERE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class TrainingLosses:
     edge: Float[Tensor, ""]
     """Weighted difference of flow gradients, x and y added."""
     valid: Bool[Tensor, "B"]
-    """Samples that entered the losses; the others have a teacher flow without any edge, or not finite."""
+    """Samples that entered the losses; the others' teacher flow is not finite or has no edges to weigh."""
     student_flow: Float[Tensor, "B 2 h w"]
     """Flow that the student predicts on the second crop, in standard deviations of the teacher's."""
     teacher_flow: Float[Tensor, "B 2 h w"]
@@ -151,7 +154,7 @@ class NormalEquations:
         lhs = lhs / self.num_pixels
         lhs.diagonal().add_(ridge_alpha)
         # Symmetric with eigenvalues of at least alpha, so Cholesky agrees with least squares to rounding.
-        # The variant that does not raise leaves a broken sample to the caller instead of ending the run.
+        # The variant that does not raise lets a diverged network show as a loss that is not finite.
         factor, _ = torch.linalg.cholesky_ex(lhs)
         return torch.cholesky_solve(self.products / self.num_pixels, factor)
 
@@ -229,10 +232,10 @@ class FlowFeatTraining(nn.Module):
         """
         crops = self.sample_crops(frame, params1, params2)
         maps1, maps2 = self.encode(crops)
-        flow1, flow2, finite = self.sample_flow(teacher_flow, params1, params2)
+        flow1, flow2, usable = self.sample_flow(teacher_flow, params1, params2)
         flow_map = self.fit(maps1, flow1)
         student_flow = self.predict(maps2, flow_map)
-        return self._losses(student_flow, flow2, finite)
+        return self._losses(student_flow, flow2, usable)
 
     def sample_crops(self, frame: Tensor, params1: Tensor, params2: Tensor) -> Float[Tensor, "N 3 h w"]:
         """The first crops of all frames, then the second ones."""
@@ -250,43 +253,45 @@ class FlowFeatTraining(nn.Module):
     def fit(self, maps: list[Tensor], flow: Float[Tensor, "B 2 h w"]) -> Float[Tensor, "B G 2"]:
         """Linear map from the averaged decoder's features, and a constant, to the flow."""
         decoder = self.decoder_ema.ema_model
-        hidden, targets = _pixels(decoder.hidden(maps, self.input_size)), _pixels(flow)
-        fits = []
-        for pixels, target in zip(hidden, targets, strict=True):
-            equations = NormalEquations()
-            for chunk, part in zip(pixels.split(PIXELS_PER_CHUNK), target.split(PIXELS_PER_CHUNK), strict=True):
-                features = decoder.head(chunk)
-                with torch.autocast(chunk.device.type, enabled=False):
-                    equations.add(features.float(), part)
-            fits.append(equations)
-        return torch.stack([e.solve(self.loss_config.ridge_alpha) for e in fits])
+        equations = [NormalEquations() for _ in flow]
+        targets = _pixels(flow)
+        for samples, pixels, hidden in _pieces(_pixels(decoder.hidden(maps, self.input_size))):
+            features = decoder.head(hidden)
+            with torch.autocast(hidden.device.type, enabled=False):
+                for i, x in zip(range(samples.start, samples.stop), features.float(), strict=True):
+                    equations[i].add(x, targets[i, pixels])
+        return torch.stack([e.solve(self.loss_config.ridge_alpha) for e in equations])
 
     def predict(self, maps: list[Tensor], flow_map: Float[Tensor, "B G 2"]) -> Float[Tensor, "B 2 h w"]:
         """Flow that the trained decoder's features give through a linear map."""
-        hidden = _pixels(self.decoder.hidden(maps, self.input_size))
         flows = []
-        for pixels, matrix in zip(hidden, flow_map, strict=True):
-            # Features at full size are the largest tensors of a step, and only two numbers a pixel are
-            # wanted of them: they are made in pieces that fit the cache, and made again for the gradient.
-            for chunk in pixels.split(PIXELS_PER_CHUNK):
-                flows.append(checkpoint(self._flow, chunk, matrix, use_reentrant=False, preserve_rng_state=False))
+        # Features at full size are the largest tensors of a step, and only two numbers a pixel are wanted
+        # of them: they are made in pieces, and made again for the gradient.
+        for samples, _, hidden in _pieces(_pixels(self.decoder.hidden(maps, self.input_size))):
+            flow = checkpoint(self._flow, hidden, flow_map[samples], use_reentrant=False, preserve_rng_state=False)
+            flows.append(flow.flatten(0, 1))
         flow = torch.cat(flows).unflatten(0, (len(flow_map), -1))
         return flow.transpose(1, 2).unflatten(2, self.input_size)
 
-    def _flow(self, hidden: Float[Tensor, "P F"], matrix: Float[Tensor, "G 2"]) -> Float[Tensor, "P 2"]:
+    def _flow(self, hidden: Float[Tensor, "B P F"], matrix: Float[Tensor, "B G 2"]) -> Float[Tensor, "B P 2"]:
         features = self.decoder.head(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            return torch.addmm(matrix[-1], features.float(), matrix[:-1])
+            return torch.baddbmm(matrix[:, -1:], features.float(), matrix[:, :-1])
 
     def sample_flow(
         self, teacher_flow: Tensor, params1: Tensor, params2: Tensor
     ) -> tuple[Float[Tensor, "B 2 h w"], Float[Tensor, "B 2 h w"], Bool[Tensor, "B"]]:
-        """Standardised teacher flow on both crops, and which samples are finite (the others become 0)."""
+        """Standardised teacher flow on both crops, and which samples are usable.
+
+        A sample whose flow is not finite, or the same everywhere in u or in v, is not; it becomes 0.
+        """
         teacher_flow = teacher_flow.float()
-        finite = teacher_flow.isfinite().flatten(1).all(dim=1)
-        teacher_flow = torch.where(finite[:, None, None, None], teacher_flow, 0.0)
+        low, high = teacher_flow.amin(dim=(2, 3)), teacher_flow.amax(dim=(2, 3))
+        # Asked of the flow itself: sampling a constant leaves rounding that looks like edges.
+        usable = teacher_flow.isfinite().flatten(1).all(dim=1) & (high > low).all(dim=1)
+        teacher_flow = torch.where(usable[:, None, None, None], teacher_flow, 0.0)
         flow = standardise_flow(teacher_flow)
-        return (*(sample_crop(flow, params, self.input_size) for params in (params1, params2)), finite)
+        return (*(sample_crop(flow, params, self.input_size) for params in (params1, params2)), usable)
 
     def update_ema(self) -> None:
         """To be called once after every optimiser step."""
@@ -294,7 +299,8 @@ class FlowFeatTraining(nn.Module):
 
     def student(self, ema: bool = True) -> FlowFeat:
         """The model to use or publish: encoder and averaged (or trained) decoder, sharing these tensors."""
-        model = FlowFeat(self.backbone, image_size=self.input_size)
+        with torch.device("meta"):  # its own tensors are replaced, so none need be drawn
+            model = FlowFeat(self.backbone, image_size=self.input_size)
         model.encoder = self.encoder
         model.decoder = self.decoder_ema.ema_model if ema else self.decoder
         return model.eval()
@@ -304,16 +310,38 @@ class FlowFeatTraining(nn.Module):
         self.encoder.eval()
         return self
 
-    def _losses(self, student_flow: Tensor, teacher_flow: Tensor, finite: Tensor) -> TrainingLosses:
+    def _losses(self, student_flow: Tensor, teacher_flow: Tensor, usable: Tensor) -> TrainingLosses:
         config = self.loss_config
         edge, defined = edge_loss(student_flow, teacher_flow, config.edge_sigma)
         flow = (student_flow - teacher_flow).abs().sum(dim=1).mean(dim=(1, 2))
-        valid = finite & defined
+        valid = usable & defined
         num_valid = valid.sum().clamp(min=1)
         flow = torch.where(valid, flow, 0.0).sum() / num_valid
         edge = torch.where(valid, edge, 0.0).sum() / num_valid
         total = config.flow_weight * flow + config.edge_weight * edge
         return TrainingLosses(total, flow.detach(), edge.detach(), valid, student_flow.detach(), teacher_flow)
+
+
+def _pieces(hidden: Float[Tensor, "B P F"]) -> Iterator[tuple[slice, slice, Float[Tensor, "b p F"]]]:
+    """Views of all pixels of some samples, or of some pixels of one, with the samples and pixels they show.
+
+    Splitting, unlike indexing, gives the pieces' gradients back in one copy.
+    """
+    num_pixels = hidden.shape[1]
+    budget = PIXELS_PER_PIECE.get(hidden.device.type, PIXELS_PER_PIECE_ELSEWHERE)
+    group = max(1, budget // num_pixels)
+    rest = [num_pixels % budget] if num_pixels % budget else []
+    first = 0
+    for block in hidden.split(group):
+        samples = slice(first, first + len(block))
+        first = samples.stop
+        if group > 1 or num_pixels <= budget:
+            yield samples, slice(0, num_pixels), block
+            continue
+        start = 0
+        for piece in block.split([budget] * (num_pixels // budget) + rest, dim=1):
+            yield samples, slice(start, start + piece.shape[1]), piece
+            start += piece.shape[1]
 
 
 def _pixels(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P C"]:

@@ -99,13 +99,15 @@ def test_gradient_reaches_the_trained_decoder_only(module, inputs):
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("broken", ["constant", "constant_v", "nan", "infinite"])
+@pytest.mark.parametrize("broken", ["constant", "constant_px", "constant_v", "nan", "infinite"])
 def test_sample_without_a_defined_loss_is_left_out(module, inputs, broken):
     frame, teacher, params1, params2 = inputs
     alone = module.training_losses(frame[:1], teacher[:1], params1[:1], params2[:1])
     teacher = teacher.clone()
     if broken == "constant":
         teacher[1] = 0.25
+    elif broken == "constant_px":  # standardising and sampling leave rounding, not exact zeros
+        teacher[1] = torch.tensor([37.3, -8.1]).view(2, 1, 1)
     elif broken == "constant_v":
         teacher[1, 1] = 0.0
     else:
@@ -152,6 +154,7 @@ def test_student_is_the_averaged_model_and_loads_strictly(module, normalised_ima
     from kinema.models.flowfeat import FlowFeat
 
     student = module.student(ema=True)
+    assert not any(p.is_meta for p in student.parameters())
     fresh = FlowFeat("dinov2_vits14")
     fresh.load_state_dict(student.state_dict(), strict=True)
     x = normalised_image(1, "img", 1, 56, 70)
@@ -273,12 +276,20 @@ def test_edge_loss_by_hand():
     torch.testing.assert_close(loss, torch.tensor([0.75 + 2.0]))
 
 
-def test_predicted_flow_does_not_depend_on_the_pieces(module, inputs, monkeypatch):
-    frame, teacher, params1, params2 = (t[:1] for t in inputs)
-    whole = module.training_losses(frame, teacher, params1, params2)
-    monkeypatch.setattr("kinema.models.flowfeat_training.PIXELS_PER_CHUNK", 1000)
-    pieces = module.training_losses(frame, teacher, params1, params2)
+@pytest.mark.parametrize("pixels", [1000, 112 * 112, 3 * 112 * 112], ids=["part", "sample", "batch"])
+def test_step_does_not_depend_on_the_pieces(module, inputs, monkeypatch, pixels):
+    """Pieces smaller than a sample, of a sample, and of several samples."""
+    module.zero_grad()
+    whole = module.training_losses(*inputs)
+    whole.total.backward()
+    weight = module.decoder.scratch.output_conv1[2].weight
+    gradient = weight.grad.clone()
+    monkeypatch.setattr("kinema.models.flowfeat_training.PIXELS_PER_PIECE", {"cpu": pixels})
+    module.zero_grad()
+    pieces = module.training_losses(*inputs)
+    pieces.total.backward()
     torch.testing.assert_close(pieces.student_flow, whole.student_flow, rtol=0, atol=1e-4)
+    torch.testing.assert_close(weight.grad, gradient, rtol=0, atol=1e-2 * gradient.abs().max().item())
 
 
 def test_ridge_comes_from_the_config(inputs):
