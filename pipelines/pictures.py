@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinema.models.flow_geometry import flow_to_colour
 
@@ -21,6 +21,18 @@ def normalise_images(images: Tensor) -> Tensor:
     """Images [..., 3, H, W] in 0..1 to ImageNet's zero mean and unit deviation."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (images - mean) / std
+
+
+def size_for_model(size: tuple[int, int], short_side: int, encoder: nn.Module) -> tuple[int, int]:
+    """(height, width) at which an encoder sees images of `size`: about this shorter side, multiples of its patch.
+
+    An encoder of one fixed size (MAE) gets that.
+    """
+    if encoder.config.positions == "fixed_table":
+        return tuple(encoder.image_size)
+    patch, scale = encoder.patch_size, short_side / min(size)
+    height, width = (max(patch, round(side * scale / patch) * patch) for side in size)
+    return height, width
 
 
 def image_picture(normalised: Tensor) -> np.ndarray:

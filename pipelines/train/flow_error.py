@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kinema.models.flow_geometry import known_flow, resize_flow
 from kinema.models.flowfeat_training import NormalEquations
-from kinema.pipelines.pictures import normalise_images
+from kinema.pipelines.pictures import normalise_images, size_for_model
 
 CELLS = 8
 
@@ -59,7 +59,7 @@ def flow_error(
         counts = known_flow(truth)
         if valid is not None:
             counts &= torch.from_numpy(np.ascontiguousarray(valid[number])).to(device)
-        size = _model_size(image.shape[-2:], short_side, model.encoder.patch_size)
+        size = size_for_model(tuple(image.shape[-2:]), short_side, model.encoder)
         shown = F.interpolate(image, size, mode="bilinear", antialias=True)
         features = model(normalise_images(shown))[1][0]  # [C, h, w]
         error, constant = _frame_errors(features, truth, counts, ridge_alpha)
@@ -105,10 +105,3 @@ def checkerboard(height: int, width: int, device: torch.device | None = None) ->
     y = (torch.arange(height, device=device) + 0.5) * cells_y // height
     x = (torch.arange(width, device=device) + 0.5) * cells_x // width
     return (y[:, None] + x[None, :]) % 2 == 1
-
-
-def _model_size(size: tuple[int, int], short_side: int, patch: int) -> tuple[int, int]:
-    """(height, width) with about this shorter side, both multiples of the patch."""
-    scale = short_side / min(size)
-    height, width = (max(patch, round(side * scale / patch) * patch) for side in size)
-    return height, width

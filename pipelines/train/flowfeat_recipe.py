@@ -123,16 +123,27 @@ class FlowFeatRecipe:
             ]
         return {"input_teacher_prediction_features": panel(shown, columns=4)}
 
-    def export(self, module: nn.Module) -> ExportedModel:
-        """Encoder and averaged decoder as a FlowFeat."""
-        assert isinstance(module, FlowFeatTraining)
-        return export_flowfeat(module.student(ema=True), self.config.backbone_weights)
-
     def published_model(self, tensors: Mapping[str, Tensor], ema: bool = True) -> FlowFeat:
         """The FlowFeat inside a checkpoint's tensors."""
         module = self._new_module()
         module.load_state_dict(tensors)
         return module.student(ema=ema)
+
+    def export(self, model: nn.Module) -> ExportedModel:
+        """A FlowFeat as the registry stores it."""
+        assert isinstance(model, FlowFeat)
+        licences = {"decoder": "Apache-2.0"}
+        source = self.config.backbone_weights
+        if source:
+            known = source == "published" and model.backbone in LEDGER
+            licences["encoder"] = LEDGER[model.backbone].licence if known else f"that of {Path(source).name}"
+        return ExportedModel(
+            architecture="flowfeat",
+            config={"backbone": model.backbone, "image_size": list(model.encoder.image_size)},
+            tensors=dict(model.state_dict()),
+            inputs={"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+            licences=licences,
+        )
 
     def _new_module(self) -> FlowFeatTraining:
         config = self.config
@@ -157,22 +168,6 @@ class FlowFeatRecipe:
                 f"kinema train: the encoder {self.backbone} is untrained; set train.flowfeat.backbone_weights to a "
                 "file or to `published` for useful features\n"
             )
-
-
-def export_flowfeat(model: FlowFeat, backbone_weights: str = "") -> ExportedModel:
-    """A FlowFeat as the registry stores it."""
-    licences = {"decoder": "Apache-2.0"}
-    if backbone_weights:
-        entry = LEDGER.get(model.backbone)
-        known = entry is not None and backbone_weights == "published"
-        licences["encoder"] = entry.licence if known else f"that of {Path(backbone_weights).name}"
-    return ExportedModel(
-        architecture="flowfeat",
-        config={"backbone": model.backbone, "image_size": list(model.encoder.image_size)},
-        tensors=dict(model.state_dict()),
-        inputs={"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
-        licences=licences,
-    )
 
 
 def square_image(image: Tensor, side: int) -> Tensor:

@@ -44,7 +44,7 @@ class ExportedModel:
     tensors: Mapping[str, Tensor]
     """The model's whole state dict."""
     inputs: Mapping[str, Any] = field(default_factory=dict)
-    """How images become the model's input: `mean`, `std`, `multiple_of`."""
+    """How images in 0..1 become the model's input: `mean` and `std` per channel."""
     licences: Mapping[str, str] = field(default_factory=dict)
     """Licence of each published part the tensors derive from."""
 
@@ -70,8 +70,11 @@ class Recipe(Protocol):
     def pictures(self, module: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
         """Pictures to look at, uint8 [H, W, 3], by name."""
 
-    def export(self, module: nn.Module) -> ExportedModel:
-        """The model that the registry publishes."""
+    def published_model(self, tensors: Mapping[str, Tensor], ema: bool = True) -> nn.Module:
+        """The model to use, in eval mode, from the state dict of `build()`'s module (a checkpoint)."""
+
+    def export(self, model: nn.Module) -> ExportedModel:
+        """What the registry stores of `published_model`'s result."""
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -236,8 +236,7 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, flow, knows):
         super().__init__()
-        self.encoder = torch.nn.Linear(1, 1)
-        self.encoder.patch_size = 8
+        self.encoder = vision_transformer.VisionTransformer(vision_transformer.CONFIGS["dino_vits16"])
         self.flow, self.knows = torch.from_numpy(flow), knows
 
     def forward(self, x):

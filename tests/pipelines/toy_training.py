@@ -66,7 +66,10 @@ class ToyRecipe:
         torch.rand(3), np.random.rand(3)
         return {"input": np.full((4, 6, 3), 7, np.uint8)}
 
-    def export(self, module):
+    def published_model(self, tensors, ema=True):
+        raise NotImplementedError
+
+    def export(self, model):
         raise NotImplementedError
 
 

@@ -1,0 +1,178 @@
+"""`kinema register`: a run in, a registry version out; and the way back from the registry to a module."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kinema.configs.load import build
+from kinema.configs.schema import RegisterConfig, TrainConfig
+from kinema.pipelines import tracking
+from kinema.pipelines.registry.package import ARCHITECTURES, Package, package
+from kinema.pipelines.registry.shipped.predictor import build_model
+from kinema.pipelines.registry.versions import Registry
+from kinema.pipelines.train.checkpoint import read_meta, read_tensors, resolve_checkpoint
+from kinema.pipelines.train.recipes import make_recipe
+
+__all__ = ["RegisterSummary", "load_registered", "run"]
+
+# The metric that decides when none is named: this one, else the first by name among the evaluation's.
+PREFERRED_METRIC = "davis_jf"
+EVALUATION = "evaluate."
+
+
+@dataclass(frozen=True)
+class RegisterSummary:
+    """What the registry holds now."""
+
+    name: str
+    """Registered model."""
+    version: int
+    """Version of this model."""
+    champion: bool
+    """Whether this version is the champion."""
+    metric: str
+    """Metric that was compared; empty if the run has none."""
+    value: float | None
+    """Its value for this version."""
+    champion_before: int | None
+    """Version that was the champion before, if any."""
+    uri: str
+    """Address for `mlflow.pyfunc.load_model`."""
+    run_id: str
+    """MLflow run that the version is linked to."""
+    seconds: float
+    """Wall time."""
+
+    @property
+    def exit_status(self) -> int:
+        """Always 0."""
+        return 0
+
+
+def run(config: RegisterConfig, *, report: Callable[[dict[str, Any]], None] | None = None) -> RegisterSummary:
+    """Package the newest checkpoint of `model` and register it: alias `candidate`, and `champion` if it is better.
+
+    The first version becomes champion. A later one does when its metric is strictly better; without a metric on
+    both sides nothing changes, which is said aloud. The same weights are registered once.
+    Raises: ValueError for a model folder without checkpoint; StageError if MLflow does not answer.
+    """
+    started = time.monotonic()
+    if not config.model:
+        raise ValueError("model is empty; name the run folder: model=DIR")
+    checkpoint = resolve_checkpoint(config.model)
+    meta = read_meta(checkpoint)
+    record = _run_record(checkpoint)
+    trained = build(TrainConfig, meta["train_config"])
+    recipe = make_recipe(trained)
+    exported = recipe.export(recipe.published_model(read_tensors(checkpoint)))
+    tracker = tracking.start_run(
+        trained.experiment,
+        f"register-{config.name}",
+        {},
+        tags={"kinema.registered_as": config.name},
+        resume=record.get("run_id", ""),
+        workspace=_workspace(record),
+    )
+    try:
+        registry = Registry(tracker.client, tracker.handle.uri, config.name)
+        metrics = evaluation_metrics(registry.run_metrics(tracker.run_id))
+        with tempfile.TemporaryDirectory(prefix="kinema-register-") as folder:
+            parts = package(exported, Path(folder) / "parts")
+            tags = _tags(meta, record, exported.licences, metrics, parts)
+            version = registry.add(parts, tracker.run_id, tags, Path(folder) / "model")
+    finally:
+        tracker.end()
+    name = config.metric.removeprefix(EVALUATION) or _first_metric(metrics)
+    value = metrics.get(name)
+    if config.metric and value is None:
+        known = ", ".join(sorted(metrics)) or "none; run `kinema evaluate` first"
+        sys.stderr.write(f"kinema register: the run has no metric {config.metric!r} (it has {known})\n")
+    before = registry.champion()
+    better = before is None or _beats(registry, value, before, name, config.higher_is_better)
+    if better and before != version:
+        registry.set_alias("champion", version)
+    champion = version if better else before
+    return RegisterSummary(
+        name=config.name,
+        version=version,
+        champion=champion == version,
+        metric=name,
+        value=value,
+        champion_before=before,
+        uri=f"models:/{config.name}@{'champion' if champion == version else 'candidate'}",
+        run_id=tracker.run_id,
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def load_registered(address: str, uri: str = "") -> nn.Module:
+    """The module behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`, in eval mode on the CPU, without pickle.
+
+    Args: uri, the registry; default: `MLFLOW_TRACKING_URI`, or the one in the workspace.
+    Raises: ValueError if the address is malformed or names nothing; StageError if MLflow does not answer.
+    """
+    registry = Registry.at(uri or tracking.tracking_uri(), address)
+    version, _ = registry.resolve(address)
+    with tempfile.TemporaryDirectory(prefix="kinema-model-") as folder:
+        files = registry.download(version, Path(folder)) / "artifacts"
+        config = json.loads((files / "config.json").read_text())
+        if config["architecture"] not in ARCHITECTURES:
+            raise ValueError(f"{address} is a {config['architecture']}, which this kinema cannot build; update it")
+        return build_model(config, files / "weights.safetensors", "kinema")
+
+
+def evaluation_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What `kinema evaluate` logged to a run, by bare name."""
+    return {name.removeprefix(EVALUATION): v for name, v in metrics.items() if name.startswith(EVALUATION)}
+
+
+def _first_metric(metrics: Mapping[str, float]) -> str:
+    return PREFERRED_METRIC if PREFERRED_METRIC in metrics else min(metrics, default="")
+
+
+def _beats(registry: Registry, value: float | None, before: int, name: str, higher_is_better: bool) -> bool:
+    """Whether `value` is strictly better than the champion's; says so when they cannot be compared."""
+    theirs = registry.metric(before, name) if name else None
+    if value is None or theirs is None or math.isnan(value):
+        why = f"version {before} has no {name}" if value is not None and name else "this model was not evaluated"
+        sys.stderr.write(f"kinema register: version {before} stays champion: {why}\n")
+        return False
+    return value > theirs if higher_is_better else value < theirs
+
+
+def _run_record(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint.parent.parent / "run.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _workspace(record: Mapping[str, Any]) -> Path | None:
+    """Folder of the embedded store that the training logged to, so that both are in one."""
+    database = tracking.sqlite_path(record.get("tracking_uri", ""))
+    return database.parent if database is not None and database.name == "mlflow.db" else None
+
+
+def _tags(
+    meta: Mapping[str, Any],
+    record: Mapping[str, Any],
+    licences: Mapping[str, str],
+    metrics: Mapping[str, float],
+    parts: Package,
+) -> dict[str, str]:
+    tags = {
+        "kinema.content_hash": parts.content_hash,
+        "kinema.step": str(meta["step"]),
+        "kinema.config_hash": record.get("config_hash", ""),
+    }
+    tags |= {f"kinema.data.{name}": entry["hash"] for name, entry in record.get("inputs", {}).items()}
+    tags |= {f"licence.{part}": licence for part, licence in licences.items()}
+    return tags | {f"metric.{name}": repr(value) for name, value in metrics.items()}

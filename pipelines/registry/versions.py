@@ -1,0 +1,159 @@
+"""Versions and aliases of one registered model in MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+from kinema.pipelines import tracking
+from kinema.pipelines.registry.package import Package
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+_ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+_FOLDER = "model"
+
+
+class Registry:
+    """One registered model."""
+
+    def __init__(self, client: MlflowClient, uri: str, name: str):
+        self.client, self.uri, self.name = client, uri, name
+
+    @classmethod
+    def at(cls, uri: str, address: str) -> Registry:
+        """The registry entry that `models:/NAME...` names; ValueError for another address."""
+        found = _ADDRESS.fullmatch(address)
+        if found is None:
+            raise ValueError(f"model address {address!r} is not models:/NAME@ALIAS or models:/NAME/VERSION")
+        return cls(tracking.open_client(uri), uri, found["name"])
+
+    def add(self, parts: Package, run_id: str, tags: Mapping[str, str], folder: Path) -> int:
+        """A new version with these files, alias `candidate`; the present one if these weights are registered.
+
+        Args: folder, a place for the MLflow model that is uploaded.
+        """
+        self._make_entry()
+        version = self._same_weights(tags["kinema.content_hash"])
+        if version is None:
+            save_pyfunc(parts, folder)
+            self.client.log_artifacts(run_id, str(folder), _FOLDER)
+            source = f"{self.client.get_run(run_id).info.artifact_uri}/{_FOLDER}"
+            made = self.client.create_model_version(self.name, source, run_id, tags=dict(tags))
+            version = int(made.version)
+        for tag, value in tags.items():
+            self.client.set_model_version_tag(self.name, str(version), tag, value)
+        self.set_alias("candidate", version)
+        return version
+
+    def set_alias(self, alias: str, version: int) -> None:
+        """Point an alias at a version."""
+        self.client.set_registered_model_alias(self.name, alias, str(version))
+
+    def champion(self) -> int | None:
+        """Version with alias `champion`, if there is one."""
+        aliases = self.client.get_registered_model(self.name).aliases
+        return int(aliases["champion"]) if "champion" in aliases else None
+
+    def metric(self, version: int, name: str) -> float | None:
+        """A metric as recorded with a version."""
+        text = self.client.get_model_version(self.name, str(version)).tags.get(f"metric.{name}")
+        return None if text is None else float(text)
+
+    def run_metrics(self, run_id: str) -> dict[str, float]:
+        """Last value of every metric of a run."""
+        return dict(self.client.get_run(run_id).data.metrics)
+
+    def resolve(self, address: str) -> tuple[int, str]:
+        """Version that `address` names now, and the hash of its weights and config; ValueError if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        found = _ADDRESS.fullmatch(address)
+        assert found is not None
+        try:
+            if found["alias"]:
+                version = self.client.get_model_version_by_alias(self.name, found["alias"])
+            else:
+                version = self.client.get_model_version(self.name, found["version"])
+        except MlflowException:
+            raise ValueError(
+                f"{address} is not in the registry at {self.uri}; register a model first (`kinema register`), or set "
+                "MLFLOW_TRACKING_URI to the registry that has it"
+            ) from None
+        return int(version.version), version.tags.get("kinema.content_hash", "")
+
+    def download(self, version: int, folder: Path) -> Path:
+        """The files of a version: a folder below `folder`, or the store's own where that is a local one."""
+        import mlflow
+
+        source = self.client.get_model_version_download_uri(self.name, str(version))
+        found = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.uri)
+        return Path(found)
+
+    def _make_entry(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.create_registered_model(self.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _same_weights(self, content_hash: str) -> int | None:
+        for version in self.client.search_model_versions(f"name = '{self.name}'"):
+            if version.tags.get("kinema.content_hash") == content_hash:
+                return int(version.version)
+        return None
+
+
+def save_pyfunc(parts: Package, folder: Path) -> None:
+    """The package as an MLflow model folder: no pickle, and no path of this machine in it."""
+    import mlflow
+
+    with _importable(parts.code), warnings.catch_warnings():
+        # Type hints on `predict` would be taken for a schema, of forms that arrays cannot be.
+        warnings.filterwarnings("ignore", message=".*type hints", category=UserWarning)
+        mlflow.pyfunc.save_model(
+            path=str(folder),
+            python_model=str(parts.entry),
+            artifacts={"weights": str(parts.weights), "config": str(parts.config)},
+            code_paths=[str(parts.code)],
+            pip_requirements=_requirements(),
+            model_config={"device": "cpu"},
+        )
+    description = folder / "MLmodel"
+    text = description.read_text()
+    for source in (parts.weights, parts.config):
+        text = text.replace(str(source), f"artifacts/{source.name}")
+    description.write_text(text.replace(str(parts.entry.parent) + os.sep, ""))
+
+
+@contextlib.contextmanager
+def _importable(code: Path) -> Iterator[None]:
+    """MLflow runs the entry file once while it saves: the package can be imported meanwhile, and is forgotten."""
+    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    sys.path.insert(0, str(code.parent))
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = writes_bytecode
+        sys.path.remove(str(code.parent))
+        for name in [n for n in sys.modules if n.partition(".")[0] == code.name]:
+            del sys.modules[name]
+
+
+def _requirements() -> list[str]:
+    import mlflow
+
+    packages: dict[str, Any] = {"mlflow": mlflow, "torch": torch, "numpy": numpy}
+    return [f"{name}=={str(module.__version__).partition('+')[0]}" for name, module in packages.items()]
