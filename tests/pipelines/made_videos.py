@@ -61,7 +61,9 @@ def paint(number: int, *, seed: int = 0, height: int = HEIGHT, width: int = WIDT
 
 
 def number_of(picture: np.ndarray) -> int:
-    """The number painted into a picture."""
+    """The number painted into a picture; -1 for one too narrow to hold it."""
+    if picture.shape[1] < 8 * CELL:
+        return -1
     cells = picture[4 : CELL - 4, : 8 * CELL].reshape(CELL - 8, 8, CELL, 3).mean((0, 2, 3))
     return int(sum(1 << (7 - bit) for bit in range(8) if cells[bit] > 128))
 
