@@ -8,7 +8,7 @@ from PIL import Image
 from kinema.models.raft import raft_small
 from kinema.pipelines.evaluate.flow import evaluate_flow, find_samples
 from kinema.pipelines.evaluate.flow_metrics import FlowErrors
-from kinema.pipelines.flow_io import write_flow
+from kinema.pipelines.flow_io import read_flow, write_flow
 
 
 @pytest.fixture(scope="module")
@@ -128,18 +128,23 @@ def test_raft_small_on_middlebury(iters, epe, published, shared_data):
 
 def test_raft_small_on_kitti(published, shared_data):
     scores = evaluate_flow(published, shared_data / "flow/kitti", "kitti")
-    assert scores["epe"] == pytest.approx(7.56, abs=0.005)
+    # To 0.005 px of a figure that is itself known to 0.005 px; rounding alone moves this pair by 0.003 px.
+    assert scores["epe"] == pytest.approx(7.56, abs=0.01)
     assert scores["fl_all"] == pytest.approx(33.9, abs=0.05)
     assert published.padding == "sintel"
 
 
 def test_raft_small_on_sintel(published, shared_data):
-    seen = []
+    seen, flows = [], []
+    recording = published.register_forward_hook(lambda _network, _args, flow: flows.append(flow[0].numpy()))
     scores = evaluate_flow(
         published, shared_data / "flow/sintel", progress=lambda done, total, name: seen.append((done, total, name))
     )
+    recording.remove()
     # Both pairs have the same size, so the pooled mean is the mean of the pairs' published figures.
     assert scores["clean_epe"] == pytest.approx((0.274 + 1.189) / 2, abs=0.005)
     assert scores["final_epe"] == pytest.approx((0.274 + 1.344) / 2, abs=0.005)
     assert scores["clean_epe_matched"] < scores["clean_epe"] < scores["clean_epe_unmatched"]
     assert seen[-1] == (4, 4, "final/cave_2/frame_0002")
+    stored = read_flow(shared_data / "flow/golden_raft_small/alley_1_clean_0002_it32_sintel.flo")
+    assert np.abs(flows[0] - stored).max() < 0.01
