@@ -78,7 +78,7 @@ def connect(*, worker_logs: bool = False, num_cpus: int | None = None) -> dict[s
         address = os.environ.get("RAY_ADDRESS", "")
         if address.startswith(("http://", "https://")):
             raise ValueError(f"RAY_ADDRESS={address} is a job server; use `kinema submit`, or the cluster's HOST:6379")
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": worker_logs}
+        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": worker_logs}
         try:
             if address and address != "local":
                 ray.init(address=address, runtime_env=_own_code(), **quiet)
@@ -100,8 +100,10 @@ def resources(engine: str | None = None) -> dict[str, float]:
     if backend(engine) == "ray":
         return connect()
     import psutil
+    import torch
 
-    return {"CPU": float(os.cpu_count() or 1), "memory": float(psutil.virtual_memory().available)}
+    memory = float(psutil.virtual_memory().available)
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": memory}
 
 
 class Counter:
@@ -265,7 +267,7 @@ class _ActorPool:
         return len(self.busy)
 
     def start(self) -> None:
-        host = self.remote.remote(self.make)
+        host: Any = self.remote.remote(self.make)
         self.starting[host.start.remote()] = host
 
     def feed(self, queue: deque) -> None:
@@ -397,7 +399,10 @@ def _serial(
             raise StageError(outcome[1])
         if on_tick:
             on_tick()
-        yield item, Result(outcome[1]) if outcome[0] == "value" else Failure("error", *outcome[1:3], 1, outcome[3])
+        yield (
+            item,
+            Result(outcome[1]) if outcome[0] == "value" else Failure("error", outcome[1], outcome[2], 1, outcome[3]),
+        )
 
 
 def _slots(resources: dict[str, float], num_cpus: float, num_gpus: float) -> int:

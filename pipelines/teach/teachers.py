@@ -108,8 +108,9 @@ def reduced_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 def to_image(frame: UInt8[np.ndarray, "H W 3"], short_side: int, device: str) -> Float[Tensor, "1 3 h w"]:
     """RGB bytes as float in 0..1, reduced with antialiasing."""
     image = torch.from_numpy(np.ascontiguousarray(frame)).to(device).permute(2, 0, 1)[None].float() / 255
-    size = reduced_size(*image.shape[-2:], short_side)
-    if size != tuple(image.shape[-2:]):
+    height, width = image.shape[-2:]
+    size = reduced_size(height, width, short_side)
+    if size != (height, width):
         image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
     return image
 
