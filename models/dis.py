@@ -60,7 +60,7 @@ class DIS(nn.Module):
             raise ValueError("dis takes no flow_init: only the RAFT family starts from a given flow")
         if iters is not None and iters < 0:
             raise ValueError(f"iters={iters} must not be negative")
-        padding = padding_for(*image1.shape[-2:], multiple=1, minimum=_MINIMUM_SIDE)
+        padding = padding_for(image1.shape[-2], image1.shape[-1], multiple=1, minimum=_MINIMUM_SIDE)
         grey1, grey2 = _grey(padding.pad(image1.float())), _grey(padding.pad(image2.float()))
         flows = [self._pair(a, b, iters) for a, b in zip(grey1, grey2, strict=True)]
         flow = torch.from_numpy(np.stack(flows)).permute(0, 3, 1, 2)  # [B, 2, Hp, Wp]
@@ -68,10 +68,10 @@ class DIS(nn.Module):
 
     def _pair(self, grey1: np.ndarray, grey2: np.ndarray, iters: int | None) -> np.ndarray:
         # A fresh solver each time: it keeps buffers of the last size, and the module stays picklable.
-        solver = cv2.DISOpticalFlow_create(_OPENCV_PRESETS[self.preset])
+        solver = cv2.DISOpticalFlow.create(_OPENCV_PRESETS[self.preset])
         if iters is not None:
             solver.setVariationalRefinementIterations(iters)
-        return solver.calc(grey1, grey2, None)
+        return np.asarray(solver.calc(grey1, grey2, None))  # type: ignore[call-overload]  # stubs omit None
 
 
 def _grey(images: Float[Tensor, "B 3 H W"]) -> UInt8[np.ndarray, "B H W"]:

@@ -140,7 +140,7 @@ def warp(
     is within [0, W-1] x [0, H-1]. Unknown flow (nan or huge) is outside.
     """
     height, width = maps.shape[-2:]
-    target = pixel_grid(*flow_px.shape[-2:], like=flow_px) + flow_px  # [B, 2, h, w]
+    target = pixel_grid(flow_px.shape[-2], flow_px.shape[-1], like=flow_px) + flow_px  # [B, 2, h, w]
     x, y = target.unbind(1)
     inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
     # Edge-to-edge normalisation: unlike the corner-aligned one it is defined for a side of one pixel.

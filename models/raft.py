@@ -94,7 +94,7 @@ class RAFT(nn.Module):
         self.variant, self.padding, self.lookup = variant, padding, lookup
         if variant == "large":
             self.radius = 4
-            self.update_block = UpdateBlock(4 * (2 * self.radius + 1) ** 2)
+            self.update_block: UpdateBlock | SmallUpdateBlock = UpdateBlock(4 * (2 * self.radius + 1) ** 2)
             self.fnet = Encoder(ResidualBlock, (64, 96, 128), 256, "instance")
             self.cnet = Encoder(ResidualBlock, (64, 96, 128), 256, "batch")
         else:
@@ -177,6 +177,7 @@ class RAFT(nn.Module):
         fmap1 = features1.fmap
         look_up = self._lookup(fmap1, features2.fmap)
         block = self.update_block
+        assert features1.context is not None  # checked with a message above
         hidden, context = features1.context.split([block.hidden_channels, block.context_channels], dim=1)
         hidden, passes = torch.tanh(hidden), block.gru.prepare(torch.relu(context))
         start = _pixel_grid(fmap1)
@@ -224,7 +225,9 @@ def raft_small(pretrained: bool = False, weights: str | Path | None = None) -> R
 
 
 def _build(variant: str, name: str, pretrained: bool, weights: str | Path | None) -> RAFT:
-    return resolve_weights(RAFT(variant), name, pretrained, weights).eval()
+    model = RAFT(variant)
+    resolve_weights(model, name, pretrained, weights)
+    return model.eval()
 
 
 def _pixel_grid(fmap: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 2 H W"]:

@@ -190,7 +190,7 @@ class PreparedPass:
         first, last = channels, channels + context.shape[1]
         self.padding = convs[0].padding
         weight = torch.cat([conv.weight for conv in convs])  # [3 hidden, hidden + context + motion, k, k]
-        bias = torch.cat([conv.bias for conv in convs])
+        bias = torch.cat([conv.bias for conv in convs if conv.bias is not None])
         shares = F.conv2d(context, weight[:, first:last], bias, padding=self.padding)
         self.context_zr, self.context_q = shares.split([2 * channels, channels], dim=1)
         variable = torch.cat([weight[:, :first], weight[:, last:]], dim=1)

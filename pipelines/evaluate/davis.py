@@ -30,7 +30,7 @@ from kinema.pipelines.evaluate.davis_measures import (
 from kinema.pipelines.evaluate.mlp_probe import segment_by_mlp
 from kinema.pipelines.evaluate.propagation import segment_by_propagation
 
-PROTOCOLS = {
+PROTOCOLS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
     "mlp": segment_by_mlp,
     "propagation": segment_by_propagation,
     "attention": segment_by_attention,
@@ -167,15 +167,24 @@ def score_sequence(
             raise ValueError(f"{name}: predicted label {num_predicted}, but the first annotation has {num_objects}")
         inner = slice(1, -1)
         pairs = [(predicted[inner] == k, annotated[inner] == k) for k in range(1, num_objects + 1)]
-        j = [region_similarity(*pair) for pair in pairs]
-        f = [contour_accuracy(*pair) for pair in pairs]
+        j = np.stack([region_similarity(*pair) for pair in pairs])
+        f = np.stack([contour_accuracy(*pair) for pair in pairs])
     return {f"{name}_{k}": (statistics(jk), statistics(fk)) for k, (jk, fk) in enumerate(zip(j, f, strict=True), 1)}
 
 
 def summarise(objects: Mapping[str, tuple[Statistics, Statistics]]) -> DavisScores:
     """Means over objects."""
-    j, f = (np.mean([pair[i] for pair in objects.values()], axis=0).tolist() for i in (0, 1))
-    return DavisScores((j[0] + f[0]) / 2, *j, *f, objects=dict(objects))
+    j, f = (Statistics(*np.mean([pair[i] for pair in objects.values()], axis=0).tolist()) for i in (0, 1))
+    return DavisScores(
+        jf_mean=(j.mean + f.mean) / 2,
+        j_mean=j.mean,
+        j_recall=j.recall,
+        j_decay=j.decay,
+        f_mean=f.mean,
+        f_recall=f.recall,
+        f_decay=f.decay,
+        objects=dict(objects),
+    )
 
 
 def _one_mask_each(labels: np.ndarray, count: int) -> np.ndarray:

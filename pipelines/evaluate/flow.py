@@ -116,21 +116,27 @@ def _sintel(base: Path) -> tuple[list[FlowSample], str]:
     for group in (p for p in SINTEL_PASSES if (base / p).is_dir()):
         for flow in sorted((base / "flow").glob("*/frame_*.flo")):
             scene, number = flow.parent.name, int(flow.stem.removeprefix("frame_"))
-            masks = {
-                field: path if path.is_file() else None
-                for field, folder in (("invalid", "invalid"), ("occlusion", "occlusions"))
-                for path in [base / folder / scene / f"{flow.stem}.png"]
-            }
-            frames = [base / group / scene / f"frame_{n:04d}.png" for n in (number, number + 1)]
-            samples.append(FlowSample(group, f"{group}/{scene}/{flow.stem}", *frames, flow, **masks))
+            image1, image2 = (base / group / scene / f"frame_{n:04d}.png" for n in (number, number + 1))
+            invalid, occlusion = (base / kind / scene / f"{flow.stem}.png" for kind in ("invalid", "occlusions"))
+            samples.append(
+                FlowSample(
+                    group,
+                    f"{group}/{scene}/{flow.stem}",
+                    image1,
+                    image2,
+                    flow,
+                    invalid if invalid.is_file() else None,
+                    occlusion if occlusion.is_file() else None,
+                )
+            )
     return samples, "flow/SCENE/frame_0001.flo beside clean/ or final/"
 
 
 def _kitti(base: Path) -> tuple[list[FlowSample], str]:
     wanted = "flow_occ/000000_10.png beside image_2/, or frame1.png, frame2.png, flow_gt.png"
     if (base / "flow_gt.png").is_file():
-        names = ("frame1.png", "frame2.png", "flow_gt.png")
-        return [FlowSample("kitti", base.name, *(base / name for name in names))], wanted
+        image1, image2, flow = (base / name for name in ("frame1.png", "frame2.png", "flow_gt.png"))
+        return [FlowSample("kitti", base.name, image1, image2, flow)], wanted
     samples = []
     for flow in sorted((base / "flow_occ").glob("*_10.png")):
         folder = next((f for f in ("image_2", "colored_0") if (base / f).is_dir()), "image_2")
@@ -142,12 +148,12 @@ def _kitti(base: Path) -> tuple[list[FlowSample], str]:
 def _middlebury(base: Path) -> tuple[list[FlowSample], str]:
     samples = []
     for flow in sorted((base / "other-gt-flow").glob("*/flow10.flo")):
-        frames = (base / "other-data" / flow.parent.name / f"frame{n}.png" for n in (10, 11))
-        samples.append(FlowSample("middlebury", flow.parent.name, *frames, flow))
+        image1, image2 = (base / "other-data" / flow.parent.name / f"frame{n}.png" for n in (10, 11))
+        samples.append(FlowSample("middlebury", flow.parent.name, image1, image2, flow))
     for flow in sorted(base.glob("*_flow10.flo")):
         name = flow.name.removesuffix("_flow10.flo")
-        frames = (base / f"{name}{n}.png" for n in (1, 2))
-        samples.append(FlowSample("middlebury", name, *frames, flow))
+        image1, image2 = (base / f"{name}{n}.png" for n in (1, 2))
+        samples.append(FlowSample("middlebury", name, image1, image2, flow))
     return samples, "other-gt-flow/NAME/flow10.flo beside other-data/, or NAME_flow10.flo"
 
 
@@ -184,7 +190,7 @@ def _evaluation_mode(network: nn.Module, padding: str) -> Iterator[None]:
     training, own_padding = network.training, getattr(network, "padding", None)
     network.eval()
     if own_padding is not None:
-        network.padding = padding
+        network.padding = padding  # type: ignore[assignment]
     try:
         yield
     finally:

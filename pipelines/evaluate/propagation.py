@@ -121,7 +121,7 @@ def propagate_step(
     for top in range(0, height, tile):
         for left in range(0, width, tile):
             area = (slice(top, min(top + tile, height)), slice(left, min(left + tile, width)))
-            window = tuple(_widened(s, settings.radius, n) for s, n in zip(area, (height, width), strict=True))
+            window = (_widened(area[0], settings.radius, height), _widened(area[1], settings.radius, width))
             near = _neighbours(area, window, settings.radius).to(target.device)  # [n, m]
             queries = target[:, *area].flatten(1)  # [C, n]
             candidates = sources[:, :, *window].flatten(2)  # [S, C, m]
@@ -180,7 +180,7 @@ def _read_frame(path: Path, size: tuple[int, int]) -> Float[Tensor, "3 H W"]:
 
 
 def _cells(feature_map: Float[Tensor, "C h w"], frame_hw: tuple[int, int]) -> Float[Tensor, "C gh gw"]:
-    limit = tuple(max(1, side // CELL_PX) for side in frame_hw)
+    limit = (max(1, frame_hw[0] // CELL_PX), max(1, frame_hw[1] // CELL_PX))
     if feature_map.shape[1] <= limit[0] and feature_map.shape[2] <= limit[1]:
         return feature_map.detach()
     return F.adaptive_avg_pool2d(feature_map.detach()[None], limit)[0]
