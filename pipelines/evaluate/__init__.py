@@ -1,0 +1,1 @@
+"""Evaluation: DAVIS for features; Sintel, KITTI and Middlebury for flow networks."""
