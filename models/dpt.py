@@ -76,6 +76,22 @@ class ChannelNorm(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Scratch(nn.Module):
+    """The part of the decoder behind the reassembled maps; a class of its own for its state-dict names."""
+
+    def __init__(self, widths: Sequence[int], width: int):
+        super().__init__()
+        self.layer1_rn, self.layer2_rn, self.layer3_rn, self.layer4_rn = (
+            nn.Conv2d(width_level, width, 3, padding=1, bias=False) for width_level in widths
+        )
+        self.refinenet4 = Fusion(width)
+        self.refinenet3 = Fusion(width)
+        self.refinenet2 = Fusion(width)
+        self.refinenet1 = Fusion(width)
+        self.output_conv0 = nn.Conv2d(width, width, 3, padding=1)
+        self.output_conv1 = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1))
+
+
 class DPTDecoder(nn.Module):
     """Fuses four token maps, coarse to fine, into features at image size.
 
@@ -87,15 +103,7 @@ class DPTDecoder(nn.Module):
 
     def __init__(self, width_in: int, widths: Sequence[int], width: int = 128):
         super().__init__()
-        self.scratch = nn.Module()
-        for level, width_level in enumerate(widths, start=1):
-            reduce = nn.Conv2d(width_level, width, 3, padding=1, bias=False)
-            self.scratch.add_module(f"layer{level}_rn", reduce)
-        for level in (4, 3, 2, 1):
-            self.scratch.add_module(f"refinenet{level}", Fusion(width))
-        self.scratch.add_module("output_conv0", nn.Conv2d(width, width, 3, padding=1))
-        tail = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1))
-        self.scratch.add_module("output_conv1", tail)
+        self.scratch = Scratch(widths, width)
         for level, (width_level, scale) in enumerate(zip(widths, (4, 2, 1, 0.5), strict=True), start=1):
             self.add_module(f"act_postprocess{level}", Reassemble(width_in, width_level, scale))
         self.norm = ChannelNorm(width)
@@ -130,6 +138,7 @@ class DPTDecoder(nn.Module):
     def unnormed_head(self, hidden: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
         """Features before the last norm, with the channels last."""
         mix = self.scratch.output_conv1[2]
+        assert isinstance(mix, nn.Conv2d)
         return linear(F.relu(hidden), mix.weight.flatten(1), mix.bias)
 
 

@@ -22,6 +22,9 @@ class EMA(nn.Module):
             one, less one.
     """
 
+    initted: Tensor
+    step: Tensor
+
     def __init__(self, model: nn.Module, beta: float = 0.999, update_every: int = 5, power: float = 2 / 3):
         super().__init__()
         self.beta, self.update_every, self.power = beta, update_every, power
@@ -39,7 +42,7 @@ class EMA(nn.Module):
     def update(self) -> None:
         """Count a training step; move the average if it is due."""
         call = int(self.step)
-        self.step += 1
+        self.step.add_(1)
         if not self.initted:
             self._blend(1.0)
             self.initted.fill_(True)

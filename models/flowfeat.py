@@ -70,14 +70,12 @@ class FlowFeat(nn.Module):
         if freeze_encoder:
             self.encoder.requires_grad_(False)
 
-    def forward(
-        self, x: Float[Tensor, "B 3 H W"]
-    ) -> tuple[Float[Tensor, "B C h w"], Float[Tensor, "B 128 H W"]]:
+    def forward(self, x: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B C h w"], Float[Tensor, "B 128 H W"]]:
         """(y_enc, y_dec): the encoder's final patch features, and the decoder's features at image size."""
         with torch.no_grad() if self.freeze_encoder else nullcontext():
             maps, last = encoder_maps(self.encoder, x)
-            y_enc = tokens_to_map(self.encoder.norm(last), maps[-1].shape[-2:])
-        return y_enc, self.decoder(maps, x.shape[-2:])
+            y_enc = tokens_to_map(self.encoder.norm(last), self.encoder.grid(*x.shape[-2:]))
+        return y_enc, self.decoder(maps, tuple(x.shape[-2:]))
 
     def train(self, mode: bool = True) -> "FlowFeat":
         super().train(mode)

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .dpt import DPTDecoder
 from .ema import EMA
 from .flowfeat import FlowFeat, build_decoder, encoder_maps
 from .vision_transformer import CONFIGS, VisionTransformer
@@ -134,16 +135,18 @@ class NormalEquations:
 
     def __init__(self) -> None:
         self.num_pixels = 0
-        self.gram: Tensor | float = 0.0  # [F, F]
-        self.sums: Tensor | float = 0.0  # [F]
-        self.products: Tensor | float = 0.0  # [F + 1, 2]
+        self.gram = torch.zeros(())  # [F, F] from the first pixels on
+        self.sums = torch.zeros(())  # [F]
+        self.products = torch.zeros(())  # [F + 1, 2]
 
     def add(self, features: Float[Tensor, "P F"], flow: Float[Tensor, "P 2"]) -> None:
         """Take in P more pixels."""
+        gram, sums = features.T @ features, features.sum(dim=0)
+        products = torch.cat([features.T @ flow, flow.sum(dim=0, keepdim=True)])
+        if self.num_pixels:
+            gram, sums, products = self.gram + gram, self.sums + sums, self.products + products
+        self.gram, self.sums, self.products = gram, sums, products
         self.num_pixels += len(features)
-        self.gram = self.gram + features.T @ features
-        self.sums = self.sums + features.sum(dim=0)
-        self.products = self.products + torch.cat([features.T @ flow, flow.sum(dim=0, keepdim=True)])
 
     def solve(self, ridge_alpha: float) -> Float[Tensor, "G 2"]:
         """Linear map from [features, 1] to flow; not finite if the features are not."""
@@ -211,6 +214,13 @@ class FlowFeatTraining(nn.Module):
         self.decoder.scratch.refinenet4.resConfUnit1.requires_grad_(False)
         self.decoder_ema = EMA(self.decoder, beta=ema_beta, update_every=ema_every)
 
+    @property
+    def averaged_decoder(self) -> DPTDecoder:
+        """The decoder whose features the flow is fitted on, and which is published."""
+        decoder = self.decoder_ema.ema_model
+        assert isinstance(decoder, DPTDecoder)
+        return decoder
+
     def forward(self, frame: Tensor, teacher_flow: Tensor, params1: Tensor, params2: Tensor) -> TrainingLosses:
         """Same as `training_losses`; the name that data-parallel wrappers call."""
         return self.training_losses(frame, teacher_flow, params1, params2)
@@ -252,7 +262,7 @@ class FlowFeatTraining(nn.Module):
     @torch.no_grad()
     def fit(self, maps: list[Tensor], flow: Float[Tensor, "B 2 h w"]) -> Float[Tensor, "B G 2"]:
         """Linear map from the averaged decoder's features, and a constant, to the flow."""
-        decoder = self.decoder_ema.ema_model
+        decoder = self.averaged_decoder
         equations = [NormalEquations() for _ in flow]
         targets = _pixels(flow)
         for samples, pixels, hidden in _pieces(_pixels(decoder.hidden(maps, self.input_size))):
@@ -291,7 +301,8 @@ class FlowFeatTraining(nn.Module):
         usable = teacher_flow.isfinite().flatten(1).all(dim=1) & (high > low).all(dim=1)
         teacher_flow = torch.where(usable[:, None, None, None], teacher_flow, 0.0)
         flow = standardise_flow(teacher_flow)
-        return (*(sample_crop(flow, params, self.input_size) for params in (params1, params2)), usable)
+        flow1, flow2 = (sample_crop(flow, params, self.input_size) for params in (params1, params2))
+        return flow1, flow2, usable
 
     def update_ema(self) -> None:
         """To be called once after every optimiser step."""
@@ -302,7 +313,7 @@ class FlowFeatTraining(nn.Module):
         with torch.device("meta"):  # its own tensors are replaced, so none need be drawn
             model = FlowFeat(self.backbone, image_size=self.input_size)
         model.encoder = self.encoder
-        model.decoder = self.decoder_ema.ema_model if ema else self.decoder
+        model.decoder = self.averaged_decoder if ema else self.decoder
         return model.eval()
 
     def train(self, mode: bool = True) -> "FlowFeatTraining":

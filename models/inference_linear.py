@@ -42,7 +42,7 @@ def _can_use_onednn(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and _onednn_is_faster()

@@ -122,6 +122,8 @@ class RotaryPositions(nn.Module):
     2 pi coord / period; the first half of the angles belongs to rows, the second to columns.
     """
 
+    periods: Tensor
+
     def __init__(self, head_width: int):
         super().__init__()
         num_periods = head_width // 4
@@ -149,6 +151,8 @@ def _rotate_patches(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
 
 class MaskedKeyBiasLinear(Linear):
     """Projection to queries, keys and values whose key bias is held at zero by a persistent mask."""
+
+    bias_mask: Tensor
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
@@ -278,9 +282,7 @@ class VisionTransformer(nn.Module):
             fits = f"{round(height / p) * p or p}x{round(width / p) * p or p}"
             raise ValueError(f"image size {height}x{width}: both sides must be multiples of {p}; use {fits}")
         if height < p or width < p:
-            raise ValueError(
-                f"image size {height}x{width}: both sides must be at least one patch, {p} pixels"
-            )
+            raise ValueError(f"image size {height}x{width}: both sides must be at least one patch, {p} pixels")
         return height // p, width // p
 
     def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
@@ -360,7 +362,7 @@ class VisionTransformer(nn.Module):
 
     def _init_weights(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.cls_token, std=0.02)

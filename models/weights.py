@@ -7,19 +7,22 @@ key of the model must be in the file and the other way round. Downloads are kept
 
 import argparse
 import hashlib
+import http.client
 import os
 import pickle
 import tempfile
-import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,11 @@ _UNREADABLE = (
     ImportError,
     OverflowError,
     MemoryError,
+    OSError,
 )
 
 
-def resolve_weights(model: nn.Module, name: str, pretrained: bool, weights: str | Path | None) -> nn.Module:
+def resolve_weights(model: Model, name: str, pretrained: bool, weights: str | Path | None) -> Model:
     """Give `model` the weights a hub call asked for: `weights` if given, else the published ones, else none.
 
     Args: name is the model's name in the ledger.
@@ -143,7 +147,7 @@ def resolve_weights(model: nn.Module, name: str, pretrained: bool, weights: str 
     return model
 
 
-def load_weights(model: nn.Module, source: str | Path | None, name: str) -> nn.Module:
+def load_weights(model: Model, source: str | Path | None, name: str) -> Model:
     """Load a checkpoint into `model`, strictly, and return the model.
 
     Args:
@@ -228,7 +232,10 @@ def download(url: str, sha256: str | None = None, archive_member: str | None = N
         if sha256 is None or file_sha256(target) == sha256:
             return target
         raise ValueError(f"{target}: its hash is not {sha256}; delete the file to download it again")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to the cache {cache_folder()} ({error}); set KINEMA_CACHE") from error
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         part = Path(folder) / base
         _fetch(url, part)
@@ -256,7 +263,7 @@ def _fetch(url: str, target: Path) -> None:
             while block := response.read(1 << 20):
                 out.write(block)
             received = out.tell()
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (OSError, http.client.HTTPException) as error:  # no network, no such file, no room on the disk
         reason = getattr(error, "reason", error)
         raise ValueError(f"cannot download {url} ({reason}); download it elsewhere and give weights=FILE") from error
     if expected is not None and received != int(expected):
@@ -308,7 +315,7 @@ def _unwrap(loaded: object) -> dict[str, Tensor]:
                 plain = {str(key).removeprefix("module."): value for key, value in inner.items()}
                 inner = {k.removeprefix("backbone."): v for k, v in plain.items() if k.startswith("backbone.")}
             return _unwrap(inner)
-    return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
 def _check_keys(model: nn.Module, state: dict[str, Tensor], source: str, name: str) -> None:

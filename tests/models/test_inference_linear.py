@@ -32,6 +32,7 @@ def test_gradients_reach_weight_and_input():
     assert layer.weight.grad.abs().sum() > 0 and layer.bias.grad.eq(3).all()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @torch.no_grad()
 def test_other_dtypes_and_exporters_get_the_ordinary_layer():
     layer, x = Linear(7, 11).eval(), torch.randn(3, 7)

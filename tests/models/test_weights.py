@@ -112,6 +112,7 @@ def _write_bad(kind, path):
         torch.save([1, 2] if kind == "list" else {"model": {"epoch": 3}}, path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", ["empty", "text", "noise", "cut", "cut_legacy", "code", "list", "no_tensors"])
 def test_files_that_are_no_checkpoints(kind, tmp_path):
     _write_bad(kind, tmp_path / "w.pth")
@@ -186,6 +187,13 @@ def test_address_that_does_not_answer(tmp_path):
         load_weights(make_model(), (tmp_path / "gone.pth").as_uri(), "toy")
     with pytest.raises(ValueError, match="only http, https and file"):
         load_weights(make_model(), "s3://bucket/w.pth", "toy")
+
+
+def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "occupied").write_text("a file, not a folder")
+    monkeypatch.setenv("KINEMA_CACHE", str(tmp_path / "occupied"))
+    with pytest.raises(ValueError, match="cannot write to the cache .*KINEMA_CACHE"):
+        download((tmp_path / "w.pth").as_uri())
 
 
 def test_pretrained_takes_the_file_out_of_a_published_archive(tmp_path, monkeypatch):
