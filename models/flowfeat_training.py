@@ -45,6 +45,11 @@ class FlowFeatLossConfig:
     edge_sigma: float = 0.1
     """Teacher edge strength, in standard deviations of the flow, at which edges begin to count."""
 
+    def __post_init__(self) -> None:
+        for name in ("ridge_alpha", "edge_sigma"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive; use {getattr(type(self), name)}")
+
 
 @dataclass
 class TrainingLosses:

@@ -301,6 +301,12 @@ def test_ridge_comes_from_the_config(inputs):
     assert losses.student_flow.abs().max() < 1e-2  # so strong a ridge leaves no map at all
 
 
+@pytest.mark.parametrize("name", ["ridge_alpha", "edge_sigma"])
+def test_constants_that_divide_by_zero_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0.0 must be positive; use 0.1"):
+        FlowFeatLossConfig(**{name: 0.0})
+
+
 def test_autocast_keeps_the_solve_in_float32(module, inputs):
     frame, teacher, params1, params2 = (t[:1] for t in inputs)
     full = module.training_losses(frame, teacher, params1, params2)
