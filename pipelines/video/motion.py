@@ -9,6 +9,7 @@ and the vectors of other people's encoders are not comparable. `flow` takes it f
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 _COLLECT_EVERY = 256  # frames: PyAV's frames and their side data refer to each other, and only a collection frees them
+_decoded = itertools.count(1)
 _BLOCK = 16  # macroblock: sizes are cropped to multiples so that no vector describes padding
 
 
@@ -53,8 +55,8 @@ class VectorMotion:
                 vectors = frame.side_data.get("MOTION_VECTORS")
                 if vectors is not None:
                     self._shares.append(_mean_length(vectors.to_ndarray()) / self._diagonal)
-                    if len(self._shares) % _COLLECT_EVERY == 0:
-                        gc.collect()
+                if next(_decoded) % _COLLECT_EVERY == 0:
+                    gc.collect()
 
     def score(self) -> float:
         """Of the frames so far; 0 for fewer than two."""
