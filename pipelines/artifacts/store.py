@@ -75,6 +75,10 @@ def open_store(url: str | os.PathLike[str]) -> Store:
         return LocalStore(text)
     if protocol in ("file", "local"):
         return LocalStore(rest)
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{text} cannot be opened: {error}") from None
     return ObjectStore(text)
 
 

@@ -21,7 +21,7 @@ from kinema.pipelines.flow_codec import FlowBlob, encode_clip_flow
 from kinema.pipelines.teach.clip_flow import BadFlow, FlowStatistics, Pairing, clip_flow
 from kinema.pipelines.teach.teachers import Teacher, TeacherSpec, reduced_size, use_threads
 from kinema.pipelines.video.decode import VideoFile
-from kinema.pipelines.video.errors import Corrupt, SourceError, Truncated
+from kinema.pipelines.video.errors import Corrupt, Missing, SourceError, Truncated
 from kinema.pipelines.video.packets import to_rgb
 
 RETRY = "retry"
@@ -89,7 +89,7 @@ class ShardTeacher:
         with use_threads(self.spec.threads), self.flow.shard_writer(shard, FLOW_COLUMNS) as writer:
             for key in writer.planned:
                 try:
-                    blob, row = self._clip(shard, rows[key])
+                    blob, row = self._clip(shard, rows.get(key))
                 except StageError:
                     raise
                 except (SourceError, BadFlow, *_UNFORESEEN) as error:
@@ -104,8 +104,10 @@ class ShardTeacher:
             committed = writer.commit(input_hashes={"clips": RETRY if passing else record["sha256"]})
         return ShardOutcome(committed["num_samples"], num_pairs, len(writer.quarantined), committed["bytes"])
 
-    def _clip(self, shard: int, row: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    def _clip(self, shard: int, row: dict[str, Any] | None) -> tuple[bytes, dict[str, Any]]:
         """Blob and row of one clip. Raises: SourceError, BadFlow."""
+        if row is None:
+            raise Missing("the clip is no longer in its shard, which was made anew")
         mp4 = read_clip(self.clips, shard, row)
         height, width = reduced_size(row["height"], row["width"], self.spec.short_side)
         statistics = FlowStatistics()

@@ -6,6 +6,10 @@ import errno
 import io
 import os
 import pickle
+import re
+import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -415,11 +419,48 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypatch,
     assert tree(tmp_path / "clips") == before
 
 
+def test_a_really_full_disk_leaves_finished_shards_only(tmp_path):
+    """On a file system of 1 MB in a mount namespace of its own."""
+    script = """
+import sys
+from pathlib import Path
+import pyarrow as pa
+from kinema.pipelines.artifacts import Artifact, sample_key
+from kinema.pipelines.errors import StageError
+artifact = Artifact.open(sys.argv[1] + "/clips", kind="clips", config={})
+names = ["a", "b", "c"]
+artifact.append_plan(pa.table({"shard": [0, 1, 2], "key": [sample_key(n) for n in names], "source": names}))
+try:
+    for shard in range(3):
+        with artifact.shard_writer(shard) as writer:
+            writer.add(sample_key(names[shard]), {"mp4": bytes(400_000)}, row={})
+            writer.commit()
+except StageError as error:
+    print(error)
+print(len(list(Path(sys.argv[1]).rglob("*.tar"))), len(list(Path(sys.argv[1]).rglob(".*"))), artifact.pending())
+"""
+    mount = 'mount -t tmpfs -o size=1m tmpfs "$1" && exec "$2" -c "$3" "$1"'
+    command = ["unshare", "-rm", "sh", "-c", mount, "sh", str(tmp_path), sys.executable, script]
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("mount namespaces are not allowed here; the simulated full disk covers the rest")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    message, state = done.stdout.splitlines()
+    assert re.fullmatch(
+        r"disk full while writing \S+clips-\w+-000002.tar: free at least 1 MB there or set out= .*", message
+    )
+    assert state == "2 0 [2]"
+
+
 def test_an_artifact_travels_to_workers(url):
     artifact = make(url, SHARDS)
     there = pickle.loads(pickle.dumps(artifact))
     assert there.plan.equals(artifact.plan)
     assert there.pending() == []
+
+
+def test_an_unknown_store_is_said_so():
+    with pytest.raises(ValueError, match="nosuch://bucket/clips cannot be opened: .*nosuch"):
+        Artifact.open("nosuch://bucket/clips", kind="clips", config={})
 
 
 def test_ranged_reads_name_the_file_that_is_missing_or_short(url):

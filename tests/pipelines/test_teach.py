@@ -295,6 +295,38 @@ def test_damaged_clip_bytes_are_quarantined_and_taught_once_mended(clips, tmp_pa
     assert tree(tmp_path / "flow") == tree(tmp_path / "calm")
 
 
+def test_clips_made_anew_with_fewer_clips_are_taught_anew_and_with_more_refused(tmp_path):
+    write_clips(tmp_path / "clips", SHARDS)
+    teach.run(config(tmp_path / "clips", tmp_path / "flow", gaps=(1,)))
+    artifact = Artifact.read(tmp_path / "clips")
+    gone = sample_key("zoom.mp4")
+    rebuild(artifact, 0, leave_out=gone)
+    summary = teach.run(config(tmp_path / "clips", tmp_path / "flow", gaps=(1,)))
+    assert (summary.clips, summary.quarantined, summary.new_shards) == (2, 1, 1)
+    entry = Artifact.read(tmp_path / "flow").quarantined().to_pylist()[0]
+    assert (entry["key"], entry["error_class"]) == (gone, "Missing")
+    assert Artifact.read(tmp_path / "flow").verify() == []
+    teach.run(config(tmp_path / "clips", tmp_path / "late", gaps=(1,)))
+    rebuild(artifact, 0)
+    assert teach.run(config(tmp_path / "clips", tmp_path / "flow", gaps=(1,))).clips == 3
+    with pytest.raises(ValueError, match="has 1 clips in shards that .*late was planned for without them"):
+        teach.run(config(tmp_path / "clips", tmp_path / "late", gaps=(1,)))
+
+
+def rebuild(artifact: Artifact, shard: int, leave_out: str = "") -> None:
+    """Build a clip shard again, perhaps with a clip quarantined."""
+    with artifact.shard_writer(shard) as writer:
+        for row in artifact.plan_of(shard).to_pylist():
+            if row["key"] == leave_out:
+                writer.quarantine(row["key"], stage="shard", error_class="Corrupt", message="gone bad")
+                continue
+            mp4 = mp4_of(film(row["source"]))
+            size = {"height": HEIGHT, "width": WIDTH, "num_frames": NUM_FRAMES[row["source"]]}
+            writer.add(row["key"], {"mp4": mp4, "json": b"{}"}, row={"source": row["source"], **size})
+        writer.commit()
+    artifact.finalize()
+
+
 def test_a_shard_that_cannot_be_built_is_quarantined_and_tried_again(clips, tmp_path, monkeypatch):
     original = ShardTeacher.__call__
 
