@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 import zlib
 from array import array
 from collections.abc import Callable
@@ -123,8 +124,8 @@ def load_scan(artifact: Artifact, source_id: str) -> Scan | None:
         with np.load(io.BytesIO(artifact.store.read(scan_name(source_id))), allow_pickle=False) as data:
             header = json.loads(data["header"].tobytes())
             arrays = {name: data[name] for name in _ARRAYS if name in data}
-    except FileNotFoundError:
-        return None
+    except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError):
+        return None  # never scanned, or damaged: it is made again
     if header.pop("version") != _VERSION or header["source"] != source_id:
         return None
     return Scan(**header, **arrays)

@@ -280,7 +280,7 @@ def _member_labels(video: str, members: dict[str, bytes]) -> dict[str, Any] | No
             labels["cls"] = int(text)
         else:
             labels[extension] = text
-    return labels or None
+    return _plain(labels) or None
 
 
 def _from_manifest(place: _Place) -> Found:
@@ -315,7 +315,7 @@ def _manifest_rows(data: bytes, extension: str) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A Parquet value as JSON can hold it."""
+    """A value as JSON can hold it; NaN becomes null."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list):

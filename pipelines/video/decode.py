@@ -93,6 +93,11 @@ class VideoFile:
         return any(name in _SEEKS_EXACTLY for name in self._formats)
 
     @property
+    def _starts_anywhere(self) -> bool:
+        """Whether recordings usually begin between keyframes, with frames that refer to what was not recorded."""
+        return any(name in ("mpegts", "mpeg") for name in self._formats)
+
+    @property
     def _counts_frames(self) -> bool:
         """Whether the header's number of frames is exact (AVI's counts empty slots)."""
         return "mov" in self._formats
@@ -134,6 +139,8 @@ class VideoFile:
             except av.FFmpegError as error:
                 raise self._damage(num_frames, num_packets, error) from None
             for frame in frames:
+                if frame.is_corrupt and num_frames == 0 and self._starts_anywhere:
+                    continue
                 if frame.is_corrupt and self._cut:
                     raise Truncated(f"{self._cut}; {num_frames} good frames")
                 if frame.is_corrupt:

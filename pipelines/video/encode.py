@@ -31,7 +31,7 @@ def encoder_options(clip: ClipConfig) -> tuple[str, dict[str, str]]:
     if clip.codec == "hevc":
         x265 = f"keyint={gop}:min-keyint={gop}:scenecut=0:open-gop=0:pools=none:frame-threads=1:wpp=0:log-level=error"
         options = {"crf": str(clip.crf), "preset": clip.preset, "tune": "fastdecode"}
-        return "libx265", {**options, "x265-params": x265, "tag": "hvc1"}
+        return "libx265", {**options, "x265-params": x265}
     if clip.codec == "av1":
         os.environ.setdefault("SVT_LOG", "1")  # errors only; FFmpeg has no option for it
         svt = f"keyint={gop}:irefresh-type=2:scd=0:lp=1:fast-decode=1"
@@ -97,6 +97,8 @@ def _add_stream(container, clip: ClipConfig, spec: PictureSpec, fps: Fraction):
     context.colorspace = spec.matrix
     context.color_primaries = spec.primaries
     context.color_trc = spec.transfer
+    if clip.codec == "hevc":
+        context.codec_tag = "hvc1"  # parameter sets in the header only, as players expect
     if clip.codec == "mjpeg":
         context.flags |= int(av.codec.context.Flags.qscale)
         context.global_quality = round(_QP_TO_LAMBDA * (2 + clip.crf / 6))
