@@ -34,7 +34,6 @@ class ShardWriter:
         self._last_place = -1
         self.rows: list[dict[str, Any]] = []
         self.quarantined: dict[str, dict[str, Any]] = {}
-        self.committed = False
 
     def __enter__(self) -> ShardWriter:
         self._temporary = self.artifact.store.build(self.name)
@@ -113,7 +112,6 @@ class ShardWriter:
         store.write(commit_rows(self.shard), tables.parquet_bytes(self._rows_table()))
         write_part(store, shard_part(self.shard), entries)
         store.write(commit_record(self.shard), tables.readable_json(record))
-        self.committed = True
         return record
 
     def _settle_quarantine(self) -> list[dict[str, Any]]:

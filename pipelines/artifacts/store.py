@@ -32,7 +32,6 @@ class Store(Protocol):
     """Named byte strings under one URL; names are relative, with `/` between folders."""
 
     url: str
-    is_local: bool
 
     def url_of(self, name: str) -> str:
         """The URL (or absolute path) of `name`."""
@@ -51,9 +50,6 @@ class Store(Protocol):
 
     def open(self, name: str) -> BinaryIO:
         """A seekable reader of `name`. Raises: FileNotFoundError."""
-
-    def local_file(self, name: str) -> Path | None:
-        """The path of `name` for readers that want a file, or None for an object store."""
 
     def build(self, name: str) -> TemporaryFile:
         """A temporary local file that will become `name`."""
@@ -178,17 +174,12 @@ def _sync_folder(folder: Path) -> None:
 class LocalStore:
     """A folder of the local file system (or a shared mount)."""
 
-    is_local = True
-
     def __init__(self, path: str):
         self.root = Path(path).expanduser().absolute()
         self.url = str(self.root)
 
     def url_of(self, name: str) -> str:
         return str(self.root / name)
-
-    def local_file(self, name: str) -> Path | None:
-        return self.root / name
 
     def read(self, name: str) -> bytes:
         try:
@@ -240,8 +231,6 @@ class LocalStore:
 class ObjectStore:
     """Any fsspec URL. Files are built in the local temporary folder and put whole."""
 
-    is_local = False
-
     def __init__(self, url: str):
         self.url = url.rstrip("/")
 
@@ -254,9 +243,6 @@ class ObjectStore:
 
     def url_of(self, name: str) -> str:
         return f"{self.url}/{name}"
-
-    def local_file(self, name: str) -> Path | None:
-        return None
 
     def read(self, name: str) -> bytes:
         return self._filesystem.cat_file(self._path(name))
