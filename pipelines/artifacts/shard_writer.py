@@ -55,6 +55,8 @@ class ShardWriter:
             raise ValueError(f"sample {key} is not planned in shard {self.shard}")
         if place <= self._last_place:
             raise ValueError(f"sample {key} comes out of the plan's order in shard {self.shard}")
+        if key in self.quarantined:
+            raise ValueError(f"sample {key} is quarantined in shard {self.shard} and cannot be added too")
         added = self._tar.add(key, members)
         self._last_place = place
         offsets: dict[str, Any] = {}
