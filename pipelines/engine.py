@@ -78,21 +78,30 @@ def connect(*, worker_logs: bool = False, num_cpus: int | None = None) -> dict[s
         address = os.environ.get("RAY_ADDRESS", "")
         if address.startswith(("http://", "https://")):
             raise ValueError(f"RAY_ADDRESS={address} is a job server; use `kinema submit`, or the cluster's HOST:6379")
-        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": worker_logs}
-        try:
-            if address and address != "local":
-                ray.init(address=address, runtime_env=_own_code(), **quiet)
-            else:
-                ray.init(
-                    address="local",  # a stale current-cluster file otherwise decides
-                    include_dashboard=False,
-                    num_cpus=num_cpus,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    **quiet,
-                )
-        except (ConnectionError, RuntimeError, TimeoutError) as error:
-            raise StageError(f"cannot start on Ray at {address or 'local'}: {_one_line(error)}") from None
+        _init(address, {"logging_level": logging.ERROR, "log_to_driver": worker_logs}, num_cpus)
     return ray.cluster_resources()
+
+
+def _init(address: str, quiet: dict[str, Any], num_cpus: int | None) -> None:
+    """ray.init at an address, or a local Ray, which gets a second chance on a machine too busy for the first."""
+    import ray
+
+    is_local = address in ("", "local")
+    # A stale current-cluster file decides unless "local" is said.
+    local = {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
+    remote = {"address": address, "runtime_env": _own_code()}
+    settings = {**local, "object_store_memory": _OBJECT_STORE_BYTES} if is_local else remote
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
+    for chance in (1, 2):
+        try:
+            ray.init(**settings, **quiet)
+            return
+        except (ValueError, ImportError):
+            raise
+        except Exception as error:  # noqa: BLE001  Ray raises bare Exceptions when it cannot start
+            ray.shutdown()
+            if chance == 2 or not is_local:
+                raise StageError(f"cannot start on Ray at {address or 'local'}: {_one_line(error)}") from None
 
 
 def resources(engine: str | None = None) -> dict[str, float]:

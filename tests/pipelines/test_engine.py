@@ -134,6 +134,28 @@ def test_unknown_engine_and_job_server_addresses_are_refused(monkeypatch):
         engine.connect()
 
 
+def test_a_ray_that_does_not_start_gets_a_second_chance_and_then_one_line(monkeypatch):
+    import ray
+
+    tries = []
+
+    def init(**settings):
+        tries.append(settings["address"])
+        raise Exception("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(StageError, match="cannot start on Ray at local: The current node timed out during startup."):
+        engine.connect()
+    assert tries == ["local", "local"]
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(StageError, match="cannot start on Ray at 10.0.0.1:6379"):
+        engine.connect()
+    assert tries[2:] == ["10.0.0.1:6379"]
+
+
 def test_a_task_that_fits_nowhere_is_said_at_once(ray_session):
     with pytest.raises(StageError, match="a task needs 64 CPU, the cluster has 2"):
         list(run_tasks(square_or_fail, [1], num_cpus=64))
