@@ -1,8 +1,8 @@
 """How much motion a frame's features know: error in pixels of a linear map from features to flow.
 
-The map is fitted as in FlowFeat's training (ridge regression onto standardised flow), on one half of a frame's cells
-of a checkerboard, and judged on the other half. So it measures what features say about motion at pixels whose flow
-the fit never saw, against true flow where that is known.
+The question is the one FlowFeat is trained on: a map fitted by ridge regression on one crop of a frame has to give
+the flow of another crop. Here it is asked of frames with true flow, which training need not have seen, and answered
+in pixels: lower is better, and the error of the first crop's mean flow is what features without knowledge reach.
 """
 
 from __future__ import annotations
@@ -12,25 +12,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from kinema.models.flow_geometry import known_flow, resize_flow
-from kinema.models.flowfeat_training import NormalEquations
-from kinema.pipelines.pictures import normalise_images, size_for_model
-
-CELLS = 8
+from kinema.models.flow_geometry import known_flow
+from kinema.models.flowfeat_training import NormalEquations, random_crop_matrix, sample_crop
+from kinema.pipelines.pictures import normalise_images
+from kinema.pipelines.train.flowfeat_recipe import square_image
 
 
 @dataclass(frozen=True)
 class FlowError:
-    """Mean end-point errors over the held-out pixels of all frames, in pixels of the frames as given."""
+    """Mean end-point errors over the judged crops of all frames, in pixels of the frames as given."""
 
     epe_px: float
     """Of the linear map from features."""
     constant_epe_px: float
-    """Of the best constant, the mean flow of the fitted half: what features without any knowledge reach."""
+    """Of the mean flow of the crop on which the map was fitted."""
 
 
 @torch.no_grad()
@@ -39,69 +36,71 @@ def flow_error(
     frames: Sequence[np.ndarray],
     flows_px: Sequence[np.ndarray],
     valid: Sequence[np.ndarray] | None = None,
+    *,
+    resize: int = 448,
+    crop: int = 224,
+    crop_scale: tuple[float, float] = (0.5, 0.75),
     ridge_alpha: float = 0.1,
-    short_side: int = 224,
+    crops_per_frame: int = 4,
+    seed: int = 0,
 ) -> FlowError:
-    """Error of flow predicted from a FlowFeat's dense features, by a map fitted on the other half of each frame.
+    """Error of the flow that a FlowFeat's dense features give on one crop, by a map fitted on another.
 
-    Args: model, a FlowFeat (`model(x)` gives y_enc, y_dec); frames, uint8 [H, W, 3]; flows_px, float [2, H, W], the
-        frames' true flow; valid, bool [H, W], pixels that count (default: all with known flow); ridge_alpha, as in
-        training; short_side, frames are shown to the model at this shorter side (rounded to its patch).
+    Args: model, a FlowFeat (`model(x)` gives y_enc, y_dec); frames, uint8 [H, W, 3]; flows_px, float [2, H, W], their
+        true flow; valid, bool [H, W], pixels that count (default: all with known flow); resize, crop, crop_scale and
+        ridge_alpha, as in training; crops_per_frame, pairs of crops, drawn from `seed`: the same for every model.
     Raises: ValueError if there are no frames, not as many flows as frames, or no pixel that counts.
     """
     if not frames or len(frames) != len(flows_px):
         raise ValueError(f"flow_error: {len(frames)} frames and {len(flows_px)} flows; give one each, at least 1")
     device = next(model.parameters()).device
-    errors, constant_errors = [], []
-    for number, (frame, flow_px) in enumerate(zip(frames, flows_px, strict=True)):
-        image = torch.from_numpy(np.ascontiguousarray(frame)).to(device).permute(2, 0, 1)[None].float() / 255
-        truth = torch.from_numpy(np.ascontiguousarray(flow_px)).to(device).float()
+    rng = np.random.default_rng(seed)
+    sums = torch.zeros(3, dtype=torch.float64)  # error of the map, of the constant, pixels
+    for number, (frame, flow) in enumerate(zip(frames, flows_px, strict=True)):
+        image = square_image(torch.from_numpy(np.ascontiguousarray(frame)), resize).to(device)
+        truth = _centre_square(torch.from_numpy(np.ascontiguousarray(flow)).float()).to(device)
         counts = known_flow(truth)
         if valid is not None:
-            counts &= torch.from_numpy(np.ascontiguousarray(valid[number])).to(device)
-        size = size_for_model(tuple(image.shape[-2:]), short_side, model.encoder)
-        shown = F.interpolate(image, size, mode="bilinear", antialias=True)
-        features = model(normalise_images(shown))[1][0]  # [C, h, w]
-        error, constant = _frame_errors(features, truth, counts, ridge_alpha)
-        errors.append(error)
-        constant_errors.append(constant)
-    if not sum(len(error) for error in errors):
-        raise ValueError("flow_error: no held-out pixel has known flow; check the frames' flow and `valid`")
-    return FlowError(torch.cat(errors).mean().item(), torch.cat(constant_errors).mean().item())
+            counts &= _centre_square(torch.from_numpy(np.ascontiguousarray(valid[number]))).to(device)
+        maps = torch.cat([torch.where(counts, truth, 0.0), counts[None].float()])
+        for _ in range(crops_per_frame):
+            windows = [random_crop_matrix((resize, resize), rng, crop_scale) for _ in range(2)]
+            sums += _crop_errors(model, image, maps, torch.stack(windows).to(device), crop, ridge_alpha)
+    if not sums[2]:
+        raise ValueError("flow_error: no pixel has known flow; check the frames' flow and `valid`")
+    return FlowError(float(sums[0] / sums[2]), float(sums[1] / sums[2]))
 
 
-def _frame_errors(
-    features: Float[Tensor, "C h w"], flow_px: Float[Tensor, "2 H W"], counts: Bool[Tensor, "H W"], alpha: float
-) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-    """End-point error at every held-out pixel that counts: of the fitted map, and of the fitted half's mean."""
-    size = features.shape[-2:]
-    full = flow_px.shape[-2:]
-    target = resize_flow(torch.where(counts, flow_px, 0.0), *size) if size != full else flow_px
-    usable = F.interpolate(counts[None, None].float(), size, mode="area")[0, 0] == 1
-    # Pixels that the fit must not see are left out of its sums by weight 0.
-    fitted = (usable & ~checkerboard(*size, device=flow_px.device)).float().flatten()  # [P]
-    number = fitted.sum().clamp(min=1)
-    x = features.float().flatten(1).T  # [P, C]
-    y = target.flatten(1).T  # [P, 2]
-    mean = (y * fitted[:, None]).sum(0) / number
-    spread = (((y - mean).square() * fitted[:, None]).sum(0) / number).sqrt() + 1e-5
-    chosen = fitted.bool()
+def _crop_errors(
+    model: nn.Module, image: Tensor, maps: Tensor, windows: Tensor, crop: int, ridge_alpha: float
+) -> Tensor:
+    """Sums over the second crop's pixels that count: error of the map, of the constant, and their number.
+
+    Args: image, uint8 [3, S, S]; maps, [3, s, s], flow and whether it counts; windows, [2, 2, 3], crop matrices.
+    """
+    pair = (2, -1, -1, -1)
+    images = normalise_images(image.float() / 255).expand(pair)
+    features = model(sample_crop(images, windows, (crop, crop)))[1].float()
+    x = features.flatten(2).transpose(1, 2)  # [2, P, C]
+    seen = sample_crop(maps.expand(pair), windows, (crop, crop)).flatten(2).transpose(1, 2)  # [2, P, 3]
+    flow, counts = seen[..., :2], seen[..., 2] > 1 - 1e-4
+    if not counts[0].any() or not counts[1].any():
+        return torch.zeros(3, dtype=torch.float64)
+    fitted = flow[0][counts[0]]
+    mean, spread = fitted.mean(dim=0), fitted.std(dim=0, correction=0) + 1e-5
     equations = NormalEquations()
-    equations.add(x[chosen], ((y - mean) / spread)[chosen])
-    flow_map = equations.solve(alpha)
-    predicted = (x @ flow_map[:-1] + flow_map[-1]) * spread + mean  # [P, 2]
-    predicted = resize_flow(predicted.T.unflatten(1, size), *full) if size != full else predicted.T.unflatten(1, size)
-    judged = counts & checkerboard(*full, device=flow_px.device)
-    scale = flow_px.new_tensor([full[1] / size[1], full[0] / size[0]])
-    error = (predicted - flow_px).norm(dim=0)[judged]
-    constant = ((mean * scale)[:, None, None] - flow_px).norm(dim=0)[judged]
-    return error, constant
+    equations.add(x[0][counts[0]], (fitted - mean) / spread)
+    flow_map = equations.solve(ridge_alpha)
+    predicted = (x[1] @ flow_map[:-1] + flow_map[-1]) * spread + mean
+    judged = counts[1]
+    error = (predicted - flow[1]).norm(dim=1)[judged].sum()
+    constant = (mean - flow[1]).norm(dim=1)[judged].sum()
+    return torch.stack([error, constant, judged.sum()]).double().cpu()
 
 
-def checkerboard(height: int, width: int, device: torch.device | None = None) -> Bool[Tensor, "H W"]:
-    """True on the held-out cells; the shorter side has `CELLS` of them, at any size the same cells."""
-    cells_y = CELLS * max(1, round(height / min(height, width)))
-    cells_x = CELLS * max(1, round(width / min(height, width)))
-    y = (torch.arange(height, device=device) + 0.5) * cells_y // height
-    x = (torch.arange(width, device=device) + 0.5) * cells_x // width
-    return (y[:, None] + x[None, :]) % 2 == 1
+def _centre_square(maps: Tensor) -> Tensor:
+    """The centre square of [..., H, W]; the one that `square_image` shows."""
+    height, width = maps.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return maps[..., top : top + side, left : left + side]

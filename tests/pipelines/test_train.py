@@ -16,7 +16,7 @@ from kinema.pipelines.loader import ClipIndex, Skip
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
 from kinema.pipelines.train import checkpoint
-from kinema.pipelines.train.flow_error import checkerboard, flow_error
+from kinema.pipelines.train.flow_error import flow_error
 from kinema.pipelines.train.flowfeat_recipe import FlowFeatRecipe, square_flow, square_image
 from kinema.pipelines.train.meter import read_metrics
 from kinema.pipelines.train.stop import Stop
@@ -232,37 +232,52 @@ def test_squares_of_odd_sizes():
 
 
 class Oracle(torch.nn.Module):
-    """Dense features that hold the flow (or nothing about it)."""
+    """Features that are the picture itself, which in these tests shows the flow; or the same everywhere."""
 
-    def __init__(self, flow, knows):
+    def __init__(self, knows):
         super().__init__()
-        self.encoder = vision_transformer.VisionTransformer(vision_transformer.CONFIGS["dino_vits16"])
-        self.flow, self.knows = torch.from_numpy(flow), knows
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.knows = knows
 
     def forward(self, x):
-        noise = torch.randn(1, 6, *x.shape[-2:], generator=torch.Generator().manual_seed(0))
-        if self.knows:
-            noise[:, :2] = resize_flow(self.flow, *x.shape[-2:]) * 10
-        return noise, noise
+        return x, x * self.knows * 100
 
 
-def test_flow_error_is_small_for_features_that_know_the_flow_and_that_of_a_constant_for_noise(scenes):
-    scene = scenes[0]
-    frame, flow = scene.frame(0), scene.flow_px(0, 2)
-    knows = flow_error(Oracle(flow, True), [frame], [flow], short_side=72, ridge_alpha=1e-3)
-    noise = flow_error(Oracle(flow, False), [frame], [flow], short_side=72, ridge_alpha=1e-3)
-    assert knows.epe_px < 0.02 * noise.epe_px
-    assert noise.epe_px == pytest.approx(noise.constant_epe_px, rel=0.05)
-    judged = checkerboard(72, 96).numpy()
-    by_hand = np.linalg.norm(flow - flow[:, ~judged].mean(1)[:, None, None], axis=0)[judged].mean()
-    assert noise.constant_epe_px == pytest.approx(by_hand, rel=1e-4)
-    half = flow_error(Oracle(flow * 0.5, True), [frame], [flow], short_side=40, ridge_alpha=1e-3)
-    assert half.epe_px < 0.3 * noise.epe_px
+def picture_of(flow):
+    """Red and green are the two components."""
+    low, high = flow.min(axis=(1, 2), keepdims=True), flow.max(axis=(1, 2), keepdims=True)
+    shown = np.concatenate([(flow - low) / (high - low) * 255, np.zeros_like(flow[:1])])
+    return shown.round().astype(np.uint8).transpose(1, 2, 0)
+
+
+def test_flow_error_is_small_for_features_that_know_the_flow_and_that_of_a_constant_for_others(scenes):
+    flow = scenes[0].flow_px(0, 2)
+    knows, constant = (
+        flow_error(Oracle(k), [picture_of(flow)], [flow], resize=72, crop=64, ridge_alpha=1e-4) for k in (1, 0)
+    )
+    assert knows.epe_px < 0.05 * constant.epe_px
+    assert constant.epe_px == pytest.approx(constant.constant_epe_px, rel=1e-3)
+    assert 0.3 < constant.epe_px / np.linalg.norm(flow - flow.mean((1, 2), keepdims=True), axis=0).mean() < 2
+    doubled = flow_error(Oracle(1), [picture_of(flow)], [2 * flow], resize=72, crop=64, ridge_alpha=1e-4)
+    assert doubled.epe_px == pytest.approx(2 * knows.epe_px, rel=0.01)
+
+
+def test_flow_error_leaves_out_what_is_not_valid(scenes):
+    flow = scenes[0].flow_px(0, 2)
+    broken, valid = flow.copy(), np.ones(flow.shape[1:], bool)
+    broken[:, 20:40, 30:60] = 500.0
+    valid[20:40, 30:60] = False
+    picture = picture_of(flow)
+    error = flow_error(Oracle(1), [picture], [broken], valid=[valid], resize=72, crop=64, ridge_alpha=1e-4)
+    assert error.epe_px < 0.2
+    broken[:, 20:40, 30:60] = np.nan
+    unknown = flow_error(Oracle(1), [picture], [broken], resize=72, crop=64, ridge_alpha=1e-4)
+    assert unknown == error
 
 
 def test_flow_error_refuses_what_it_cannot_judge(scenes):
     frame, flow = scenes[0].frame(0), scenes[0].flow_px(0, 1)
     with pytest.raises(ValueError, match="1 frames and 0 flows"):
-        flow_error(Oracle(flow, True), [frame], [])
-    with pytest.raises(ValueError, match="no held-out pixel"):
-        flow_error(Oracle(flow, True), [frame], [flow], valid=[np.zeros(flow.shape[1:], bool)])
+        flow_error(Oracle(1), [frame], [])
+    with pytest.raises(ValueError, match="no pixel has known flow"):
+        flow_error(Oracle(1), [frame], [flow], valid=[np.zeros(flow.shape[1:], bool)], resize=72, crop=32)

@@ -1,0 +1,135 @@
+"""FlowFeat's training step with stored flow against the published way: RAFT (20 iterations) inside every step.
+
+The baseline step is written out plainly, as published: each crop through the encoder on its own, features of whole
+crops, a general least-squares solver. Both give the same loss (last row).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinema.configs.schema import FlowFeatConfig, LoaderConfig, TrainConfig
+from kinema.models.flowfeat import encoder_maps
+from kinema.models.flowfeat_training import FlowFeatTraining, edge_loss, sample_crop, standardise_flow
+from kinema.models.raft import raft
+from kinema.pipelines.loader import ClipIndex
+from kinema.pipelines.loader.reader import stack
+from kinema.pipelines.pictures import normalise_images
+from kinema.pipelines.scenes import Scene
+from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
+from kinema.pipelines.train.flowfeat_recipe import FlowFeatRecipe
+from kinema.pipelines.train.optimizer import make_optimizer
+
+RAFT_ITERS = 20
+
+
+def run(variant: str = "dinov2_vits14_yt", crop: int = 224, batch_size: int = 2) -> list[dict[str, Any]]:
+    """Rows of {name, value, baseline, ratio, unit}: seconds per sample, fp32 on the CPU; ratio = baseline / ours."""
+    torch.manual_seed(0)
+    config = FlowFeatConfig(variant=variant, resize=2 * crop, crop=crop)
+    recipe = FlowFeatRecipe(config)
+    module = recipe.build()
+    optimizer = make_optimizer(module, TrainConfig(batch_size=batch_size, loader=LoaderConfig(num_workers=0)))
+    teacher = raft().eval()
+    with tempfile.TemporaryDirectory(prefix="kinema-bench-") as folder:
+        index = _data(Path(folder), 2 * crop)
+
+        def read() -> dict[str, Any]:
+            samples = [recipe.read_sample(index.clip(i), np.random.default_rng(i)) for i in range(batch_size)]
+            return stack(samples, [index.clip(i).key for i in range(batch_size)])
+
+        batch = read()
+        frames = torch.rand(batch_size, 2, 3, crop, crop)
+
+        def teach() -> Tensor:
+            with torch.no_grad():
+                return teacher(frames[:, 0], frames[:, 1], iters=RAFT_ITERS)
+
+        def step(loss: Callable[[FlowFeatTraining, dict[str, Any]], Tensor]) -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(module, batch)
+            value.backward()
+            optimizer.step()
+            module.update_ema()
+            return value
+
+        with torch.no_grad():
+            difference = (stored_flow_loss(module, batch) - published_loss(module, batch)).abs().item()
+        read_s, teach_s = _fastest(read), _fastest(teach)
+        ours_s, plain_s = _fastest(lambda: step(stored_flow_loss)), _fastest(lambda: step(published_loss))
+    per_sample = [seconds / batch_size for seconds in (read_s, teach_s, ours_s, plain_s)]
+    read_s, teach_s, ours_s, plain_s = per_sample
+    name = f"FlowFeat {variant} {crop}x{crop}"
+    return [
+        _row(f"{name}, stored flow against RAFT inside", read_s + ours_s, teach_s + plain_s),
+        _row(f"{name}, same step with RAFT inside", read_s + ours_s, teach_s + ours_s),
+        _row(f"{name}, forward, backward, optimizer only", ours_s, plain_s),
+        _row("teacher signal: read frame and flow against RAFT", read_s, teach_s),
+        {
+            "name": f"{name}, difference of the two losses",
+            "value": difference,
+            "baseline": 1e-5,
+            "ratio": difference / 1e-5,
+            "unit": "against the allowed 1e-5",
+        },
+    ]
+
+
+def stored_flow_loss(module: FlowFeatTraining, batch: dict[str, Any]) -> Tensor:
+    """The loss as `kinema train` computes it."""
+    images = normalise_images(batch["image"].float() / 255)
+    return module(images, batch["flow"], batch["crop1"], batch["crop2"]).total
+
+
+def published_loss(module: FlowFeatTraining, batch: dict[str, Any]) -> Tensor:
+    """The same loss, written as the paper's equations read."""
+    config, size = module.loss_config, module.input_size
+    images = normalise_images(batch["image"].float() / 255)
+    flow = standardise_flow(batch["flow"])
+    flows = [sample_crop(flow, batch[name], size) for name in ("crop1", "crop2")]
+    with torch.no_grad():
+        maps1, _ = encoder_maps(module.encoder, sample_crop(images, batch["crop1"], size))
+        x = _with_ones(module.decoder_ema.ema_model(maps1, size))  # [B, P, F + 1]
+        y = flows[0].flatten(2).transpose(1, 2)  # [B, P, 2]
+        lhs = x.transpose(1, 2) @ x / x.shape[1] + config.ridge_alpha * torch.eye(x.shape[2])
+        flow_map = torch.linalg.lstsq(lhs, x.transpose(1, 2) @ y / x.shape[1]).solution
+        maps2, _ = encoder_maps(module.encoder, sample_crop(images, batch["crop2"], size))
+    predicted = _with_ones(module.decoder(maps2, size)) @ flow_map
+    predicted = predicted.transpose(1, 2).unflatten(2, size)
+    edge, _ = edge_loss(predicted, flows[1], config.edge_sigma)
+    return config.flow_weight * (predicted - flows[1]).abs().sum(1).mean() + config.edge_weight * edge.mean()
+
+
+def _with_ones(features: Tensor) -> Tensor:
+    pixels = features.flatten(2).transpose(1, 2)
+    return torch.cat([pixels, torch.ones_like(pixels[..., :1])], dim=2)
+
+
+def _data(folder: Path, side: int) -> ClipIndex:
+    scenes = [Scene(seed, height=side, width=side * 5 // 4, num_frames=13) for seed in range(2)]
+    clips = write_scene_clips(scenes, folder / "clips")
+    write_scene_flow(scenes, clips, folder / "flow")
+    return ClipIndex.open(folder / "clips", folder / "flow")
+
+
+def _row(name: str, value: float, baseline: float) -> dict[str, Any]:
+    return {"name": name, "value": value, "baseline": baseline, "ratio": baseline / value, "unit": "s/sample"}
+
+
+def _fastest(function: Callable[[], Any], repeats: int = 2) -> float:
+    """Seconds of the fastest of a few runs after one to warm up: other load only ever adds time."""
+    function()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return min(times)
