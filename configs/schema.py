@@ -181,7 +181,7 @@ class FlowFeatConfig:
     edge_sigma: float = 0.1
     """Scale of the teacher gradient in the edge weights."""
     ema_decay: float = 0.999
-    """Decay of the decoder's moving average."""
+    """Largest decay of the decoder's moving average; it warms up to it."""
     ema_every: int = 5
     """Optimizer steps between updates of the moving average."""
 
@@ -232,8 +232,6 @@ class TrainConfig:
     """The clips artifact."""
     flow: str = ""
     """The flow artifact (one teacher)."""
-    tracks: str = ""
-    """The tracks artifact, for models that need one."""
     out: str = ""
     """Folder of the run: checkpoints and logs."""
     model: Literal["flowfeat"] = "flowfeat"
@@ -328,9 +326,7 @@ class EvaluateConfig:
     features: Literal["y_dec", "y_enc"] = "y_dec"
     """Which features are evaluated."""
     short_side: int = 480
-    """Frames are resized to this shorter side (rounded to the patch size)."""
-    max_frames: int = 0
-    """Only the first frames of each sequence; 0 means all."""
+    """Shorter side of the frames that label propagation compares."""
     iters: int = 0
     """Refinement iterations; 0 means the benchmark's usual number (Sintel 32, KITTI 24)."""
     run_id: str = ""

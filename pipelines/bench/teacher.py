@@ -10,8 +10,10 @@ import torch
 from kinema.models.raft import FrameFeatures, raft_small
 from kinema.pipelines.scenes import Scene
 
+REPEATS = 3
 
-def run(side: int = 448, num_frames: int = 6, iters: int = 12) -> list[dict[str, Any]]:
+
+def run(side: int = 448, num_frames: int = 4, iters: int = 12) -> list[dict[str, Any]]:
     """Rows of {name, value, baseline, ratio, unit}; gaps 1 and 2, both directions, CPU, fp32."""
     torch.manual_seed(0)
     network = raft_small()
@@ -21,8 +23,12 @@ def run(side: int = 448, num_frames: int = 6, iters: int = 12) -> list[dict[str,
     pairs += [(second, first) for first, second in pairs]
     with torch.inference_mode():
         network(frames[:1], frames[1:2], iters=1)
-        cached_s, cached = _timed(lambda: _cached(network, frames, pairs, iters))
-        pairwise_s, pairwise = _timed(lambda: [network(frames[a : a + 1], frames[b : b + 1], iters) for a, b in pairs])
+        cached_s = pairwise_s = float("inf")
+        for _ in range(REPEATS):  # the faster of a few alternating runs: other load only ever adds time
+            seconds, cached = _timed(lambda: _cached(network, frames, pairs, iters))
+            cached_s = min(cached_s, seconds)
+            seconds, pairwise = _timed(lambda: _pairwise(network, frames, pairs, iters))
+            pairwise_s = min(pairwise_s, seconds)
     difference = max((a - b).abs().max().item() for a, b in zip(cached, pairwise, strict=True))
     name = f"RAFT-small {side}x{side}, {iters} iterations"
     return [
@@ -48,6 +54,12 @@ def _cached(
 ) -> list[torch.Tensor]:
     features: list[FrameFeatures] = [network.encode(frame[None]) for frame in frames]
     return [network.flow_from_features(features[a], features[b], iters) for a, b in pairs]
+
+
+def _pairwise(
+    network: torch.nn.Module, frames: torch.Tensor, pairs: list[tuple[int, int]], iters: int
+) -> list[torch.Tensor]:
+    return [network(frames[a : a + 1], frames[b : b + 1], iters) for a, b in pairs]
 
 
 def _timed(function: Any) -> tuple[float, Any]:
