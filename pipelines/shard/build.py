@@ -156,7 +156,9 @@ def _clips_of(
         with open_source(source, task.frames_fps) as video:
             cursor = FrameCursor(video, scan, alive)
             for row in rows:
-                span = spans[row["clip"]]
+                span = spans[row["clip"]] if row["clip"] < len(spans) else None
+                if span is None or len(span.frames) != row["num_frames"]:
+                    raise Corrupt("the clips were planned by another version of the program; choose another out=")
                 mp4, motion_score = encode_clip(cursor, scan, span, fps, task.clip, task.motion)
                 meta = _sample_meta(row, scan, span, fps, task.clip, motion_score, mp4, bool(source.masks))
                 members = {"mp4": mp4, "json": _json(meta)}

@@ -58,7 +58,7 @@ class Scan:
     attempts: int = 1
     """Times it was tried."""
     facts: dict[str, Any] | None = None
-    """Container, codec, size, rate, time base, picture spec, cuts, estimated bytes per frame."""
+    """Container, codec, size, rate, time base, picture spec, cuts, estimated bytes per frame, dropped pieces."""
     pts: np.ndarray | None = None
     """int64 [N]: sorted timestamps in ticks."""
     signatures: np.ndarray | None = None
@@ -118,12 +118,15 @@ def scan_name(source_id: str) -> str:
     return f"_scan/{hashlib.blake2b(source_id.encode(), digest_size=12).hexdigest()}.npz"
 
 
-def load_scan(artifact: Artifact, source_id: str) -> Scan | None:
-    """The record of a source; None when there is none or another version of the program wrote it."""
+def load_scan(artifact: Artifact, source_id: str, *, header_only: bool = False) -> Scan | None:
+    """The record of a source; None when there is none or another version of the program wrote it.
+
+    `header_only` leaves the arrays, which hold something for every frame, unread (None).
+    """
     try:
         with np.load(io.BytesIO(artifact.store.read(scan_name(source_id))), allow_pickle=False) as data:
             header = json.loads(data["header"].tobytes())
-            arrays = {name: data[name] for name in _ARRAYS if name in data}
+            arrays = {} if header_only else {name: data[name] for name in _ARRAYS if name in data}
     except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError):
         return None  # never scanned, or damaged: it is made again
     if header.pop("version") != _VERSION or header["source"] != source_id:
@@ -173,7 +176,9 @@ def scan_source(source: Source, clip: ClipConfig, frames_fps: float, alive: Call
         found = content_hash(source, alive)
         with open_source(source, frames_fps) as video:
             scan = _decode(video, source.id, clip, alive)
-        if not scan.clips(clip)[0]:
+        spans, _, dropped = scan.clips(clip)
+        scan.facts["dropped_short"] = dropped
+        if not spans:
             raise TooShort(f"{len(scan.pts)} frames in {len(scan.facts['cuts']) + 1} shots; {_needed(clip)}")
     except SourceError as error:
         scan = Scan(source.id, found, error_class=type(error).__name__, message=str(error))
@@ -205,7 +210,7 @@ def _decode(video: VideoFile | FrameFolder, source_id: str, clip: ClipConfig, al
             raise Undecodable(f"frame {index} ({frame.format.name}) cannot be converted: {error}") from None
         pts.append(frame.pts)
         checks.append(zlib.crc32(small))
-        if frame.key_frame:
+        if frame.key_frame or isinstance(video, FrameFolder):
             keyframes.append(index)
         signatures += frame_signature(small).tobytes()
         cuts.add(small)

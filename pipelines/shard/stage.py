@@ -83,14 +83,16 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
     found = find_sources(config.videos, config.layout, exclude=config.out)
     artifact = Artifact.open(config.out, kind="clips", config=content_config(config))
     say(f"{len(found.sources)} videos in {config.videos}, {found.ignored_files} other files ignored")
-    new_scans = scan_sources(artifact, found.sources, config)
-    new_clips = plan_sources(artifact, found.sources, config)
+    scans, new_scans = scan_sources(artifact, found.sources, config)
+    new_clips = plan_sources(artifact, found.sources, scans, config)
     built = build_shards(artifact, found.sources, config)
-    _settle_quarantine(artifact, found)
+    _settle_quarantine(artifact, scans, found)
     artifact.finalize()
     if not (new_scans or new_clips or built):
         say("nothing to do: every clip of every video is in the artifact")
-    return _summary(artifact, found, config, new_clips, built, time.monotonic() - started, say)
+    dropped = sum(scan.facts["dropped_short"] for scan in scans.values() if scan.ok)
+    seconds = round(time.monotonic() - started, 3)
+    return _summary(artifact, found, config, (new_clips, built, dropped, seconds), say)
 
 
 def content_config(config: ShardConfig) -> dict[str, Any]:
@@ -103,33 +105,37 @@ def content_config(config: ShardConfig) -> dict[str, Any]:
     }
 
 
-def scan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig) -> int:
-    """Scan every source that is new, changed, or worth another try. Returns: how many."""
+def scan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig) -> tuple[dict[str, Scan], int]:
+    """Scan every source that is new, changed, or worth another try.
+
+    Returns: source id -> its record without arrays, and how many were scanned.
+    """
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        states = pool.map(lambda source: _needs_scan(artifact, source), sources)
-        wanted = [source for source, needed in zip(sources, states, strict=True) if needed]
+        states = list(pool.map(lambda source: _up_to_date(artifact, source), sources))
+    scans = {source.id: scan for source, scan in zip(sources, states, strict=True) if scan is not None}
+    wanted = [source for source in sources if source.id not in scans]
     tasks = [ScanTask(artifact, s, config.clip, config.frames_fps, _stall_s(config)) for s in wanted]
     progress = Progress("scan", len(tasks), "videos")
     for done, (task, outcome) in enumerate(_run_tasks(scan_task, tasks, config), start=1):
         if isinstance(outcome, engine.Failure):
             _record_failed_scan(artifact, task.source, outcome)
+        scans[task.source.id] = load_scan(artifact, task.source.id, header_only=True)
         progress.update(done)
     progress.close()
-    return len(wanted)
+    return scans, len(wanted)
 
 
-def _needs_scan(artifact: Artifact, source: Source) -> bool:
-    scan = load_scan(artifact, source.id)
-    if scan is None:
-        return True
-    if scan.error_class in _RETRIED and scan.attempts < MAX_ATTEMPTS:
-        return True
+def _up_to_date(artifact: Artifact, source: Source) -> Scan | None:
+    """The source's record if it still holds, else None."""
+    scan = load_scan(artifact, source.id, header_only=True)
+    if scan is None or (scan.error_class in _RETRIED and scan.attempts < MAX_ATTEMPTS):
+        return None
     if scan.fingerprint and scan.fingerprint == fingerprint(source):
-        return False
+        return scan
     try:
-        return content_hash(source) != scan.content_hash
+        return scan if content_hash(source) == scan.content_hash else None
     except SourceError:
-        return bool(scan.content_hash)
+        return None if scan.content_hash else scan
 
 
 def _record_failed_scan(artifact: Artifact, source: Source, failure: engine.Failure) -> None:
@@ -145,7 +151,7 @@ def _record_failed_scan(artifact: Artifact, source: Source, failure: engine.Fail
     save_scan(artifact, scan)
 
 
-def plan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig) -> int:
+def plan_sources(artifact: Artifact, sources: list[Source], scans: dict[str, Scan], config: ShardConfig) -> int:
     """Append the clips of sources that are not in the plan yet. Returns: how many."""
     existing = artifact.plan
     planned = set()
@@ -153,9 +159,10 @@ def plan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig)
         planned = set(zip(existing["source"].to_pylist(), existing["source_hash"].to_pylist(), strict=True))
     new: list[PlannedClip] = []
     for source in sources:
-        scan = load_scan(artifact, source.id)
-        if scan is not None and scan.ok and (source.id, scan.content_hash) not in planned:
-            new.extend(plan_source(source, scan, config.clip, artifact.config_hash))
+        scan = scans[source.id]
+        if scan.ok and (source.id, scan.content_hash) not in planned:
+            whole = load_scan(artifact, source.id)
+            new.extend(plan_source(source, whole, config.clip, artifact.config_hash))
     if not new:
         return 0
     duplicates = Duplicates(config.near_duplicate_bits)
@@ -260,13 +267,13 @@ def _stall_s(config: ShardConfig) -> float | None:
     return config.source_timeout_s if engine.backend() == "ray" else None
 
 
-def _settle_quarantine(artifact: Artifact, found: Found) -> None:
+def _settle_quarantine(artifact: Artifact, scans: dict[str, Scan], found: Found) -> None:
     """Make the entries of this run's sources say what is true now."""
     listed = ("source", "error_class", "message", "attempts")
     known = {tuple(row[name] for name in listed) for row in artifact.quarantined().to_pylist()}
     good, bad = [], []
     for source in found.sources:
-        scan = load_scan(artifact, source.id)
+        scan = scans[source.id]
         if scan.ok:
             good.append(source.id)
         else:
@@ -281,8 +288,9 @@ def _settle_quarantine(artifact: Artifact, found: Found) -> None:
 
 
 def _summary(
-    artifact: Artifact, found: Found, config: ShardConfig, new_clips: int, built: int, seconds: float, say: Callable
+    artifact: Artifact, found: Found, config: ShardConfig, done: tuple[int, int, int, float], say: Callable
 ) -> ShardSummary:
+    new_clips, built_shards, dropped_short, seconds = done
     ids = {source.id for source in found.sources} | set(found.missing)
     entries = [row for row in artifact.quarantined().to_pylist() if row["source"] in ids]
     quarantined = {row["source"] for row in entries}
@@ -299,10 +307,10 @@ def _summary(
         clips=samples.num_rows,
         quarantined=len(quarantined),
         shards=len(commits),
-        seconds=round(seconds, 3),
+        seconds=seconds,
         new_clips=new_clips,
-        built_shards=built,
-        dropped_short=_dropped(artifact, found, config),
+        built_shards=built_shards,
+        dropped_short=dropped_short,
         duplicates=marks["duplicate_of"],
         near_duplicates=marks["near_duplicate_of"],
         bytes=sum(record["bytes"] for record in commits.values()),
@@ -313,8 +321,3 @@ def _summary(
 
 def _count(samples, name: str) -> int:
     return samples.num_rows - samples[name].null_count if name in samples.column_names else 0
-
-
-def _dropped(artifact: Artifact, found: Found, config: ShardConfig) -> int:
-    scans = (load_scan(artifact, source.id) for source in found.sources)
-    return sum(scan.clips(config.clip)[2] for scan in scans if scan is not None and scan.ok)

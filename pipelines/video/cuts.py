@@ -3,6 +3,7 @@
 PySceneDetect's detectors propose cuts where much changes between two frames. Fast motion, flashes and things that
 pass close to the camera change much, too, and would chop the shots that move most into shreds. So each proposal is
 checked: within one shot, most blocks of a frame before the place are found again, displaced, in a frame after it.
+Dissolves and fades are divided in their middle.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
 from kinema.configs.schema import ClipConfig
+from kinema.pipelines.video.dissolves import SPAN as DISSOLVE_SPAN
+from kinema.pipelines.video.dissolves import DissolveDetector
 
 # PySceneDetect's default for the ratio of a frame's change to its neighbours'; cut_threshold is the content threshold.
 _ADAPTIVE_RATIO = 3.0
 _ADAPTIVE_CONTENT_SHARE = 15.0 / 27.0
-_LAG = 2  # frames by which AdaptiveDetector answers late
 _SIDE = 96  # shorter side of the pictures that blocks are matched on
 _BLOCKS = (4, 6)  # rows and columns
 _REACH = 0.25  # of the picture's sides: how far a block may move between two frames
@@ -48,6 +50,7 @@ class CutDetector:
                 min_content_val=clip.cut_threshold * _ADAPTIVE_CONTENT_SHARE,
                 min_scene_len=1,
             )
+        self._dissolves = DissolveDetector()
         self._recent: dict[int, np.ndarray] = {}
         self._proposed: list[int] = []
         self._cuts: list[int] = []
@@ -62,8 +65,10 @@ class CutDetector:
         # the detectors work on frame numbers; the rate is only how they are written
         found = self._detector.process_frame(FrameTimecode(index, fps=25.0), picture_bgr)
         self._proposed.extend(cut.frame_num for cut in found if cut.frame_num > 0)
-        self._recent[index] = _matching_picture(picture_bgr)
-        self._recent.pop(index - 2 * _BRIDGE - _LAG, None)
+        self._recent[index] = grey = _matching_picture(picture_bgr)
+        self._recent.pop(index - DISSOLVE_SPAN - 1, None)
+        if self._dissolves.add(grey) and same_shot(self._recent[index - DISSOLVE_SPAN], grey):
+            self._dissolves.drop_last()  # the light changed, not the scene
         while self._proposed and self._proposed[0] + _BRIDGE <= index:
             self._check(self._proposed.pop(0))
 
@@ -72,7 +77,12 @@ class CutDetector:
         for proposed in self._proposed:
             self._check(proposed)
         self._proposed = []
-        return sorted({cut for cut in self._cuts if 0 < cut < self._num_frames})
+        slow = [
+            middle
+            for middle in self._dissolves.finish()
+            if not any(abs(middle - cut) <= DISSOLVE_SPAN // 2 for cut in self._cuts)
+        ]
+        return sorted({cut for cut in [*self._cuts, *slow] if 0 < cut < self._num_frames})
 
     def _check(self, cut: int) -> None:
         for span in range(1, _BRIDGE + 1):

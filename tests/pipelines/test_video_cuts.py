@@ -85,6 +85,27 @@ def test_cuts_are_found_inside_of_what_stays(bars):
     assert cuts_of(frames) == [12]
 
 
+def dissolve(a: np.ndarray, b: np.ndarray, num_frames: int) -> list[np.ndarray]:
+    shares = (np.arange(num_frames) + 1) / (num_frames + 1)
+    return [(a * (1 - share) + b * share).astype(np.uint8) for share in shares]
+
+
+@pytest.mark.parametrize("length", [8, 16, 24, 40])
+@pytest.mark.parametrize("target", ["scene", "black"])
+def test_dissolves_and_fades_are_divided_in_their_middle(length, target):
+    before = shot(1, 40, speed=0)
+    after = shot(2, 40, speed=0) if target == "scene" else [np.zeros_like(before[0])] * 40
+    frames = before + dissolve(before[-1], after[0], length) + after
+    (cut,) = cuts_of(frames)
+    assert cut == pytest.approx(40 + length / 2, abs=max(4, length / 8))
+
+
+def test_a_change_of_light_is_no_dissolve():
+    scene = shot(3, 1)[0]
+    frames = [(scene * share).astype(np.uint8) for share in np.linspace(0.4, 1.0, 40)]
+    assert cuts_of([frames[0]] * 20 + frames + [frames[-1]] * 20) == []
+
+
 def test_shots_of_one_frame():
     frames = shot(1, 8) + shot(2, 1) + shot(3, 1) + shot(4, 1) + shot(5, 8)
     assert set(cuts_of(frames)) >= {8, 11}
