@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import time
 import zipfile
 import zlib
 from array import array
@@ -166,7 +167,16 @@ def stall_watch(stall_s: float | None) -> Callable[[], None]:
     if stall_s is None:
         return lambda: None
     nowhere = open(os.devnull, "w")  # stays open as long as the watch
-    return lambda: faulthandler.dump_traceback_later(stall_s, exit=True, file=nowhere)
+    armed = float("-inf")
+
+    def alive() -> None:
+        nonlocal armed
+        now = time.monotonic()
+        if now - armed > min(1.0, stall_s / 4):  # arming starts a thread: not for every frame
+            faulthandler.dump_traceback_later(stall_s, exit=True, file=nowhere)
+            armed = now
+
+    return alive
 
 
 def scan_source(source: Source, clip: ClipConfig, frames_fps: float, alive: Callable[[], None] = lambda: None) -> Scan:

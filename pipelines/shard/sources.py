@@ -180,7 +180,10 @@ def _from_files(names: list[str], place: _Place, layout: str) -> Found:
     found = Found()
     for name in names:
         extension = _extension(name)
-        if layout in ("auto", "videos") and extension in VIDEO_EXTENSIONS:
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        if shown != name and extension in VIDEO_EXTENSIONS | {"tar"}:
+            found.missing[shown] = "the file's name is not UTF-8; rename it"
+        elif layout in ("auto", "videos") and extension in VIDEO_EXTENSIONS:
             found.sources.append(Source(name, place.url(name)))
         elif layout in ("auto", "webdataset") and extension == "tar":
             _add_tar(found, name, place.url(name))

@@ -271,3 +271,12 @@ def test_pipes_and_broken_links_do_not_block(tmp_path, video):
 def test_a_file_that_vanishes_is_missing(tmp_path):
     with pytest.raises(Missing, match="cannot be read"):
         content_hash(Source("a.mp4", str(tmp_path / "a.mp4")))
+
+
+def test_a_name_that_is_not_utf8_is_told(tmp_path, video):
+    lay_out(tmp_path, {"a.mp4": video})
+    with open(os.fsencode(tmp_path) + b"/b\xff.mp4", "wb") as file:
+        file.write(video)
+    found = find_sources(str(tmp_path))
+    assert [source.id for source in found.sources] == ["a.mp4"]
+    assert found.missing == {"b\\udcff.mp4": "the file's name is not UTF-8; rename it"}
