@@ -399,3 +399,25 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(tmp_path,
 def test_no_output_folder(tmp_path):
     with pytest.raises(ValueError, match="out= is empty; give a folder"):
         shard(tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    "name, codec, options",
+    [
+        ("a.mkv", "libx264", {"preset": "medium", "g": "15", "bf": "3", "x264-params": "open-gop=1"}),
+        ("a.mp4", "libx265", {"preset": "medium", "x265-params": "keyint=15:open-gop=1:bframes=4:log-level=0"}),
+        ("a.mp4", "libx264", {"preset": "medium", "x264-params": "intra-refresh=1:keyint=20"}),
+        ("a.ts", "libx264", {"preset": "medium", "g": "15", "bf": "2"}),
+        ("a.avi", "mpeg4", {"g": "15", "bf": "2", "qscale": "2"}),
+        ("a.mpg", "mpeg2video", {"g": "12", "bf": "2", "b": "6000000"}),
+        ("a.webm", "libvpx-vp9", {"g": "20", "deadline": "realtime", "cpu-used": "8", "b": "3000000"}),
+        ("a.mkv", "ffv1", {}),
+    ],
+)
+def test_shards_that_begin_inside_of_a_video_show_the_right_frames(tmp_path, name, codec, options):
+    """Each shard seeks, or decodes from the start where the container or the stream does not seek exactly."""
+    numbered(tmp_path / "v" / name, 100, codec=codec, options=options, fps=25)
+    shard(tmp_path / "v", tmp_path / "out", min_shards=5)
+    rows = samples(tmp_path / "out")
+    assert len({row["shard"] for row in rows}) == 4
+    assert [number for row in rows for number in row["numbers"]] == list(range(100))
