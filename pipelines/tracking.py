@@ -57,7 +57,7 @@ def open_client(uri: str) -> MlflowClient:
     """
     # A server that is down should be noticed in seconds, not after the default of some minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
 
     database = sqlite_path(uri)

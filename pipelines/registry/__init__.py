@@ -18,7 +18,7 @@ from kinema.configs.load import build
 from kinema.configs.schema import RegisterConfig, TrainConfig
 from kinema.pipelines import tracking
 from kinema.pipelines.registry.package import ARCHITECTURES, Package, package
-from kinema.pipelines.registry.shipped.predictor import build_model
+from kinema.pipelines.registry.shipped.network import build_model
 from kinema.pipelines.registry.versions import Registry
 from kinema.pipelines.train.checkpoint import read_meta, read_tensors, resolve_checkpoint
 from kinema.pipelines.train.recipes import make_recipe

@@ -67,9 +67,8 @@ def package(model: ExportedModel, folder: Path) -> Package:
     digest = hashlib.blake2b(weights.read_bytes() + config.read_bytes(), digest_size=16).hexdigest()
     code = write_code(f"kinema.{module}", f"kinema_{model.architecture}", folder / "code")
     entry = folder / "model.py"
-    entry.write_text(
-        f"from mlflow.models import set_model\n\nfrom {code.name} import Predictor\n\nset_model(Predictor())\n"
-    )
+    imports = f"from mlflow.models import set_model\n\nfrom {code.name}.predictor import Predictor\n"
+    entry.write_text(f"{imports}\nset_model(Predictor())\n")
     return Package(weights, config, code, entry, digest)
 
 

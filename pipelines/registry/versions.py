@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,9 +119,7 @@ def save_pyfunc(parts: Package, folder: Path) -> None:
     """The package as an MLflow model folder: no pickle, and no path of this machine in it."""
     import mlflow
 
-    with _importable(parts.code), warnings.catch_warnings():
-        # Type hints on `predict` would be taken for a schema, of forms that arrays cannot be.
-        warnings.filterwarnings("ignore", message=".*type hints", category=UserWarning)
+    with _importable(parts.code):
         mlflow.pyfunc.save_model(
             path=str(folder),
             python_model=str(parts.entry),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ RUN_FILE = "run.json"
 
 # Settings that change how a run is carried out or watched, not what it computes. `steps` may grow.
 _FREE = frozenset(
-    "clips flow tracks out steps num_workers use_gpu cpus_per_worker checkpoint_every keep_checkpoints "
+    "clips flow out steps num_workers use_gpu cpus_per_worker checkpoint_every keep_checkpoints "
     "log_every pictures_every max_failures experiment run_name loader.num_workers loader.prefetch".split()
 )
 
@@ -76,9 +78,10 @@ def run(config: TrainConfig, *, report: Callable[[dict[str, Any]], None] | None 
         Stopped (a StageError) after SIGTERM or SIGINT, with the checkpoint written.
     """
     started = time.monotonic()
+    config = absolute_paths(config)
     recipe = make_recipe(config)
     _check(config, recipe)
-    folder = Path(config.out).expanduser().resolve()
+    folder = Path(config.out)
     inputs = _inputs(config, recipe.needs)
     identity = run_identity(config, inputs)
     newest = checkpoint.latest_checkpoint(folder)
@@ -91,6 +94,20 @@ def run(config: TrainConfig, *, report: Callable[[dict[str, Any]], None] | None 
     make_loader = ClipLoader(config, recipe)
     sys.stderr.write(f"kinema train: {make_loader.index().describe()}\n")
     _make_folder(folder)
+    with _alone(folder):
+        return _train(config, recipe, make_loader, folder, identity, inputs, report, started)
+
+
+def _train(
+    config: TrainConfig,
+    recipe: Any,
+    make_loader: ClipLoader,
+    folder: Path,
+    identity: dict[str, Any],
+    inputs: dict[str, tuple[str, str]],
+    report: Callable[[dict[str, Any]], None] | None,
+    started: float,
+) -> TrainSummary:
     tracker = _open_run(config, folder, identity, inputs)
     job = TrainJob(config, recipe, make_loader, folder, identity, tracker.handle)
     total = {"stage": "train", "steps": config.steps}
@@ -149,6 +166,19 @@ def run_identity(config: TrainConfig, inputs: dict[str, tuple[str, str]]) -> dic
     return json.loads(json.dumps(found))
 
 
+def absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The config with local paths that do not depend on the working folder: ranks run in another one."""
+
+    def absolute(path: str) -> str:
+        return path if not path or "://" in path else str(Path(path).expanduser().resolve())
+
+    names = ("clips", "flow", "out", "weights")
+    backbone = config.flowfeat.backbone_weights
+    if backbone != "published":
+        config = replace(config, flowfeat=replace(config.flowfeat, backbone_weights=absolute(backbone)))
+    return replace(config, **{name: absolute(getattr(config, name)) for name in names})
+
+
 def _check(config: TrainConfig, recipe: Any) -> None:
     if not config.out:
         raise ValueError("train.out is empty; name the run's folder: out=DIR")
@@ -168,6 +198,19 @@ def _inputs(config: TrainConfig, needs: tuple[str, ...]) -> dict[str, tuple[str,
         name: (getattr(config, name), Artifact.read(getattr(config, name)).manifest_hash())
         for name in ("clips", *needs)
     }
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the run folder: two trainings in one would overwrite each other. A killed holder holds nothing."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(
+                f"out={folder} is being trained by another process; wait for it or use another out="
+            ) from None
+        yield
 
 
 def _make_folder(folder: Path) -> None:

@@ -57,6 +57,7 @@ def launch(job: TrainJob, on_progress: Callable[[int, float], None] | None = Non
     finally:
         follower.close()
         shutil.rmtree(exchange, ignore_errors=True)
+        (job.run / PROGRESS_FILE).unlink(missing_ok=True)
 
 
 def _in_process(job: TrainJob, follower: _Follower) -> Finished:

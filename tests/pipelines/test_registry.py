@@ -15,7 +15,7 @@ from kinema.configs.schema import FlowFeatConfig, RegisterConfig, TrainConfig
 from kinema.models.vision_transformer import CONFIGS
 from kinema.pipelines import registry, tracking
 from kinema.pipelines.registry.package import module_closure, package
-from kinema.pipelines.registry.shipped.predictor import images_to_input
+from kinema.pipelines.registry.shipped.network import images_to_input
 from kinema.pipelines.registry.shipped.weights_file import read_weights
 from kinema.pipelines.train import checkpoint, load_model
 from kinema.pipelines.train.parallel import seed_step

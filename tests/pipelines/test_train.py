@@ -1,8 +1,10 @@
 """`kinema train` on rendered scenes with exact flow, with a tiny backbone, in this process."""
 
 import dataclasses
+import fcntl
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from kinema.configs.schema import FlowFeatConfig, LoaderConfig, TrainConfig
 from kinema.models import vision_transformer
 from kinema.models.flow_geometry import resize_flow
 from kinema.pipelines import train
+from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader import ClipIndex, Skip
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
@@ -129,6 +132,22 @@ def test_longer_training_goes_on_and_other_settings_or_data_are_refused(data, sc
     write_scene_flow(scenes[:3], clips, tmp_path / "flow")
     with pytest.raises(ValueError, match=r"data.clips: '\w+' in the checkpoint, '\w+' now"):
         train.run(config((str(tmp_path / "clips"), str(tmp_path / "flow")), tmp_path / "run", steps=4))
+
+
+def test_a_run_folder_in_use_is_refused(data, tmp_path):
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StageError, match="is being trained by another process"):
+            train.run(config(data, tmp_path / "run"))
+
+
+def test_paths_do_not_depend_on_the_working_folder(data, tmp_path, monkeypatch):
+    """Ranks run in another folder than the driver."""
+    monkeypatch.chdir(Path(data[0]).parent)
+    cfg = train.absolute_paths(config(("clips", "flow"), "run", weights="w.pth"))
+    assert (cfg.clips, cfg.flow) == data and Path(cfg.out).is_absolute() and Path(cfg.weights).is_absolute()
+    assert train.absolute_paths(config(("s3://b/clips", "flow"), "run")).clips == "s3://b/clips"
 
 
 def test_the_trained_model_comes_back_and_can_start_another_run(data, tmp_path):

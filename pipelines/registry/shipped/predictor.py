@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mlflow.pyfunc import PythonModel
-from torch import Tensor, nn
 
-from .weights_file import read_weights
+from .network import build_model, images_to_input
 
 IMAGES_PER_CALL = 8
+
+# A type hint on `predict` would be taken for a schema, of forms that arrays cannot be; MLflow asks for one still.
+warnings.filterwarnings("ignore", message=r".*Add type hints to the .predict. method", category=UserWarning)
 
 
 class Predictor(PythonModel):
@@ -29,7 +31,6 @@ class Predictor(PythonModel):
         self.device = torch.device((context.model_config or {}).get("device", "cpu"))
         self.model = build_model(self.config, context.artifacts["weights"], __package__).to(self.device)
 
-    # No type hint on the images: MLflow takes one for a schema, of forms that arrays cannot be.
     def predict(self, context, model_input, params=None) -> dict[str, np.ndarray]:
         """Features of a batch of images, float32, by name (FlowFeat: y_enc [B, C, h, w] and y_dec [B, 128, H, W])."""
         images = images_to_input(model_input, self.config["inputs"])
@@ -40,41 +41,3 @@ class Predictor(PythonModel):
                 parts.append([output.float().cpu() for output in outputs])
         joined = [torch.cat(outputs).numpy() for outputs in zip(*parts, strict=True)]
         return dict(zip(self.config["outputs"], joined, strict=True))
-
-
-def build_model(config: dict[str, Any], weights: str | Path, package: str) -> nn.Module:
-    """The network that config.json describes, from the modules of `package`, in eval mode."""
-    module = importlib.import_module(f"{package}.{config['module']}")
-    arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in config["arguments"].items()}
-    model = getattr(module, config["class"])(**arguments)
-    model.load_state_dict(read_weights(weights), strict=True)
-    return model.eval()
-
-
-def images_to_input(images: Any, inputs: dict[str, Any]) -> Tensor:
-    """RGB images as the network takes them: float32 [B, 3, H, W], normalised.
-
-    Args: images, one array (or tensor), [B, H, W, 3] or [B, 3, H, W] or a single image without B; uint8 in 0..255 or
-        float in 0..1. If both the second and the last axis have length 3 the last one is colour.
-    Raises: ValueError for another shape, type or range.
-    """
-    array = torch.as_tensor(np.ascontiguousarray(images))
-    if array.ndim == 3:
-        array = array[None]
-    if array.ndim != 4 or not array.numel() or 3 not in (array.shape[-1], array.shape[1]):
-        raise ValueError(
-            f"images have shape {tuple(array.shape)}; give [B, H, W, 3] or [B, 3, H, W] (a single image without B)"
-        )
-    if array.shape[-1] == 3:
-        array = array.permute(0, 3, 1, 2)
-    if array.dtype == torch.uint8:
-        array = array.float() / 255
-    elif array.is_floating_point():
-        low, high = float(array.min()), float(array.max())
-        if not (0 <= low and high <= 1):
-            raise ValueError(f"float images are in {low:g}..{high:g}; give 0..1, or uint8 in 0..255")
-        array = array.float()
-    else:
-        raise ValueError(f"images are {array.dtype}; give uint8 in 0..255 or float in 0..1")
-    mean, std = (torch.tensor(inputs[name], dtype=torch.float32).view(3, 1, 1) for name in ("mean", "std"))
-    return ((array - mean) / std).contiguous()
