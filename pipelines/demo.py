@@ -75,7 +75,7 @@ def known_motion(config: WorkflowConfig, result: workflow.WorkflowSummary) -> di
     """End-point errors against exact motion, if the videos are rendered scenes; otherwise nothing.
 
     The teacher's error is over stored pairs of the training clips; the student's over held-out scenes, of a linear
-    map from features to flow fitted on one half of a checkerboard and judged on the other (train/flow_error.py).
+    map from features to flow fitted on one crop of a frame and judged on another (train/flow_error.py).
     """
     videos = Path(config.shard.videos)
     if not _rendered(videos):
@@ -86,7 +86,13 @@ def known_motion(config: WorkflowConfig, result: workflow.WorkflowSummary) -> di
     run = result.outputs["train"]
     settings = json.loads((Path(run) / "run.json").read_text())["config"]
     frames, flows, valid = held_out_flow()
-    options: dict[str, Any] = {"short_side": config.train.flowfeat.crop}
+    flowfeat = config.train.flowfeat
+    options: dict[str, Any] = {
+        "resize": flowfeat.resize,
+        "crop": flowfeat.crop,
+        "crop_scale": flowfeat.crop_scale,
+        "ridge_alpha": flowfeat.ridge_alpha,
+    }
     before = flow_error(build_model(build(TrainConfig, settings)), frames, flows, valid, **options)
     after = flow_error(load_model(run), frames, flows, valid, **options)
     return {
