@@ -95,7 +95,7 @@ class ShardEmbedder:
     ):
         self.clips, self.features, self.spec, self.config = clips, features, spec, config
         self.count = count or (lambda clips, frames: None)
-        self.model = spec.load()
+        self.model: Any = spec.load()
 
     def __call__(self, shard: int) -> int:
         """Build and commit one shard; returns the number of frames.

@@ -172,11 +172,16 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(path: str) -> str:
         return path if not path or "://" in path else str(Path(path).expanduser().resolve())
 
-    names = ("clips", "flow", "out", "weights")
     backbone = config.flowfeat.backbone_weights
     if backbone != "published":
         config = replace(config, flowfeat=replace(config.flowfeat, backbone_weights=absolute(backbone)))
-    return replace(config, **{name: absolute(getattr(config, name)) for name in names})
+    return replace(
+        config,
+        clips=absolute(config.clips),
+        flow=absolute(config.flow),
+        out=absolute(config.out),
+        weights=absolute(config.weights),
+    )
 
 
 def _check(config: TrainConfig, recipe: Any) -> None:

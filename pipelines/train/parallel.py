@@ -10,6 +10,7 @@ import contextlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kinema.pipelines.train.recipe import Batch, Loss, Recipe
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def module_tensors(module: nn.Module) -> Mapping[str, Tensor]:
     return module.state_dict()
 
 
-def same_on_all_ranks(value: object, place: Place) -> object:
+def same_on_all_ranks(value: T, place: Place) -> T:
     """Rank 0's value."""
     if place.world_size == 1:
         return value

@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 POLL_S = 0.2
@@ -69,7 +70,7 @@ class CatchSignals:
 
     def __init__(self, on_signal: Callable[[str], None]):
         self.on_signal = on_signal
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> CatchSignals:
         if threading.current_thread() is not threading.main_thread():

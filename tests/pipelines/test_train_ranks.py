@@ -108,6 +108,7 @@ def test_a_killed_rank_is_replaced_and_nothing_changes(ray_session, two_ranks, t
     assert not (tmp_path / "_ranks").exists()
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_training_itself_is_not_tried_again(ray_session, tmp_path):
     cloudpickle.register_pickle_by_value(toy_training)
     job = toy_job(tmp_path, config(max_failures=3), ToyRecipe(nan_at_key="sample7"))
