@@ -32,7 +32,7 @@ class ClipConfig:
     cut_threshold: float = 27.0
     """Threshold of the detector, in its own units (27 is ContentDetector's published default)."""
     codec: Literal["h264", "h264_lossless", "hevc", "av1", "mjpeg"] = "h264"
-    """`h264_lossless` is yuv444p at quantiser 0 with an RGB-exact colour matrix; the others are lossy."""
+    """`h264_lossless` keeps the RGB picture exactly (libx264rgb at quantiser 0); the others are 4:2:0 and lossy."""
     crf: int = 18
     """Quality of h264, hevc, av1 (constant rate factor, 0..51, lower is better); mjpeg: qscale 2 + crf/6."""
     gop: int = 12

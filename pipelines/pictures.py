@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from kinema.models.flow_geometry import flow_to_colour
+from kinema.models.vision_transformer import VisionTransformer
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,13 +24,14 @@ def normalise_images(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def size_for_model(size: tuple[int, int], short_side: int, encoder: nn.Module) -> tuple[int, int]:
+def size_for_model(size: tuple[int, int], short_side: int, encoder: VisionTransformer) -> tuple[int, int]:
     """(height, width) at which an encoder sees images of `size`: about this shorter side, multiples of its patch.
 
     An encoder of one fixed size (MAE) gets that.
     """
     if encoder.config.positions == "fixed_table":
-        return tuple(encoder.image_size)
+        height, width = encoder.image_size
+        return height, width
     patch, scale = encoder.patch_size, short_side / min(size)
     height, width = (max(patch, round(side * scale / patch) * patch) for side in size)
     return height, width

@@ -15,12 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.pipelines.errors import StageError
 
 if TYPE_CHECKING:
+    from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
 DEFAULT_WORKSPACE = "workspace"
@@ -141,7 +143,7 @@ class Tracker:
         self.client, self.handle = client, handle
         self.problems: dict[str, str] = {}
         self.parent_token: contextvars.Token[RunHandle | None] | None = None
-        self._metrics: list[Any] = []
+        self._metrics: list[Metric] = []
         self._flushed = time.monotonic()
 
     @classmethod
@@ -166,7 +168,7 @@ class Tracker:
         fresh = [Param(_safe_name(k), _short(v)) for k, v in params.items() if _safe_name(k) not in known]
         for start in range(0, len(fresh), PARAMS_PER_CALL):
             part = fresh[start : start + PARAMS_PER_CALL]
-            self._try("parameters", lambda part=part: self.client.log_batch(self.run_id, params=part))
+            self._try("parameters", partial(self.client.log_batch, self.run_id, params=part))
 
     def log_inputs(self, inputs: Mapping[str, tuple[str, str]]) -> None:
         """The data that went in: {name: (url, hash)}, as MLflow data sets and as tags."""
@@ -195,10 +197,14 @@ class Tracker:
         """Send gathered metrics; if that fails they are kept for the next time."""
         while self._metrics:
             part = self._metrics[:METRICS_PER_CALL]
-            if self._try("metrics", lambda part=part: self.client.log_batch(self.run_id, metrics=part) or True) is None:
+            if not self._try("metrics", partial(self._send_metrics, part)):
                 break
             del self._metrics[: len(part)]
         self._flushed = time.monotonic()
+
+    def _send_metrics(self, part: list[Metric]) -> bool:
+        self.client.log_batch(self.run_id, metrics=part)
+        return True
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """Copy a file into the run's artifacts."""

@@ -40,7 +40,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
-    """The table that parquet_bytes wrote.
+    """The table in a Parquet file's bytes.
 
     Through ParquetFile and without threads: `pyarrow.parquet.read_table` goes through the dataset engine, whose
     threads sometimes abort the process when it ends soon after.

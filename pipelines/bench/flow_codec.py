@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -54,11 +55,12 @@ def run(height: int = 480, width: int = 864, num_pairs: int = 8) -> list[dict[st
 def _teacher_flows(height: int, width: int, num_pairs: int) -> list[np.ndarray]:
     scene = Scene(seed=3, height=height, width=width, num_frames=num_pairs + 1)
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in scene.frames()]
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    return [
-        np.ascontiguousarray(dis.calc(first, second, None).transpose(2, 0, 1))
-        for first, second in zip(gray, gray[1:], strict=False)
-    ]
+    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    flows = []
+    for first, second in itertools.pairwise(gray):
+        flow = np.asarray(dis.calc(first, second, None))  # type: ignore[call-overload]  # stubs omit None
+        flows.append(np.ascontiguousarray(flow.transpose(2, 0, 1)))
+    return flows
 
 
 def _npz(flows: list[np.ndarray]) -> bytes:

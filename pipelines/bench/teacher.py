@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kinema.models.raft import FrameFeatures, raft_small
+from kinema.models.raft import RAFT, FrameFeatures, raft_small
 from kinema.pipelines.scenes import Scene
 
 REPEATS = 3
@@ -49,16 +49,12 @@ def run(side: int = 448, num_frames: int = 4, iters: int = 12) -> list[dict[str,
     ]
 
 
-def _cached(
-    network: torch.nn.Module, frames: torch.Tensor, pairs: list[tuple[int, int]], iters: int
-) -> list[torch.Tensor]:
+def _cached(network: RAFT, frames: torch.Tensor, pairs: list[tuple[int, int]], iters: int) -> list[torch.Tensor]:
     features: list[FrameFeatures] = [network.encode(frame[None]) for frame in frames]
     return [network.flow_from_features(features[a], features[b], iters) for a, b in pairs]
 
 
-def _pairwise(
-    network: torch.nn.Module, frames: torch.Tensor, pairs: list[tuple[int, int]], iters: int
-) -> list[torch.Tensor]:
+def _pairwise(network: RAFT, frames: torch.Tensor, pairs: list[tuple[int, int]], iters: int) -> list[torch.Tensor]:
     return [network(frames[a : a + 1], frames[b : b + 1], iters) for a, b in pairs]
 
 

@@ -24,7 +24,8 @@ from kinema.models.flowfeat import encoder_maps
 from kinema.models.flowfeat_training import FlowFeatTraining, edge_loss, sample_crop, standardise_flow
 from kinema.models.raft import RAFT, raft
 from kinema.pipelines.loader import ClipIndex
-from kinema.pipelines.loader.reader import stack
+from kinema.pipelines.loader.clip import Clip
+from kinema.pipelines.loader.reader import Skip, stack
 from kinema.pipelines.pictures import normalise_images
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
@@ -46,8 +47,8 @@ def run(variant: str = "dinov2_vits14_yt", crop: int = 224, batch_size: int = 2)
         index = _data(Path(folder), 2 * crop)
 
         def read() -> dict[str, Any]:
-            samples = [recipe.read_sample(index.clip(i), np.random.default_rng(i)) for i in range(batch_size)]
-            return stack(samples, [index.clip(i).key for i in range(batch_size)])
+            clips = [index.clip(i) for i in range(batch_size)]
+            return stack([_sample(recipe, clip, seed) for seed, clip in enumerate(clips)], [c.key for c in clips])
 
         batch = read()
         frames = torch.rand(batch_size, 2, 3, crop, crop)
@@ -116,11 +117,14 @@ def published_loss(module: FlowFeatTraining, batch: dict[str, Any]) -> Tensor:
     return config.flow_weight * (predicted - flows[1]).abs().sum(1).mean() + config.edge_weight * edge.mean()
 
 
+class _PublishedRAFT(RAFT):
+    def _lookup(self, fmap1: Tensor, fmap2: Tensor) -> Callable[[Tensor], Tensor]:
+        return _sampled_lookup(correlation_pyramid(fmap1, fmap2), self.radius)
+
+
 def published_raft() -> RAFT:
     """RAFT whose lookup is written as published; its `predictions` enlarge the flow after every iteration, as well."""
-    network = raft().eval()
-    network._lookup = lambda fmap1, fmap2: _sampled_lookup(correlation_pyramid(fmap1, fmap2), network.radius)
-    return network
+    return _PublishedRAFT().eval()
 
 
 def _sampled_lookup(pyramid: list[Tensor], radius: int) -> Callable[[Tensor], Tensor]:
@@ -152,6 +156,12 @@ def _data(folder: Path, side: int) -> ClipIndex:
     clips = write_scene_clips(scenes, folder / "clips")
     write_scene_flow(scenes, clips, folder / "flow")
     return ClipIndex.open(folder / "clips", folder / "flow")
+
+
+def _sample(recipe: FlowFeatRecipe, clip: Clip, seed: int) -> dict[str, Tensor]:
+    sample = recipe.read_sample(clip, np.random.default_rng(seed))
+    assert not isinstance(sample, Skip)  # the scenes' flow is neither missing nor constant
+    return sample
 
 
 def _row(name: str, value: float, baseline: float) -> dict[str, Any]:

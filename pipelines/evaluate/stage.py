@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from kinema.configs import EvaluateConfig
 from kinema.pipelines import tracking
 from kinema.pipelines.pictures import normalise_images
 from kinema.pipelines.progress import Progress
+
+if TYPE_CHECKING:
+    from kinema.models.flowfeat import FlowFeat
 
 FLOW_NETWORKS = ("dis", "raft", "raft_small")
 FLOW_BENCHMARKS = ("sintel", "kitti", "middlebury")
@@ -75,22 +78,25 @@ def flow_network(name: str, weights: str = "") -> nn.Module:
     return getattr(raft, name)(pretrained=not weights, weights=weights or None)
 
 
-def feature_model(model: str, weights: str = "") -> nn.Module:
+def feature_model(model: str, weights: str = "") -> FlowFeat:
     """A FlowFeat from a run folder, checkpoint, registry URI, or hub name (then with `weights` or published ones)."""
-    from kinema.models.flowfeat import VARIANTS, flowfeat
+    from kinema.models.flowfeat import VARIANTS, FlowFeat, flowfeat
 
     if model in VARIANTS:
         return flowfeat(model, pretrained=not weights, weights=weights or None)
     if model.startswith(("models:/", "runs:/")):
         from kinema.pipelines.registry import load_registered
 
-        return load_registered(model)
-    from kinema.pipelines.train.checkpoint import load_model
+        loaded = load_registered(model)
+    else:
+        from kinema.pipelines.train.checkpoint import load_model
 
-    return load_model(model)
+        loaded = load_model(model)
+    assert isinstance(loaded, FlowFeat)  # the only architecture of the registry and of the recipes
+    return loaded
 
 
-def dense_features(model: nn.Module, which: str) -> Callable[[Tensor], Any]:
+def dense_features(model: FlowFeat, which: str) -> Callable[[Tensor], Any]:
     """`frame [3, H, W] in 0..1 -> [C, h, w]`, or the pair (y_enc, y_dec) for `which="both"`.
 
     The model sees the frame at the nearest size that its patch divides; y_dec is brought back to the frame's size.
@@ -124,7 +130,7 @@ def _flow(config: EvaluateConfig) -> dict[str, float]:
         config.data,
         config.benchmark,  # type: ignore[arg-type]
         iters=config.iters or None,
-        progress=lambda done, _total, name: progress.update(done, name),
+        progress=_shown_on(progress),
     )
     progress.close()
     return {f"{config.benchmark}_{name}": float(value) for name, value in values.items()}
@@ -150,7 +156,7 @@ def _davis(config: EvaluateConfig) -> dict[str, float]:
             config.data,
             names,
             protocol,
-            progress=lambda done, _total, name, shown=progress: shown.update(done, name),
+            progress=_shown_on(progress),
             masks_out=Path(config.out) / "masks" / protocol if config.out else None,
             **options,
         )
@@ -158,6 +164,10 @@ def _davis(config: EvaluateConfig) -> dict[str, float]:
         metrics |= {f"davis_{protocol}_{name}": value for name, value in scores.as_dict().items()}
     first = config.protocols[0]
     return {"davis_jf": metrics[f"davis_{first}_jf_mean"], **metrics}
+
+
+def _shown_on(progress: Progress) -> Callable[[int, int, str], None]:
+    return lambda done, _total, name: progress.update(done, name)
 
 
 def _log(config: EvaluateConfig, metrics: dict[str, float]) -> str:

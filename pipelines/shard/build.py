@@ -18,7 +18,7 @@ import pyarrow as pa
 from kinema.configs.schema import ClipConfig
 from kinema.pipelines.artifacts import Artifact, ShardWriter
 from kinema.pipelines.shard.media import Source, open_source, read_all
-from kinema.pipelines.shard.scan import THUMBNAIL_SIDE, Scan, load_scan, stall_watch
+from kinema.pipelines.shard.scan import THUMBNAIL_SIDE, FrameScan, load_scan, stall_watch
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.encode import ClipEncoder
 from kinema.pipelines.video.errors import Corrupt, Missing, SourceError
@@ -145,7 +145,7 @@ def _clips_of(
 ) -> Iterator[tuple[str, dict[str, bytes], dict[str, Any]]]:
     """(key, members, columns) of each planned clip of one source."""
     scan = load_scan(task.artifact, source_id)
-    if scan is None or scan.content_hash != rows[0]["source_hash"] or not scan.ok:
+    if not isinstance(scan, FrameScan) or scan.content_hash != rows[0]["source_hash"]:
         raise Missing("the file changed after it was planned, before its clips were cut")
     if source_id not in task.sources:
         raise Missing("the file is no longer there; it was planned in an earlier run")
@@ -176,7 +176,7 @@ class _InexactSeek(Exception):
 class FrameCursor:
     """The frames of a source by index, seeking to the keyframe before where the container does that exactly."""
 
-    def __init__(self, video: VideoFile | FrameFolder, scan: Scan, alive: Callable[[], None] = lambda: None):
+    def __init__(self, video: VideoFile | FrameFolder, scan: FrameScan, alive: Callable[[], None] = lambda: None):
         self._video, self._scan, self._alive = video, scan, alive
         self._seeks = scan.facts["seeks"]
         self._frames: Iterator[av.VideoFrame] | None = None
@@ -185,7 +185,7 @@ class FrameCursor:
     def frames(self, first: int, last: int) -> Iterator[tuple[int, av.VideoFrame]]:
         """(index, frame) from `first` up to and without `last`. Raises: Corrupt if they differ from the scan's."""
         if self._frames is None or first < self._next or self._keyframe_between(self._next, first):
-            self._go_to(first)
+            self._frames = self._go_to(first)
         while self._next < last:
             self._alive()
             frame = next(self._frames, None)
@@ -206,21 +206,24 @@ class FrameCursor:
         keys = self._scan.keyframes
         return self._seeks and bool(((keys > after) & (keys <= upto)).any())
 
-    def _go_to(self, first: int) -> None:
+    def _go_to(self, first: int) -> Iterator[av.VideoFrame]:
+        """The frames from `self._next` on, which becomes a frame at or before `first`."""
         self._next = 0
         if not self._seeks or first == 0 or not self._keyframe_between(0, first):
-            self._frames = self._video.frames()
-            return
+            return self._video.frames()
         frames = self._video.frames(from_pts=int(self._scan.pts[first]))
         start = next(frames, None)
-        index = -1 if start is None else int(np.searchsorted(self._scan.pts, start.pts))
-        if not 0 <= index <= first or self._scan.pts[index] != start.pts:
+        if start is None or start.pts is None:
             raise _InexactSeek
-        self._next, self._frames = index, itertools.chain([start], frames)
+        index = int(np.searchsorted(self._scan.pts, start.pts))
+        if index > first or self._scan.pts[index] != start.pts:
+            raise _InexactSeek
+        self._next = index
+        return itertools.chain([start], frames)
 
 
 def encode_clip(
-    cursor: FrameCursor, scan: Scan, span: ClipSpan, fps: Fraction, clip: ClipConfig, motion: str
+    cursor: FrameCursor, scan: FrameScan, span: ClipSpan, fps: Fraction, clip: ClipConfig, motion: str
 ) -> tuple[bytes, float | None]:
     """Encode one clip; holds its encoded bytes and a few frames.
 
@@ -242,7 +245,7 @@ def _differs(span: ClipSpan) -> str:
 
 
 def _encode_once(
-    cursor: FrameCursor, scan: Scan, span: ClipSpan, fps: Fraction, clip: ClipConfig, motion: str
+    cursor: FrameCursor, scan: FrameScan, span: ClipSpan, fps: Fraction, clip: ClipConfig, motion: str
 ) -> tuple[bytes, float | None]:
     first, last = int(span.frames[0]), int(span.frames[-1])
     times_shown = np.bincount(span.frames - first, minlength=last - first + 1)
@@ -251,7 +254,7 @@ def _encode_once(
     with ClipEncoder(clip, scan.spec, fps) as encoder:
         for index, frame in cursor.frames(first, last + 1):
             small = thumbnails.make(frame)
-            if index in (first, last) and zlib.crc32(small) != scan.checks[index]:
+            if index in (first, last) and zlib.crc32(small.data) != scan.checks[index]:
                 raise _InexactSeek
             if times_shown[index - first]:
                 picture = maker.make(frame)
@@ -261,7 +264,7 @@ def _encode_once(
         return encoder.finish(), measure.score()
 
 
-def _masks(source: Source, scan: Scan, span: ClipSpan) -> bytes:
+def _masks(source: Source, scan: FrameScan, span: ClipSpan) -> bytes:
     spec = scan.spec
     paths = [source.masks[index] for index in span.frames]
     labels, annotated = read_masks(paths, spec.width, spec.height, spec.pad_right, spec.pad_bottom, read_all)
@@ -270,7 +273,7 @@ def _masks(source: Source, scan: Scan, span: ClipSpan) -> bytes:
 
 def _sample_meta(
     row: dict[str, Any],
-    scan: Scan,
+    scan: FrameScan,
     span: ClipSpan,
     fps: Fraction,
     clip: ClipConfig,

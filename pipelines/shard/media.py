@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from kinema.pipelines.video.container_size import missing_end
+from kinema.pipelines.video.container_size import SeekableReader, missing_end
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.errors import Empty, Missing
 from kinema.pipelines.video.frame_folder import FrameFolder
@@ -126,23 +126,26 @@ def open_source(source: Source, frames_fps: float) -> Iterator[VideoFile | Frame
 
 
 @contextmanager
-def _seekable(source: Source) -> Iterator[tuple[BinaryIO, str | None]]:
+def _seekable(source: Source) -> Iterator[tuple[SeekableReader, str | None]]:
     """The source's bytes as a local reader, and a path that FFmpeg can open instead where there is one."""
     try:
         file = open_bytes(source.url)
     except OSError as error:
         raise Missing(f"cannot be read: {error.strerror or error}") from None
     with file:
-        whole = source.size is None
-        remote = is_remote(source.url)
-        if not remote:
-            yield (file, local_path(source.url)) if whole else (Window(file, source.offset, source.size), None)
+        part = _part_of(file, source)
+        if not is_remote(source.url):
+            yield part, local_path(source.url) if source.size is None else None
             return
         with tempfile.TemporaryFile(prefix="kinema-") as staged:
-            part = file if whole else Window(file, source.offset, source.size)
             shutil.copyfileobj(part, staged, _BLOCK_BYTES)
             staged.seek(0)
             yield staged, f"/proc/self/fd/{staged.fileno()}" if sys.platform == "linux" else None
+
+
+def _part_of(file: BinaryIO, source: Source) -> SeekableReader:
+    """The source's own bytes of its open file."""
+    return file if source.size is None else Window(file, source.offset, source.size)
 
 
 def content_hash(source: Source, progress: Callable[[], None] | None = None) -> str:
@@ -158,7 +161,7 @@ def content_hash(source: Source, progress: Callable[[], None] | None = None) -> 
                 digest.update(f"{path.rpartition('/')[2]} {data}\n".encode())
         else:
             with open_bytes(source.url) as file:
-                part = file if source.size is None else Window(file, source.offset, source.size)
+                part = _part_of(file, source)
                 while block := part.read(_BLOCK_BYTES):
                     digest.update(block)
                     if progress:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from kinema.configs.schema import ClipConfig
 from kinema.pipelines.artifacts import sample_key
 from kinema.pipelines.shard.media import Source
-from kinema.pipelines.shard.scan import Scan
+from kinema.pipelines.shard.scan import FrameScan
 from kinema.pipelines.video.signature import clip_signature, is_flat, looks_alike, perceptual_hash
 
 _FULL = 1.25  # a shard may get this many times `shard_mb` before it is divided
@@ -49,7 +49,7 @@ class PlannedClip:
     """int8 [5, 64]."""
 
 
-def plan_source(source: Source, scan: Scan, clip: ClipConfig, config_hash: str) -> list[PlannedClip]:
+def plan_source(source: Source, scan: FrameScan, clip: ClipConfig, config_hash: str) -> list[PlannedClip]:
     """The clips of one good source."""
     spans, fps, _ = scan.clips(clip)
     start, tick = scan.facts["start"], scan.time_base
@@ -131,7 +131,8 @@ def assign_shards(expected_bytes: Sequence[int], *, first: int, shard_mb: int, m
     largest = shard_mb * 1_000_000 * _FULL
     num_shards = max(1, int(-(-sum(expected_bytes) // largest)), min_shards - first)
     num_shards = min(num_shards, num_clips)
-    left_bytes, shards, filled, current = sum(expected_bytes), [], 0.0, 0
+    left_bytes, filled = float(sum(expected_bytes)), 0.0
+    shards, current = [], 0
     for index, size in enumerate(expected_bytes):
         shards.append(first + current)
         filled += size

@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from array import array
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import Any
 
@@ -44,7 +44,7 @@ _TRIAL_EVERY, _TRIAL_FRAMES = 240, 12  # frames: part of the video that is encod
 
 @dataclass
 class Scan:
-    """What is known about one source."""
+    """What is known about one source; of one that can be used, `FrameScan` says more."""
 
     source: str
     """Its id."""
@@ -58,20 +58,38 @@ class Scan:
     """Of the error."""
     attempts: int = 1
     """Times it was tried."""
-    facts: dict[str, Any] | None = None
-    """Container, codec, size, rate, time base, picture spec, cuts, estimated bytes per frame, dropped pieces."""
-    pts: np.ndarray | None = None
-    """int64 [N]: sorted timestamps in ticks."""
-    signatures: np.ndarray | None = None
-    """int8 [N, 64]: perceptual signature of every frame."""
-    checks: np.ndarray | None = None
-    """uint32 [N]: checksum of every small frame, which shows whether a seek landed exactly."""
-    keyframes: np.ndarray | None = None
-    """int64: frames at which decoding can start."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Container, codec, size, rate, time base, picture spec, cuts, estimated bytes per frame, dropped pieces; empty
+    for a source in quarantine."""
 
     @property
     def ok(self) -> bool:
         return not self.error_class
+
+    def to_bytes(self) -> bytes:
+        """The same record gives the same bytes."""
+        plain = {f.name: getattr(self, f.name) for f in fields(Scan)}
+        header = json.dumps({**plain, "facts": self.facts or None, "version": _VERSION}, sort_keys=True).encode()
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, header=np.frombuffer(header, np.uint8), **self._arrays())
+        return buffer.getvalue()
+
+    def _arrays(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(kw_only=True)
+class FrameScan(Scan):
+    """The whole record of a good source: something about every frame."""
+
+    pts: np.ndarray
+    """int64 [N]: sorted timestamps in ticks."""
+    signatures: np.ndarray
+    """int8 [N, 64]: perceptual signature of every frame."""
+    checks: np.ndarray
+    """uint32 [N]: checksum of every small frame, which shows whether a seek landed exactly."""
+    keyframes: np.ndarray
+    """int64: frames at which decoding can start."""
 
     @property
     def time_base(self) -> Fraction:
@@ -101,14 +119,8 @@ class Scan:
         )
         return spans, fps, dropped
 
-    def to_bytes(self) -> bytes:
-        """The same record gives the same bytes."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ARRAYS}
-        header = json.dumps({**plain, "version": _VERSION}, sort_keys=True).encode()
-        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, header=np.frombuffer(header, np.uint8), **arrays)
-        return buffer.getvalue()
+    def _arrays(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _ARRAYS}
 
 
 _ARRAYS = ("pts", "signatures", "checks", "keyframes")
@@ -122,17 +134,20 @@ def scan_name(source_id: str) -> str:
 def load_scan(artifact: Artifact, source_id: str, *, header_only: bool = False) -> Scan | None:
     """The record of a source; None when there is none or another version of the program wrote it.
 
-    `header_only` leaves the arrays, which hold something for every frame, unread (None).
+    Returns: a FrameScan for a good source; a plain Scan for one in quarantine, and for all with `header_only`, which
+    leaves what is known about every frame unread.
     """
     try:
         with np.load(io.BytesIO(artifact.store.read(scan_name(source_id))), allow_pickle=False) as data:
             header = json.loads(data["header"].tobytes())
-            arrays = {} if header_only else {name: data[name] for name in _ARRAYS if name in data}
+            has_frames = not header_only and not header["error_class"]
+            arrays = {name: data[name] for name in _ARRAYS} if has_frames else {}
     except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError):
         return None  # never scanned, or damaged: it is made again
     if header.pop("version") != _VERSION or header["source"] != source_id:
         return None
-    return Scan(**header, **arrays)
+    header["facts"] = header["facts"] or {}
+    return FrameScan(**header, **arrays) if has_frames else Scan(**header)
 
 
 def save_scan(artifact: Artifact, scan: Scan) -> None:
@@ -182,14 +197,15 @@ def stall_watch(stall_s: float | None) -> Callable[[], None]:
 def scan_source(source: Source, clip: ClipConfig, frames_fps: float, alive: Callable[[], None] = lambda: None) -> Scan:
     """Hash and decode a source from beginning to end. What is wrong with it is part of the result."""
     found = ""
+    scan: Scan
     try:
         found = content_hash(source, alive)
         with open_source(source, frames_fps) as video:
-            scan = _decode(video, source.id, clip, alive)
-        spans, _, dropped = scan.clips(clip)
-        scan.facts["dropped_short"] = dropped
+            scan = decoded = _decode(video, source.id, clip, alive)
+        spans, _, dropped = decoded.clips(clip)
+        decoded.facts["dropped_short"] = dropped
         if not spans:
-            raise TooShort(f"{len(scan.pts)} frames in {len(scan.facts['cuts']) + 1} shots; {_needed(clip)}")
+            raise TooShort(f"{len(decoded.pts)} frames in {len(decoded.facts['cuts']) + 1} shots; {_needed(clip)}")
     except SourceError as error:
         scan = Scan(source.id, found, error_class=type(error).__name__, message=str(error))
     scan.content_hash, scan.fingerprint = found, fingerprint(source)
@@ -201,7 +217,7 @@ def _needed(clip: ClipConfig) -> str:
     return f"a clip needs {clip.min_frames} frames{at} (clip.min_frames)"
 
 
-def _decode(video: VideoFile | FrameFolder, source_id: str, clip: ClipConfig, alive: Callable[[], None]) -> Scan:
+def _decode(video: VideoFile | FrameFolder, source_id: str, clip: ClipConfig, alive: Callable[[], None]) -> FrameScan:
     pts, checks, keyframes, signatures = array("q"), array("I"), array("q"), bytearray()
     cuts, sizes = CutDetector(clip), None
     last_duration = 0
@@ -218,8 +234,9 @@ def _decode(video: VideoFile | FrameFolder, source_id: str, clip: ClipConfig, al
             sizes.add(index, frame)
         except (av.FFmpegError, ValueError) as error:
             raise Undecodable(f"frame {index} ({frame.format.name}) cannot be converted: {error}") from None
+        assert frame.pts is not None  # video.frames() sees to that
         pts.append(frame.pts)
-        checks.append(zlib.crc32(small))
+        checks.append(zlib.crc32(small.data))
         if frame.key_frame or isinstance(video, FrameFolder):
             keyframes.append(index)
         signatures += frame_signature(small).tobytes()
@@ -240,9 +257,9 @@ def _decode(video: VideoFile | FrameFolder, source_id: str, clip: ClipConfig, al
         "seeks": video.seeks and not video.invented_pts and bool((np.diff(ticks) > 0).all()),
         "spec": asdict(spec),
     }
-    return Scan(
-        source_id,
-        "",
+    return FrameScan(
+        source=source_id,
+        content_hash="",
         facts=facts,
         pts=ticks,
         signatures=np.frombuffer(bytes(signatures), np.int8).reshape(-1, 64),

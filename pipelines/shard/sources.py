@@ -17,8 +17,8 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from kinema.pipelines.artifacts import read_parquet
 from kinema.pipelines.shard.media import Source, is_remote, local_path, open_bytes, read_all
 
 VIDEO_EXTENSIONS = frozenset(
@@ -246,9 +246,9 @@ def _add_tar(found: Found, name: str, url: str) -> None:
         with open_bytes(url) as file, tarfile.open(fileobj=file, mode="r:*" if is_remote(url) else "r:") as tar:
             members = [m for m in tar if m.isfile()]
             labels = {
-                m.name: tar.extractfile(m).read()
+                m.name: content.read()
                 for m in members
-                if _extension(m.name) in LABEL_EXTENSIONS and m.size < 1 << 20
+                if _extension(m.name) in LABEL_EXTENSIONS and m.size < 1 << 20 and (content := tar.extractfile(m))
             }
     except (tarfile.TarError, OSError) as error:
         found.missing[name] = f"the tar does not open: {error}"
@@ -310,7 +310,7 @@ def _from_manifest(place: _Place) -> Found:
 
 def _manifest_rows(data: bytes, extension: str) -> list[dict[str, Any]]:
     if extension == "parquet":
-        rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+        rows = read_parquet(data).to_pylist()
         return [{k: _plain(v) for k, v in row.items()} for row in rows]
     text = data.decode("utf-8-sig")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if extension == "tsv" else ",")

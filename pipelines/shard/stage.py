@@ -26,7 +26,7 @@ from kinema.pipelines.progress import Progress
 from kinema.pipelines.shard.build import BuildTask, Built, build_shard, try_source
 from kinema.pipelines.shard.media import Source, content_hash, fingerprint
 from kinema.pipelines.shard.plan import Duplicates, PlannedClip, new_rows, plan_source
-from kinema.pipelines.shard.scan import Scan, ScanTask, load_scan, save_scan, scan_task
+from kinema.pipelines.shard.scan import FrameScan, Scan, ScanTask, load_scan, save_scan, scan_task
 from kinema.pipelines.shard.sources import Found, find_sources
 from kinema.pipelines.video.errors import SourceError
 
@@ -119,7 +119,9 @@ def scan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig)
     for done, (task, outcome) in enumerate(_run_tasks(scan_task, tasks, config), start=1):
         if isinstance(outcome, engine.Failure):
             _record_failed_scan(artifact, task.source, outcome)
-        scans[task.source.id] = load_scan(artifact, task.source.id, header_only=True)
+        scan = load_scan(artifact, task.source.id, header_only=True)
+        assert scan is not None  # written by the worker or just above
+        scans[task.source.id] = scan
         progress.update(done)
     progress.close()
     return scans, len(wanted)
@@ -162,6 +164,7 @@ def plan_sources(artifact: Artifact, sources: list[Source], scans: dict[str, Sca
         scan = scans[source.id]
         if scan.ok and (source.id, scan.content_hash) not in planned:
             whole = load_scan(artifact, source.id)
+            assert isinstance(whole, FrameScan)  # its header was good
             new.extend(plan_source(source, whole, config.clip, artifact.config_hash))
     if not new:
         return 0
@@ -182,7 +185,7 @@ def _planned_before(artifact: Artifact, config: ShardConfig) -> Iterator[Planned
     known = dict(zip(plan["source"].to_pylist(), plan["source_hash"].to_pylist(), strict=True))
     for source_id, source_hash in known.items():
         scan = load_scan(artifact, source_id)
-        if scan is not None and scan.ok and scan.content_hash == source_hash:
+        if isinstance(scan, FrameScan) and scan.content_hash == source_hash:
             yield from plan_source(Source(source_id, ""), scan, config.clip, artifact.config_hash)
 
 

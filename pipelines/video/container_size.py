@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import BinaryIO
+from typing import Protocol
 
 _MP4_FIRST = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}
 _EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
 
 
-def missing_end(file: BinaryIO, num_bytes: int) -> str | None:
+class SeekableReader(Protocol):
+    """What is asked of a file of bytes that a video is read from."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to `size` bytes; all that are left when negative."""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Move as files do; returns the new position."""
+
+
+def missing_end(file: SeekableReader, num_bytes: int) -> str | None:
     """What shows that the file ends too early, or None when nothing does.
 
     Reads the outermost structure of MP4 and QuickTime (boxes), Matroska and WebM (segment), AVI and WAV (RIFF).
@@ -30,7 +40,7 @@ def _too_short(end: int, num_bytes: int, what: str) -> str | None:
     return f"the {what} ends at byte {end}, the file at byte {num_bytes}" if end > num_bytes else None
 
 
-def _check_boxes(file: BinaryIO, num_bytes: int) -> str | None:
+def _check_boxes(file: SeekableReader, num_bytes: int) -> str | None:
     position, seen = 0, set()
     while position + 8 <= num_bytes:
         file.seek(position)
@@ -52,7 +62,7 @@ def _check_boxes(file: BinaryIO, num_bytes: int) -> str | None:
     return None
 
 
-def _check_segment(file: BinaryIO, num_bytes: int) -> str | None:
+def _check_segment(file: SeekableReader, num_bytes: int) -> str | None:
     position = 0
     while position < num_bytes:
         file.seek(position)

@@ -6,10 +6,10 @@ import heapq
 from collections.abc import Iterator
 from contextlib import ExitStack
 from fractions import Fraction
-from typing import BinaryIO
 
 import av
 
+from kinema.pipelines.video.container_size import SeekableReader
 from kinema.pipelines.video.errors import Corrupt, NoVideoStream, SourceError, Truncated, Undecodable
 
 _REORDER = 4  # frames held back to put unordered timestamps in order
@@ -32,11 +32,12 @@ class VideoFile:
         invented_pts: whether frames came without timestamps so far and were numbered instead.
     """
 
-    def __init__(self, file: str | BinaryIO, cut: str | None = None):
+    def __init__(self, file: str | SeekableReader, cut: str | None = None):
         self._stack = ExitStack()
         self._file, self._cut = file, cut
         self._open()
         self._formats = self._container.format.name.split(",")
+        assert self._stream.time_base is not None  # FFmpeg gives one to every stream it reads
         self.time_base = Fraction(self._stream.time_base)
         self.start = self._stream.start_time or 0
         stated = (self._stream.average_rate, self._stream.guessed_rate)
@@ -190,6 +191,7 @@ def _in_order(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
     held: list[tuple[int, int, av.VideoFrame]] = []
     last: int | None = None
     for count, frame in enumerate(frames):
+        assert frame.pts is not None  # _with_pts sees to that
         if last is not None and frame.pts < last:
             raise Corrupt(f"timestamps go back from tick {last} to {frame.pts} at frame {count}")
         heapq.heappush(held, (frame.pts, count, frame))
@@ -204,9 +206,9 @@ def _best_stream(container: av.container.InputContainer) -> av.VideoStream:
     pictures = [s for s in container.streams.video if s.disposition & av.stream.Disposition.attached_pic]
     moving = [s for s in container.streams.video if s not in pictures]
     if not moving:
-        kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
         cover = " (a cover picture only)" if pictures else ""
-        raise NoVideoStream(f"no video stream{cover}; the file holds {', '.join(kinds)}")
+        raise NoVideoStream(f"no video stream{cover}; the file holds {kinds}")
     best = container.streams.best("video")
     chosen = best if best in moving else max(moving, key=lambda s: (s.width or 0) * (s.height or 0))
     if chosen.codec_context is None:

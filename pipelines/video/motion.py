@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import av
@@ -49,7 +49,7 @@ class VectorMotion:
         self._num_frames += 1
         self._read(self._encoder.encode(frame))
 
-    def _read(self, packets: list[av.Packet | None]) -> None:
+    def _read(self, packets: Sequence[av.Packet | None]) -> None:
         for packet in packets:
             for frame in self._decoder.decode(packet):
                 vectors = frame.side_data.get("MOTION_VECTORS")
@@ -101,7 +101,7 @@ class FlowMotion:
         if min(grey.shape) < _BLOCK:
             grey = cv2.resize(grey, None, fx=_BLOCK / min(grey.shape), fy=_BLOCK / min(grey.shape))
         if self._last is not None:
-            flow = self._flow.calc(self._last, grey, None)
+            flow = self._flow.calc(self._last, grey, None)  # type: ignore[call-overload]  # stubs omit None
             self._shares.append(float(np.hypot(flow[..., 0], flow[..., 1]).mean() / np.hypot(*grey.shape)))
         self._last = grey
 

@@ -40,8 +40,11 @@ def packet_table(mp4: bytes) -> PacketTable:
     Args: mp4: a whole clip with one video stream, as written by `ClipEncoder`.
     Raises: ValueError if a packet has no timestamp or position, or two packets share a timestamp.
     """
-    offset, size, pts, keyframe = [], [], [], []
-    with av.open(io.BytesIO(mp4), format="mp4") as container:
+    offset: list[int] = []
+    size: list[int] = []
+    pts: list[int] = []
+    keyframe: list[bool] = []
+    with av.open(io.BytesIO(mp4), "r", format="mp4") as container:
         stream = container.streams.video[0]
         for packet in container.demux(stream):
             if packet.size == 0:
@@ -92,6 +95,7 @@ def decode_gop(
     if codec not in DECODERS:
         raise ValueError(f"codec {codec!r} is not known; use one of {', '.join(DECODERS)}")
     decoder = av.CodecContext.create(DECODERS[codec], "r")
+    assert isinstance(decoder, av.VideoCodecContext)  # DECODERS names no others
     if extradata:
         decoder.extradata = extradata
     decoder.thread_count = 1

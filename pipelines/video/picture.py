@@ -171,7 +171,7 @@ def plane_arrays(frame: av.VideoFrame) -> list[np.ndarray]:
     if frame.format.name not in _PLANAR_8BIT:
         raise ValueError(f"frame is {frame.format.name}; planes are read of {', '.join(sorted(_PLANAR_8BIT))} only")
     return [
-        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
+        np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
         for plane in frame.planes
     ]
 
