@@ -158,7 +158,7 @@ def _why_run(stamp: Mapping[str, Any] | None, fingerprint: str, out: str, change
 
 
 def _fingerprint(stage: str, section: Any, outputs: Mapping[str, str]) -> str:
-    parts = {"config": dataclasses.asdict(section)}
+    parts: dict[str, Any] = {"config": dataclasses.asdict(section)}
     if stage == "shard":
         parts["videos"] = source_listing(section.videos)
     for upstream in UPSTREAM[stage]:
@@ -241,7 +241,8 @@ class _ParentRun:
     """The MLflow run above the stages' runs, opened only if a stage has something to do."""
 
     def __init__(self, config: WorkflowConfig):
-        self.config, self.run = config, None
+        self.config = config
+        self.run: Any = None
 
     def __enter__(self) -> _ParentRun:
         return self

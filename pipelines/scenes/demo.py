@@ -48,7 +48,7 @@ def write_scene(scene: Scene, path: str | Path, crf: int = 10) -> None:
         stream.width, stream.height = scene.width, scene.height
         # Chroma at half resolution needs even sides.
         stream.pix_fmt = "yuv420p" if even else "yuv444p"
-        stream.options = {"crf": str(crf), "preset": "veryfast"}
+        stream.options = {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}  # see video/encode.py
         stream.codec_context.thread_count = 1
         for image in scene.frames():
             # Converted here: the encoder's own conversion of RGB frames does not give the same bytes every time.

@@ -23,7 +23,8 @@ def encoder_options(clip: ClipConfig) -> tuple[str, dict[str, str]]:
     """
     gop = str(clip.gop)
     x264 = {"g": gop, "keyint_min": gop, "sc_threshold": "0", "preset": clip.preset, "tune": "fastdecode"}
-    params = "open-gop=0:lookahead-threads=1:threads=1"
+    # x264's macroblock tree reads memory that nobody wrote: the same pictures would give other bytes now and then.
+    params = "open-gop=0:lookahead-threads=1:threads=1:mbtree=0"
     if clip.codec == "h264":
         return "libx264", {**x264, "crf": str(clip.crf), "x264-params": params}
     if clip.codec == "h264_lossless":

@@ -1,6 +1,8 @@
 """Encoded clips: same bytes every time, right colours, odd sizes, a lossless setting, a file that streams."""
 
 import io
+import os
+import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +34,27 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def test_the_same_frames_give_the_same_bytes(codec):
     frames = [paint(i, shift=i) for i in range(15)]
     assert encode(frames, codec=codec) == encode(frames, codec=codec)
+
+
+ENCODE_IN_A_FRESH_PROCESS = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+from made_videos import encode, paint
+frames = [paint(i, height=180, width=320, shift=3 * i) for i in range(24)]
+print(hashlib.sha256(encode(frames, codec=sys.argv[2], preset="medium")).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_bytes_do_not_depend_on_what_memory_held_before(codec):
+    command = [sys.executable, "-c", ENCODE_IN_A_FRESH_PROCESS, str(Path(__file__).parent), codec]
+    hashes = {
+        subprocess.run(
+            command, env={**os.environ, "MALLOC_PERTURB_": fill}, capture_output=True, text=True, check=True
+        ).stdout
+        for fill in ("85", "170")
+    }
+    assert len(hashes) == 1
 
 
 def test_the_index_comes_before_the_data():
