@@ -24,6 +24,8 @@ HELD_OUT_SEED = 10_000
 HELD_OUT_SCENES = 3
 HELD_OUT_FRAMES = 4
 TEACHER_PAIRS_PER_CLIP = 4
+RENDERED_FRAMES = 192
+RENDERED_SHOTS = 12
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,11 @@ def teacher_error(videos: Path, clips_url: str, flow_url: str) -> float:
 
 def _render(folder: Path) -> Path:
     """The demo's own videos; rendered once."""
-    names = ("pan.mp4", "three_shots.mp4", "zoom_and_turn.mp4")
-    if not all((folder / name).is_file() for name in names):
+    if not folder.is_dir():
         sys.stderr.write("demo: no videos= given; rendering three scenes with known motion\n")
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        render_demo_videos(partial)
+        render_demo_videos(partial, num_frames=RENDERED_FRAMES, num_shots=(RENDERED_SHOTS,) * 3)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     return folder

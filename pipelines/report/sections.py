@@ -20,6 +20,7 @@ from kinema.pipelines.report.page import Page
 
 SHOWN_HEIGHT = 150
 MAX_QUARANTINE_ROWS = 200
+RUN_PICTURE_WIDTH = 512
 
 
 def add_clips(page: Page, clips_url: str, max_clips: int = 6) -> None:
@@ -72,10 +73,8 @@ def add_flow(page: Page, flow_url: str, clips_url: str | None, max_pairs: int = 
     if clips_url and rows:
         index = ClipIndex.open(clips_url, flow_url, skip_duplicates=False)
         moving = sorted(range(len(index)), key=lambda i: -_motion(rows, index.clip(i)))
-        pictures = []
         for number in moving[:max_pairs]:
-            pictures += _pair_pictures(index.clip(number))
-        page.pictures(pictures)
+            page.pictures(_pair_pictures(index.clip(number)))
         page.text("Colour is direction, saturation is length relative to the longest vector of the picture.")
     page.histogram(
         [row["mean_flow_px"] for row in rows if row["mean_flow_px"] is not None], "mean motion of a clip, px"
@@ -120,7 +119,8 @@ def add_run(page: Page, run: str | Path) -> None:
         newest[path.stem.rsplit("_", 1)[0]] = path
     for name, path in newest.items():
         with Image.open(path) as picture:
-            page.pictures([(np.array(picture.convert("RGB")), f"{name.replace('_', ', ')} ({path.stem[-8:]})")])
+            caption = f"{name.replace('_', ', ')} (step {int(path.stem[-8:])})"
+            page.pictures([(np.array(picture.convert("RGB")), caption)], width=max(picture.width, RUN_PICTURE_WIDTH))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -13,30 +13,35 @@ import av
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from kinema.pipelines.scenes.scene import Scene
+from kinema.pipelines.scenes.scene import Camera, Scene
 
 _TAG = "kinema scene "
+_FILMS: dict[str, Camera] = {"pan.mp4": "pan", "cuts.mp4": "mixed", "zoom_and_turn.mp4": "mixed"}
 
 
 def render_demo_videos(
-    folder: str | Path, height: int = 256, width: int = 320, num_frames: int = 72, seed: int = 0
+    folder: str | Path,
+    height: int = 256,
+    width: int = 320,
+    num_frames: int = 72,
+    seed: int = 0,
+    num_shots: tuple[int, int, int] = (1, 3, 1),
 ) -> list[Path]:
-    """Write three short films as mp4: a pan, three shots with cuts between them, and a zoom with turns.
+    """Write three short films as mp4: a pan, one with cuts between its shots, and a zoom with turns.
 
+    Args: num_shots, shots of equal length in each film; more shots show more objects and motions.
     Existing files of these names are replaced. Returns the three paths.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    size: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames}
-    cuts = tuple(sorted({num_frames // 3, 2 * num_frames // 3} - {0}))
-    scenes = {
-        "pan.mp4": Scene(seed=3 * seed, camera="pan", **size),
-        "three_shots.mp4": Scene(seed=3 * seed + 1, camera="mixed", cuts=cuts, **size),
-        "zoom_and_turn.mp4": Scene(seed=3 * seed + 2, camera="mixed", **size),
-    }
-    for name, scene in scenes.items():
+    paths = []
+    for number, (name, camera) in enumerate(_FILMS.items()):
+        shots = num_shots[number]
+        cuts = tuple(sorted({shot * num_frames // shots for shot in range(1, shots)} - {0}))
+        scene = Scene(3 * seed + number, height, width, num_frames, cuts=cuts, camera=camera)
         write_scene(scene, folder / name)
-    return [folder / name for name in scenes]
+        paths.append(folder / name)
+    return paths
 
 
 def write_scene(scene: Scene, path: str | Path, crf: int = 10) -> None:
