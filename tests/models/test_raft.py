@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from kinema.models.flow_geometry import px_to_half
 from kinema.models.raft import RAFT, raft, raft_small
 from kinema.models.raft_loss import flow_errors, sequence_loss
 from kinema.pipelines.flow_io import read_flow
@@ -43,6 +44,14 @@ def test_flow_equals_the_published_network(name, lookup, filled, fill, golden):
         reference.check("context_raw", features.context, atol=0, rtol=2e-5)
         reference.check("flow", network(first, second, iters=4), atol=0, rtol=2e-5)
     reference.check("corr_iter1", windows[0], atol=0, rtol=2e-5)
+
+
+def test_flow_in_half_image_units_is_that_of_flowfeats_published_teacher(filled, fill, golden):
+    first = fill.image(0, "img", 1, 140, 168)
+    second = fill.image(0, "img", 1, 140, 168, shift=(2.0, -1.5), zoom=1.03)
+    with torch.no_grad():
+        flow_half = px_to_half(filled("raft")(first, second, iters=20))
+    golden("flowfeat_teacher__s0").check("raft_teacher_flow", flow_half, atol=0, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
