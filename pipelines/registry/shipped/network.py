@@ -29,7 +29,10 @@ def images_to_input(images: Any, inputs: dict[str, Any]) -> Tensor:
         float in 0..1. If both the second and the last axis have length 3 the last one is colour.
     Raises: ValueError for another shape, type or range.
     """
-    array = torch.as_tensor(np.ascontiguousarray(images))
+    values = np.require(images, requirements=["C", "W"])  # copies only what torch could not share
+    if values.dtype.kind not in "uifb":
+        raise ValueError(f"images are {values.dtype.type.__name__}; give uint8 in 0..255 or float in 0..1")
+    array = torch.as_tensor(values)
     if array.ndim == 3:
         array = array[None]
     if array.ndim != 4 or not array.numel() or 3 not in (array.shape[-1], array.shape[1]):

@@ -1,0 +1,178 @@
+"""A registered model in a new virtual environment of mlflow, torch and numpy, among packages that carry our names."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kinema.configs.schema import ClipConfig, FlowFeatConfig, LoaderConfig, RegisterConfig, TrainConfig
+from kinema.pipelines import registry, train
+from kinema.pipelines.scenes import Scene
+from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+INSTALLED = ("mlflow", "torch", "numpy")
+FOREIGN = ("models", "kernels", "pipelines", "configs", "kinema")
+MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+# Two pip outcomes that are no fault of the network: the pins contradict one another, or name nothing for this Python.
+OUR_FAULT = ("ResolutionImpossible", "conflicting dependencies", "Requires-Python")
+
+PREDICT = """
+import importlib.util, sys
+import numpy
+assert all(importlib.util.find_spec(n) is None for n in ("jaxtyping", "einops", "safetensors", "ray", "omegaconf"))
+assert importlib.util.find_spec("kinema").origin == "{foreign}/kinema/__init__.py"
+import mlflow
+model = mlflow.pyfunc.load_model("models:/kinema-flowfeat@champion")
+images = numpy.load("{images}")
+found = {{}}
+for name in images.files:
+    for feature, value in model.predict(images[name]).items():
+        found[name + "." + feature] = value
+numpy.savez("{out}", **found)
+assert not {names!r} & set(sys.modules)
+"""
+
+REFUSE = """
+import mlflow, numpy
+model = mlflow.pyfunc.load_model("models:/kinema-flowfeat@champion")
+for images in (
+    numpy.zeros((4, 5), "uint8"), numpy.zeros((1, 32, 32, 5), "uint8"), numpy.zeros((0, 32, 32, 3), "uint8"),
+    numpy.zeros((1, 8, 8, 3), "uint8"), numpy.zeros((1, 32, 32, 3), "int64"), numpy.full((1, 32, 32, 3), 255.0),
+    numpy.full((1, 32, 32, 3), numpy.nan), numpy.array(["image.png"]), None,
+):
+    try:
+        model.predict(images)
+        print("accepted")
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh_python(tmp_path_factory) -> Path:
+    """The interpreter of a new environment with three packages, at the versions of our pins."""
+    folder = tmp_path_factory.mktemp("fresh") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", CONSTRAINTS, *INSTALLED]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run([str(part) for part in install], env=environment, capture_output=True, text=True)
+    if done.returncode and not any(sign in done.stderr for sign in OUR_FAULT):
+        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr[-300:]]
+        pytest.skip(f"{', '.join(INSTALLED)} cannot be installed here: {reason[-1]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return python
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    """A model trained for three steps and registered: its run folder and the registry."""
+    folder = tmp_path_factory.mktemp("registered")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KINEMA_ENGINE", "serial")
+        patch.setenv("MLFLOW_TRACKING_URI", uri := f"sqlite:///{folder / 'mlflow.db'}")
+        patch.chdir(folder)  # files of the MLflow store lie below the working folder
+        scenes = [Scene(seed=s, height=96, width=96, num_frames=6) for s in range(4)]
+        clips = write_scene_clips(scenes, folder / "clips", ClipConfig(preset="veryfast"))
+        write_scene_flow(scenes, clips, folder / "flow", gaps=(1, -1))
+        config = TrainConfig(
+            clips=str(folder / "clips"),
+            flow=str(folder / "flow"),
+            out=str(folder / "run"),
+            flowfeat=FlowFeatConfig(variant="dino_vits16_yt", resize=96, crop=64, ema_every=1, ema_decay=0.5),
+            loader=LoaderConfig(num_workers=0),
+            steps=3,
+            batch_size=2,
+            lr=1e-3,
+        )
+        train.run(config)
+        assert registry.run(RegisterConfig(model=config.out)).champion
+        yield Path(config.out), uri
+
+
+@pytest.fixture(scope="module")
+def consumer(fresh_python, registered, tmp_path_factory):
+    """`consumer(code)`: what the code prints, run in a folder of packages with our names that cannot be imported."""
+    folder = tmp_path_factory.mktemp("theirs")
+    for name in FOREIGN:
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(f"raise ImportError('the unrelated package {name}')\n")
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "MLFLOW_TRACKING_URI": registered[1],
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def run(code: str) -> str:
+        command = [str(fresh_python), "-c", code]  # `-c` puts the working folder in front of the path
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run.folder = folder
+    return run
+
+
+def usual_images() -> dict[str, np.ndarray]:
+    """One and three images, of several sizes, in each of the usual forms."""
+    rng = np.random.default_rng(0)
+    images = {}
+    for count, height, width in [(1, 64, 64), (3, 64, 64), (1, 96, 48), (3, 112, 176), (1, 224, 224), (3, 37, 53)]:
+        values = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+        name = f"{count}x{height}x{width}"
+        images |= {f"{name}-bytes": values, f"{name}-floats": (values / 255).astype(np.float32)}
+        images[f"{name}-channels-first"] = np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+    return images
+
+
+def test_predict_gives_the_trainers_features(consumer, registered, tmp_path):
+    """Equal to float rounding: the library versions, the threads and the arithmetic are the same."""
+    images = usual_images()
+    np.savez(tmp_path / "images.npz", **images)
+    code = {"foreign": consumer.folder, "images": tmp_path / "images.npz", "out": tmp_path / "out.npz"}
+    consumer(PREDICT.format(**code, names=set(FOREIGN)))
+    found = np.load(tmp_path / "out.npz")
+    model = train.load_model(registered[0])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    worst = 0.0
+    for name, values in images.items():
+        x = torch.from_numpy(values)
+        x = x if name.endswith("channels-first") else x.permute(0, 3, 1, 2)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        with torch.no_grad():
+            wanted = dict(zip(("y_enc", "y_dec"), model((x - MEAN) / STD), strict=True))
+        for feature, value in wanted.items():
+            got = found[f"{name}.{feature}"]
+            assert got.dtype == np.float32 and got.shape == tuple(value.shape)
+            worst = max(worst, float(np.abs(got - value.numpy()).max() / value.abs().max()))
+    torch.set_num_threads(threads)
+    print(f"\nfeatures in a fresh environment: at most {worst:.1e} of the largest from the trainer's")
+    assert worst <= 1e-6
+
+
+def test_images_that_cannot_be_meant_are_refused_in_words(consumer):
+    lines = consumer(REFUSE).splitlines()
+    wanted = [
+        "images have shape (4, 5); give [B, H, W, 3]",
+        "images have shape (1, 32, 32, 5); give",
+        "images have shape (0, 32, 32, 3); give",
+        "image size 8x8: both sides must be at least one patch, 16 pixels",
+        "images are torch.int64; give uint8 in 0..255 or float in 0..1",
+        "float images are in 255..255; give 0..1",
+        "float images are in nan..nan; give 0..1",
+        "images are str_; give uint8",
+        "images are object_; give uint8",
+    ]
+    assert len(lines) == len(wanted)
+    assert all(line.startswith(start) for line, start in zip(lines, wanted, strict=True)), lines
