@@ -44,16 +44,18 @@ def build(schema: type[T], values: Mapping[str, Any] | None = None, overrides: S
     """An instance of the dataclass `schema` from a nested mapping and `key=value` overrides."""
     values = dict(values or {})
     _check_keys(values, schema, where="config")
-    merged = _merge(OmegaConf.structured(schema), values, "config file")
+    merged = _merge(OmegaConf.structured(schema), _yes_and_no(values, schema), "config file")
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
             raise ValueError(f"argument {override!r} is not key=value; write for example steps=100")
         leaf = _leaf_type(key, schema)
         try:
-            value = text if leaf is str else safe_load(text)
+            value = text if leaf is str or text in typing.get_args(leaf) else safe_load(text)
         except YAMLError:
             raise ValueError(f"{override}: the value is not valid YAML; write lists as [1,2]") from None
+        if typing.get_origin(leaf) is tuple and not isinstance(value, list):
+            raise ValueError(f"{override}: {key} is a list; write {key}=[{text}]")
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -67,7 +69,7 @@ def _merge(base: DictConfig, values: Mapping[str, Any], source: str) -> DictConf
     except OmegaConfBaseException as error:
         line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
         key = getattr(error, "full_key", None)
-        line = line.replace("Value '$VALUE' of type '$VALUE_TYPE'", "an element")
+        line = line.replace("Value '$VALUE' of type '$VALUE_TYPE'", "an element").replace("value '$VALUE'", "element")
         raise ValueError(f"{source}: {f'{key}: ' if key and '=' not in source else ''}{line}") from None
     assert isinstance(merged, DictConfig)
     return merged
@@ -139,6 +141,19 @@ def _leaf_type(key: str, schema: Any) -> Any:
         elif dataclasses.is_dataclass(fields[part]):
             raise ValueError(f"command line: {key} is a section; write {key}.KEY=VALUE")
     return fields[parts[-1]]
+
+
+def _yes_and_no(values: Mapping[str, Any], schema: Any) -> dict[str, Any]:
+    """YAML reads a bare yes or no as a boolean; where the words are choices, they are meant as words."""
+    fields = _fields(schema)
+    words = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(fields[key]):
+            words[key] = _yes_and_no(value or {}, fields[key])
+        else:
+            is_word = isinstance(value, bool) and "yes" in typing.get_args(fields[key])
+            words[key] = ("yes" if value else "no") if is_word else value
+    return words
 
 
 def _tuples(value: Any) -> Any:

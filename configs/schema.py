@@ -346,6 +346,10 @@ class RegisterConfig:
     higher_is_better: bool = True
     """Direction of the metric."""
 
+    def __post_init__(self) -> None:
+        rule = "use a name without / and :, for example kinema-flowfeat"
+        _require(bool(self.name) and not set(self.name) & set("/:"), "name", self.name, rule)
+
 
 @dataclass(frozen=True)
 class EmbedConfig:

@@ -288,6 +288,8 @@ def _read_torch(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds something other than tensors, or is no checkpoint at all"
         raise ValueError(
             f"weights={path}: not a readable checkpoint, or cut short ({reason}); "
             "give a complete .pth or .safetensors file of tensors"

@@ -12,14 +12,15 @@ import dataclasses
 import errno
 import importlib
 import json
+import math
 import os
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import kinema
 from kinema.configs import STAGES, load_stage
@@ -49,6 +50,7 @@ PURPOSE = {
     "demo": "the whole path on your videos, or on rendered scenes, with a page at the end",
 }
 DONE, FAILED, USAGE = 0, 1, 2
+_WRONG_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,9 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except StageError as error:
             return _refuse(args.command, error, FAILED)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 fix = "free some space or set out= to another disk"
                 return _refuse(args.command, f"disk full while writing {error.filename or 'output'}; {fix}", FAILED)
+            if error.errno in _WRONG_PATH and error.filename:
+                fix = "check the path and its permissions"
+                return _refuse(args.command, f"{error.filename}: {error.strerror}; {fix}", USAGE)
             return _unexpected(args.command, error)
         except KeyboardInterrupt:
             return _refuse(args.command, "stopped by the user; run the same command again to go on", FAILED)
@@ -73,8 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _unexpected(args.command, error)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, like everything else here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(USAGE, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kinema",
         description="Raw videos in, motion models out.",
         epilog="`kinema STAGE --help` lists the keys of a stage.",
@@ -104,14 +117,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             if name == "demo":
                 sub.add_argument("model", choices=["flowfeat"], help="which model")
             sub.add_argument("--config", default=None, help="workflow file; its section for this stage is read")
-            sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, dotted keys")
+            sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings, dotted keys")
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on `a=1 --json b=2`; settings behind a flag are settings all the same.
     wrong = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
     if wrong:
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest:
-        args.overrides += rest
+        args.overrides = [*args.overrides, *rest]
     return args
 
 
@@ -143,18 +156,46 @@ def stage_module(stage: str) -> Any:
     return importlib.import_module(STAGE_MODULES[stage])
 
 
-def print_summary(summary: Any, as_json: bool, stdout: TextIO) -> None:
-    """One JSON object on one line, or `key  value` lines for people."""
-    fields = dataclasses.asdict(summary) if dataclasses.is_dataclass(summary) else dict(summary)  # type: ignore[arg-type]
-    fields.pop("exit_status", None)
-    if as_json:
-        stdout.write(json.dumps(fields, default=str) + "\n")
+def summary_fields(summary: Any) -> dict[str, Any]:
+    """What a summary says, without the exit status; a summary may have its own order in `flat()`."""
+    if hasattr(summary, "flat"):
+        fields = summary.flat()
+    elif dataclasses.is_dataclass(summary) and not isinstance(summary, type):
+        fields = dataclasses.asdict(summary)
     else:
-        width = max((len(key) for key in fields), default=0)
-        for key, value in fields.items():
+        fields = dict(summary)
+    return {key: value for key, value in fields.items() if key != "exit_status"}
+
+
+def print_summary(summary: Any, as_json: bool, stdout: TextIO) -> None:
+    """One JSON object on one line, or for people `key  value` lines: nested keys dotted, empty values left out."""
+    fields = summary_fields(summary)
+    if as_json:
+        stdout.write(json.dumps(_finite(fields), default=str) + "\n")
+    else:
+        lines = {key: value for key, value in _dotted(fields) if value not in (None, "")}
+        width = max((len(key) for key in lines), default=0)
+        for key, value in lines.items():
             shown = f"{value:.6g}" if isinstance(value, float) else value
             stdout.write(f"{key:<{width}}  {shown}\n")
     stdout.flush()
+
+
+def _dotted(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _verify(args: argparse.Namespace, stdout: TextIO) -> int:

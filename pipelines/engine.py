@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import socket
 import time
 import traceback
 from collections import deque
@@ -28,6 +29,7 @@ Backend = Literal["ray", "serial"]
 _OBJECT_STORE_BYTES = 512 * 1024 * 1024  # paths and rows travel, frames never
 _MAX_FAILED_STARTS = 3
 _TICK_S = 1.0
+_ANSWER_S = 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -87,6 +89,8 @@ def _init(address: str, quiet: dict[str, Any], num_cpus: int | None) -> None:
     import ray
 
     is_local = address in ("", "local")
+    if not is_local and address != "auto":
+        _check_answers(address)
     # A stale current-cluster file decides unless "local" is said.
     local = {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
     remote = {"address": address, "runtime_env": _own_code()}
@@ -102,6 +106,25 @@ def _init(address: str, quiet: dict[str, Any], num_cpus: int | None) -> None:
             ray.shutdown()
             if chance == 2 or not is_local:
                 raise StageError(f"cannot start on Ray at {address or 'local'}: {_one_line(error)}") from None
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself tries for minutes. Raises: ValueError for a malformed address, StageError if nobody listens."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and colon and port.isdigit() and int(port) < 65536):
+        raise ValueError(f"RAY_ADDRESS={address} is not HOST:PORT; use the head's address, for example 10.0.0.1:6379")
+    deadline = time.monotonic() + _ANSWER_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise StageError(
+                    f"no Ray cluster answers at RAY_ADDRESS={address} ({error.strerror or error}); start it, or "
+                    "unset RAY_ADDRESS to work on this machine"
+                ) from None
+        time.sleep(0.5)
 
 
 def resources(engine: str | None = None) -> dict[str, float]:

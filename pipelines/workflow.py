@@ -19,7 +19,7 @@ from typing import Any
 import fsspec
 
 from kinema.configs import WorkflowConfig, config_hash
-from kinema.pipelines.cli import stage_module
+from kinema.pipelines.cli import stage_module, summary_fields
 
 UPSTREAM: dict[str, tuple[str, ...]] = {
     "shard": (),
@@ -68,6 +68,10 @@ def run(config: WorkflowConfig, *, report: Callable[[str], None] | None = None) 
     if "shard" in config.stages and not config.shard.videos:
         raise ValueError("shard.videos is empty; name the folder with your videos: shard.videos=DIR")
     workspace = Path(config.workspace).expanduser().resolve()
+    if "shard" in config.stages and not workspace.exists():
+        from kinema.pipelines.shard.sources import find_sources
+
+        find_sources(config.shard.videos, config.shard.layout)  # wrong videos leave no workspace behind
     _prepare(workspace)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'mlflow.db'}")
     outputs: dict[str, str] = {}
@@ -96,7 +100,7 @@ def run(config: WorkflowConfig, *, report: Callable[[str], None] | None = None) 
                 _remove_output(outputs[stage], workspace, report)
             summary = stage_module(stage).run(section)
             status = max(status, int(getattr(summary, "exit_status", 0)))
-            summaries[stage] = {k: v for k, v in dataclasses.asdict(summary).items() if k != "exit_status"}
+            summaries[stage] = summary_fields(summary)
             states[stage] = "done"
             _write_stamp(stamp_path, fingerprint, outputs[stage], summaries[stage])
     return WorkflowSummary(states, outputs, summaries, round(time.monotonic() - started, 2), status)

@@ -28,6 +28,7 @@ from kinema.pipelines.artifacts.layout import (
     MANIFEST,
     PLAN,
     QUARANTINE,
+    RUN_FILE,
     SAMPLES,
     commit_record,
     commit_rows,
@@ -86,13 +87,25 @@ class Artifact:
         try:
             found = _read_manifest(store)
         except FileNotFoundError:
+            if RUN_FILE in store.sizes():
+                raise ValueError(f"{store.url} holds a training run; choose another out=") from None
             try:
                 store.write(MANIFEST, tables.readable_json(wanted))
-            except (PermissionError, NotADirectoryError, FileExistsError) as error:
-                raise ValueError(f"{store.url} cannot be written: {error.strerror}; choose another out=") from None
+            except OSError as error:
+                why = error.strerror or str(error)
+                raise ValueError(f"{store.url} cannot be written: {why}; choose another out=") from None
             return cls(store, wanted)
         _refuse_other(store.url, found, wanted)
         return cls(store, found)
+
+    @staticmethod
+    def is_new(url: str | os.PathLike[str]) -> bool:
+        """Whether `open` would create the artifact: what could make a run impossible is then checked before."""
+        try:
+            open_store(url).read(MANIFEST)
+        except OSError:  # what cannot be read is told by `open`
+            return True
+        return False
 
     @classmethod
     def read(cls, url: str | os.PathLike[str]) -> Artifact:
@@ -101,7 +114,8 @@ class Artifact:
         try:
             return cls(store, _read_manifest(store))
         except FileNotFoundError:
-            raise ValueError(f"{store.url} holds no artifact: it has no {MANIFEST}; check the path") from None
+            found = "it is a training run" if RUN_FILE in store.sizes() else f"it has no {MANIFEST}"
+            raise ValueError(f"{store.url} holds no artifact: {found}; check the path") from None
 
     @property
     def url(self) -> str:

@@ -5,6 +5,8 @@ MANIFEST = "manifest.json"
 PLAN = "_plan.parquet"
 SAMPLES = "samples.parquet"
 QUARANTINE = "quarantine.parquet"
+RUN_FILE = "run.json"
+"""Of a training run, which is no artifact."""
 COMMITS = "_commits"
 QUARANTINE_PARTS = "_quarantine"
 

@@ -43,6 +43,10 @@ class EvaluateSummary:
     run_id: str = ""
     """MLflow run that got the table."""
 
+    def flat(self) -> dict[str, Any]:
+        """What `--json` prints: every metric a key of its own."""
+        return {**self.metrics, **{k: v for k, v in dataclasses.asdict(self).items() if k != "metrics"}}
+
 
 def run(config: EvaluateConfig, *, report: Callable[[Any], None] | None = None) -> EvaluateSummary:
     """Evaluate `config.model` on `config.benchmark`.
@@ -54,6 +58,8 @@ def run(config: EvaluateConfig, *, report: Callable[[Any], None] | None = None) 
         raise ValueError(f"data is empty; name the folder of the {config.benchmark} benchmark: data=DIR")
     if not config.model:
         raise ValueError("model is empty; give a run folder, models:/NAME@ALIAS, a FlowFeat variant or a flow network")
+    if config.out:
+        _check_writable(Path(config.out))
     if config.benchmark in FLOW_BENCHMARKS:
         metrics = _flow(config)
     else:
@@ -63,6 +69,14 @@ def run(config: EvaluateConfig, *, report: Callable[[Any], None] | None = None) 
     if config.out:
         write_table(Path(config.out), summary)
     return summary
+
+
+def _check_writable(folder: Path) -> None:
+    """Known before the work, not after it. Raises: ValueError."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "is not a folder" if not there.is_dir() else "is not writable"
+        raise ValueError(f"out={folder} cannot be made: {there} {why}; choose another out=")
 
 
 def flow_network(name: str, weights: str = "") -> nn.Module:
@@ -188,7 +202,7 @@ def write_table(folder: Path, summary: EvaluateSummary) -> None:
     """`table.json` and `table.csv` in the folder, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".table.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(summary), indent=1, sort_keys=True) + "\n")
+    partial.write_text(json.dumps(summary.flat(), indent=1, sort_keys=True) + "\n")
     os.replace(partial, folder / "table.json")
     with partial.open("w", newline="") as handle:
         rows = csv.writer(handle)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,8 @@ def save_pyfunc(parts: Package, folder: Path) -> None:
     """The package as an MLflow model folder: no pickle, and no path of this machine in it."""
     import mlflow
 
-    with _importable(parts.code):
+    with _importable(parts.code), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # advice on type hints, which the user cannot follow
         mlflow.pyfunc.save_model(
             path=str(folder),
             python_model=str(parts.entry),

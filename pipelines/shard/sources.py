@@ -58,7 +58,9 @@ def find_sources(videos: str, layout: str = "auto", exclude: str = "") -> Found:
         raise ValueError("videos= is empty; give a folder, a file, a glob or a URL, for example videos=my_videos/")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout} is not known; use one of {', '.join(LAYOUTS)}")
-    place = _Place(videos, exclude)
+    if exclude and not is_remote(videos) and not is_remote(exclude) and local_path(videos) == local_path(exclude):
+        raise ValueError(f"out={exclude} is the folder of the videos; choose another out=")
+    place = _place(videos, exclude)
     extension = _extension(videos)
     if place.kind == "folder":
         found = _from_folder(place, layout)
@@ -74,6 +76,20 @@ def find_sources(videos: str, layout: str = "auto", exclude: str = "") -> Found:
         raise ValueError(f"no video found in videos={videos} ({_what_is_there(place, found)}); {_hint(layout)}")
     found.sources = _unique(found.sources)
     return found
+
+
+def _place(videos: str, exclude: str) -> _Place:
+    """Raises: ValueError for a URL that cannot be looked at."""
+    if not is_remote(videos):
+        return _Place(videos, exclude)
+    try:
+        fsspec.get_filesystem_class(videos.partition("://")[0])
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"videos={videos} cannot be opened: {error}; give a folder or the URL of a bucket") from None
+    try:
+        return _Place(videos, exclude)
+    except OSError as error:
+        raise ValueError(f"videos={videos} cannot be opened: {error}; check the address and the network") from None
 
 
 class _Place:
@@ -395,7 +411,7 @@ def _what_is_there(place: _Place, found: Found) -> str:
     names = place.seen or place.files()
     kinds = Counter(f".{_extension(name)}" if _extension(name) else "no extension" for name in names)
     if not kinds:
-        return "it is empty"
+        return "nothing matches the pattern" if place.kind == "glob" else "it is empty"
     most = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(4))
     return f"{len(names)} files: {most}" + (", none matches" if place.kind == "glob" else "")
 

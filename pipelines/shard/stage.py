@@ -81,6 +81,8 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
         raise ValueError("out= is empty; give a folder or URL, for example out=workspace/clips")
     say = report or (lambda line: print(f"shard: {line}", file=sys.stderr, flush=True))
     found = find_sources(config.videos, config.layout, exclude=config.out)
+    if Artifact.is_new(config.out) and engine.backend() == "ray":
+        engine.connect()  # an engine that cannot start leaves no folder behind
     artifact = Artifact.open(config.out, kind="clips", config=content_config(config))
     say(f"{len(found.sources)} videos in {config.videos}, {found.ignored_files} other files ignored")
     scans, new_scans = scan_sources(artifact, found.sources, config)

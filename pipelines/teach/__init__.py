@@ -67,8 +67,11 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         precision=config.precision,
         threads=config.threads_per_actor,
     )
+    out = config.out or default_out(config.clips, config.teacher)
+    if Artifact.is_new(out):
+        _check_possible(config, clips, spec)
     flow = Artifact.open(
-        config.out or default_out(config.clips, config.teacher),
+        out,
         kind="flow",
         config=identity(spec, pairing),
         inputs={"clips": clips.plan8},
@@ -189,6 +192,17 @@ def _compute(
             _quarantine_shard(flow, shard, outcome)
     tick()
     progress.close()
+
+
+def _check_possible(config: TeachConfig, clips: Artifact, spec: TeacherSpec) -> None:
+    """Before anything is written. Raises: ValueError for settings that nothing can come of."""
+    longest = pc.max(clips.samples(["num_frames"])["num_frames"]).as_py()
+    if min(config.gaps) >= longest:
+        raise ValueError(
+            f"gaps={list(config.gaps)} leave no pair of frames: the longest clip has {longest} frames; use a gap "
+            f"under {longest}"
+        )
+    _place(config, spec, engine.resources())
 
 
 def _place(config: TeachConfig, spec: TeacherSpec, resources: dict[str, float]) -> tuple[TeacherSpec, int]:

@@ -19,6 +19,7 @@ from kinema.configs.load import config_hash
 from kinema.configs.schema import TrainConfig
 from kinema.pipelines import tracking
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.artifacts.layout import MANIFEST, RUN_FILE
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader import ClipIndex, Loader
 from kinema.pipelines.train import checkpoint
@@ -29,8 +30,6 @@ from kinema.pipelines.train.parallel import Place, seed_step
 from kinema.pipelines.train.recipes import make_recipe
 
 __all__ = ["Stopped", "TrainSummary", "build_model", "load_model", "run"]
-
-RUN_FILE = "run.json"
 
 # Settings that change how a run is carried out or watched, not what it computes. `steps` may grow.
 _FREE = frozenset(
@@ -219,6 +218,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _make_folder(folder: Path) -> None:
+    if (folder / MANIFEST).is_file():
+        raise ValueError(f"train.out={folder} holds an artifact; choose another folder for the run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -110,7 +110,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return folder
     found = latest_checkpoint(folder)
     if found is None:
-        raise ValueError(f"model={path} is neither a checkpoint nor a run with a complete checkpoint")
+        what = "is neither a checkpoint nor a run with a complete checkpoint" if folder.exists() else "does not exist"
+        raise ValueError(f"model={path} {what}; give the folder that `kinema train` wrote, or one of its checkpoints")
     return found
 
 
