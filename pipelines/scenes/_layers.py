@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -18,6 +18,9 @@ from jaxtyping import Complex128, Float, Float32
 
 TEXELS_PER_PX = 2
 SHORTEST_WAVE_PX = 3.5
+
+# Drawn textures held at a time; a shot needs about a dozen, of 0.5 to 7 MB each.
+TEXTURES_KEPT = 48
 
 Points = Complex128[np.ndarray, "*shape"]
 
@@ -89,31 +92,33 @@ class Texture:
     """A periodic colour pattern over the plane, without waves shorter than the pixel grid can carry.
 
     Three scales: patches of three colours with soft edges, mottling, and a fine grain on top of them. It is made
-    when first drawn, so that asking for motion alone costs nothing.
+    when it is drawn, so that asking for motion alone costs nothing; only those drawn last are kept.
     """
 
     def __init__(self, seed: int, tile_px: int, palette: Float[np.ndarray, "3 3"]):
-        self._seed, self._palette = seed, palette
         self._side = tile_px * TEXELS_PER_PX
+        self._arguments = (seed, self._side, tuple(map(tuple, palette.tolist())))
 
     def sample(self, points: Points) -> Float32[np.ndarray, "H W 3"]:
         """Colours in [0, 1] at points [H, W] of the layer."""
         x = np.mod(points.real * TEXELS_PER_PX, self._side).astype(np.float32)
         y = np.mod(points.imag * TEXELS_PER_PX, self._side).astype(np.float32)
-        return cv2.remap(self._image, x, y, cv2.INTER_LINEAR)
+        return cv2.remap(_texture_image(*self._arguments), x, y, cv2.INTER_LINEAR)
 
-    @cached_property
-    def _image(self) -> Float32[np.ndarray, "S S 3"]:
-        rng = np.random.default_rng(self._seed)
-        first, second = ((np.tanh(4 * _noise(rng, self._side, 14, 90)) + 1) / 2 for _ in range(2))
-        colours = self._palette[0] + first[..., None] * (self._palette[1] - self._palette[0])
-        colours = colours + 0.8 * second[..., None] * (self._palette[2] - colours)
-        mottle = 0.05 * _noise(rng, self._side, 8, 30)
-        grain = 0.03 * _noise(rng, self._side, SHORTEST_WAVE_PX, 8)
-        smooth = _low_pass(colours + (mottle + grain)[..., None], SHORTEST_WAVE_PX)
-        image = np.clip(smooth, 0.02, 0.98).astype(np.float32)
-        # One more row and column, so that interpolation across the seam stays inside the array.
-        return np.pad(image, ((0, 1), (0, 1), (0, 0)), mode="wrap")
+
+@lru_cache(TEXTURES_KEPT)
+def _texture_image(seed: int, side: int, palette: tuple[tuple[float, ...], ...]) -> Float32[np.ndarray, "S S 3"]:
+    """The texels of a texture, and one more row and column: interpolation across the seam stays inside the array."""
+    rng = np.random.default_rng(seed)
+    base, second_colour, third_colour = np.array(palette)
+    first, second = ((np.tanh(4 * _noise(rng, side, 14, 90)) + 1) / 2 for _ in range(2))
+    colours = base + first[..., None] * (second_colour - base)
+    colours = colours + 0.8 * second[..., None] * (third_colour - colours)
+    mottle = 0.05 * _noise(rng, side, 8, 30)
+    grain = 0.03 * _noise(rng, side, SHORTEST_WAVE_PX, 8)
+    smooth = _low_pass(colours + (mottle + grain)[..., None], SHORTEST_WAVE_PX)
+    image = np.clip(smooth, 0.02, 0.98).astype(np.float32)
+    return np.pad(image, ((0, 1), (0, 1), (0, 0)), mode="wrap")
 
 
 @dataclass(frozen=True)
