@@ -30,6 +30,7 @@ _OBJECT_STORE_BYTES = 512 * 1024 * 1024  # paths and rows travel, frames never
 _MAX_FAILED_STARTS = 3
 _TICK_S = 1.0
 _ANSWER_S = 5.0
+_END_S = 3.0
 _log = logging.getLogger(__name__)
 
 
@@ -235,6 +236,8 @@ def run_tasks(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+        if running:  # until they are gone, they hold what they were writing
+            ray.wait(list(running), num_returns=len(running), timeout=_END_S)
 
 
 def run_on_actors(
@@ -345,6 +348,8 @@ class _ActorPool:
     def close(self) -> None:
         for host in [*self.starting.values(), *self.idle, *(entry[0] for entry in self.busy.values())]:
             self.ray.kill(host)
+        if self.busy:
+            self.ray.wait(list(self.busy), num_returns=len(self.busy), timeout=_END_S)
 
 
 class _Host:

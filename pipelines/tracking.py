@@ -279,7 +279,7 @@ def _short(value: Any) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(error).partition("[SQL:")[0].split())[:300] or type(error).__name__
 
 
 def _say(text: str) -> None:

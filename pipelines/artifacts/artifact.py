@@ -7,11 +7,12 @@ the shard it was building, and running it again gives the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -230,6 +231,15 @@ class Artifact:
         """Planned shards without a valid commit record and a tar of the recorded size, ascending."""
         done = self.commits()
         return [shard for shard in self.planned_shards() if shard not in done]
+
+    @contextlib.contextmanager
+    def swept_on_failure(self) -> Iterator[None]:
+        """What stopped writers leave is removed when the block fails, not only by the next run."""
+        try:
+            yield
+        except BaseException:
+            self.store.sweep()
+            raise
 
     def quarantine(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Record bad input at once, so that a killed run loses none of it.

@@ -64,7 +64,8 @@ def run(config: EmbedConfig, *, report: Callable[[str], None] | None = None) -> 
         f"embed: {spec.address} on {features.plan.num_rows} clips, "
         f"{len(todo)} of {len(features.planned_shards())} shards to compute"
     )
-    _compute(config, clips, features, spec, todo)
+    with features.swept_on_failure():
+        _compute(config, clips, features, spec, todo)
     features.finalize()
     return _summary(config, features, len(todo), time.monotonic() - started)
 

@@ -60,6 +60,8 @@ def run(config: EvaluateConfig, *, report: Callable[[Any], None] | None = None) 
         raise ValueError("model is empty; give a run folder, models:/NAME@ALIAS, a FlowFeat variant or a flow network")
     if config.out:
         _check_writable(Path(config.out))
+    if tracking.tracking_uri().startswith("http"):
+        tracking.open_client(tracking.tracking_uri())  # a server that is down is told before the work
     if config.benchmark in FLOW_BENCHMARKS:
         metrics = _flow(config)
     else:

@@ -128,8 +128,11 @@ class Page:
             f"<title>{html.escape(self.title)}</title><style>{STYLE}</style>"
         )
         temporary = target.with_suffix(".tmp")
-        temporary.write_text(head + "\n".join(self._parts) + "</html>\n", encoding="utf-8")
-        os.replace(temporary, target)
+        try:
+            temporary.write_text(head + "\n".join(self._parts) + "</html>\n", encoding="utf-8")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
         return target
 
 

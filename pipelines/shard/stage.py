@@ -85,9 +85,10 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
         engine.connect()  # an engine that cannot start leaves no folder behind
     artifact = Artifact.open(config.out, kind="clips", config=content_config(config))
     say(f"{len(found.sources)} videos in {config.videos}, {found.ignored_files} other files ignored")
-    scans, new_scans = scan_sources(artifact, found.sources, config)
-    new_clips = plan_sources(artifact, found.sources, scans, config)
-    built = build_shards(artifact, found.sources, config)
+    with artifact.swept_on_failure():
+        scans, new_scans = scan_sources(artifact, found.sources, config)
+        new_clips = plan_sources(artifact, found.sources, scans, config)
+        built = build_shards(artifact, found.sources, config)
     _settle_quarantine(artifact, scans, found)
     artifact.finalize()
     if not (new_scans or new_clips or built):

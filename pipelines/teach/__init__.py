@@ -79,7 +79,8 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
     todo = plan(clips, flow)
     total = flow.plan.num_rows
     say(f"teach: {config.teacher} on {total} clips, {len(todo)} of {len(flow.planned_shards())} shards to compute")
-    _compute(config, clips, flow, spec, pairing, todo)
+    with flow.swept_on_failure():
+        _compute(config, clips, flow, spec, pairing, todo)
     flow.finalize()
     return _summary(config, flow, len(todo), time.monotonic() - started)
 

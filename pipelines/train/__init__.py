@@ -91,9 +91,9 @@ def run(config: TrainConfig, *, report: Callable[[dict[str, Any]], None] | None 
             return _summary(_read_run(folder).get("run_id", ""), newest, meta, meta["samples_per_second"], started)
     recipe.check()
     make_loader = ClipLoader(config, recipe)
-    sys.stderr.write(f"kinema train: {make_loader.index().describe()}\n")
-    _make_folder(folder)
-    with _alone(folder):
+    sys.stderr.write(f"train: {make_loader.index().describe()}\n")
+    is_new = _make_folder(folder)
+    with _alone(folder, is_new):
         return _train(config, recipe, make_loader, folder, identity, inputs, report, started)
 
 
@@ -205,8 +205,11 @@ def _inputs(config: TrainConfig, needs: tuple[str, ...]) -> dict[str, tuple[str,
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the run folder: two trainings in one would overwrite each other. A killed holder holds nothing."""
+def _alone(folder: Path, is_new: bool) -> Iterator[None]:
+    """Hold the run folder: two trainings in one would overwrite each other. A killed holder holds nothing.
+
+    A new folder in which nothing came to be is removed again.
+    """
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -214,16 +217,24 @@ def _alone(folder: Path) -> Iterator[None]:
             raise StageError(
                 f"out={folder} is being trained by another process; wait for it or use another out="
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            if is_new and os.listdir(folder) == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> bool:
+    """Returns: whether it was not there. Raises: ValueError."""
     if (folder / MANIFEST).is_file():
         raise ValueError(f"train.out={folder} holds an artifact; choose another folder for the run")
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"train.out={folder} cannot be made ({error.strerror}); choose another folder") from None
+    return is_new
 
 
 def _open_run(config: TrainConfig, folder: Path, identity: dict[str, Any], inputs: Any) -> tracking.Tracker:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -57,7 +58,7 @@ def save_checkpoint(
             shutil.rmtree(final)
         os.replace(temporary, final)
         _fsync(final.parent)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StageError(_why_not_saved(final, error)) from error
     for old in complete_checkpoints(run)[:-keep] if keep > 0 else []:

@@ -1,0 +1,51 @@
+"""What a built wheel holds: kinema and nothing else."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("models", "kernels", "pipelines", "configs")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, so that nothing is left in the checkout."""
+    pytest.importorskip("build", reason="the package `build` is not installed; run make env")
+    copy = tmp_path_factory.mktemp("wheel") / "source"
+    copy.mkdir()
+    without = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in (*PARTS, "src"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=without)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, copy / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(copy.parent), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (found,) = copy.parent.glob("kinema-*.whl")
+    return zipfile.ZipFile(found)
+
+
+def test_a_wheel_holds_only_kinema(wheel):
+    tops = {name.partition("/")[0] for name in wheel.namelist()}
+    assert len(tops) == 2 and "kinema" in tops
+    assert any(name.startswith("kinema-") and name.endswith(".dist-info") for name in tops)
+    assert not [name for name in wheel.namelist() if "test" in name.lower() or "__pycache__" in name]
+
+
+def test_a_wheel_holds_every_source_and_config_as_a_real_file(wheel):
+    held = set(wheel.namelist())
+    for part in PARTS:
+        for path in sorted([*(ROOT / part).rglob("*.py"), *(ROOT / part).rglob("*.yaml")]):
+            name = f"kinema/{path.relative_to(ROOT).as_posix()}"
+            assert name in held, name
+            assert wheel.read(name) == path.read_bytes(), name
+
+
+def test_a_wheel_has_the_command_line(wheel):
+    (entries,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    assert "kinema = kinema.pipelines.cli:entry" in wheel.read(entries).decode()
