@@ -146,7 +146,7 @@ def _leaf_type(key: str, schema: Any) -> Any:
 def _yes_and_no(values: Mapping[str, Any], schema: Any) -> dict[str, Any]:
     """YAML reads a bare yes or no as a boolean; where the words are choices, they are meant as words."""
     fields = _fields(schema)
-    words = {}
+    words: dict[str, Any] = {}
     for key, value in values.items():
         if dataclasses.is_dataclass(fields[key]):
             words[key] = _yes_and_no(value or {}, fields[key])
