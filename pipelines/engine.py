@@ -9,7 +9,9 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 import traceback
 from collections import deque
@@ -30,7 +32,7 @@ _OBJECT_STORE_BYTES = 512 * 1024 * 1024  # paths and rows travel, frames never
 _MAX_FAILED_STARTS = 3
 _TICK_S = 1.0
 _ANSWER_S = 5.0
-_END_S = 3.0
+_END_S = 1.0  # killed processes hold what they were writing until they are gone, about 0.1 s later
 _log = logging.getLogger(__name__)
 
 
@@ -81,8 +83,23 @@ def connect(*, worker_logs: bool = False, num_cpus: int | None = None) -> dict[s
         address = os.environ.get("RAY_ADDRESS", "")
         if address.startswith(("http://", "https://")):
             raise ValueError(f"RAY_ADDRESS={address} is a job server; use `kinema submit`, or the cluster's HOST:6379")
-        _init(address, {"logging_level": logging.ERROR, "log_to_driver": worker_logs}, num_cpus)
+        with _signals_kept():
+            _init(address, {"logging_level": logging.ERROR, "log_to_driver": worker_logs}, num_cpus)
     return ray.cluster_resources()
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray's native code takes SIGTERM over, to abort with a stack trace; here it ends a stage like Ctrl-C."""
+    names = (signal.SIGTERM, signal.SIGINT)
+    before = {name: signal.getsignal(name) for name in names}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for name, handler in before.items():
+                if handler is not None:
+                    signal.signal(name, handler)
 
 
 def _init(address: str, quiet: dict[str, Any], num_cpus: int | None) -> None:
@@ -236,8 +253,8 @@ def run_tasks(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
-        if running:  # until they are gone, they hold what they were writing
-            ray.wait(list(running), num_returns=len(running), timeout=_END_S)
+        if running:
+            time.sleep(_END_S)
 
 
 def run_on_actors(
@@ -349,7 +366,7 @@ class _ActorPool:
         for host in [*self.starting.values(), *self.idle, *(entry[0] for entry in self.busy.values())]:
             self.ray.kill(host)
         if self.busy:
-            self.ray.wait(list(self.busy), num_returns=len(self.busy), timeout=_END_S)
+            time.sleep(_END_S)
 
 
 class _Host:

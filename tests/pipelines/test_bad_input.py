@@ -115,7 +115,7 @@ def refused(made: Path, kinema, command: str, says: tuple[str, ...], status: int
         ("teach clips={m}/clips out={out} teacher=raft weights={m}/short.pth", ("not a readable checkpoint",)),
         (
             "teach clips={m}/clips out={out} teacher=raft weights={m}/other.safetensors",
-            ("missing: fnet.conv1", "no.such.key"),
+            ("do not fit raft (missing: ", "cnet.conv1.weight", "unexpected: no.such.key"),
         ),
         ("train clips={m}/clips out={out}", ("train.flow is empty", "flow=DIR")),
         ("train clips={m}/clips flow={m}/clips out={out}", ("holds clips, not flow",)),
