@@ -248,13 +248,17 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on_later(made, kinema
     assert kinema("verify", tmp_path / "out")[0] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_shard_says_so_and_the_rerun_finishes(made, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "engine"), [(signal.SIGINT, "serial"), (signal.SIGTERM, "serial"), (signal.SIGTERM, "ray")]
+)
+def test_a_stopped_shard_says_so_and_the_rerun_finishes(tmp_path, number, engine):
     for name in "abcdefgh":
         numbered(tmp_path / "videos" / f"{name}.mp4", 48)
     arguments = ["shard", f"videos={tmp_path / 'videos'}", f"out={tmp_path / 'clips'}"]
     command = [sys.executable, "-m", "kinema.pipelines.cli", *arguments]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "KINEMA_ENGINE": engine}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen(command, **pipes, text=True, env=environment)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("clips/_scan/*")) and running.poll() is None:
         assert time.monotonic() < deadline
@@ -262,7 +266,8 @@ def test_a_stopped_shard_says_so_and_the_rerun_finishes(made, tmp_path, number):
     running.send_signal(number)
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (1, "")
-    assert "stopped by the user; run the same command again to go on" in err and "Traceback" not in err
+    assert err.splitlines()[-1] == "kinema shard: stopped by the user; run the same command again to go on"
+    assert "Traceback" not in err and not list((tmp_path / "clips").glob(".kinema-tmp-*"))
     assert cli.main(arguments) == 0 and cli.main(["verify", str(tmp_path / "clips")]) == 0
 
 
