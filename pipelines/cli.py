@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _refuse(args.command, error, USAGE)
         except StageError as error:
             return _refuse(args.command, error, FAILED)
+        except BrokenPipeError:
+            return _refuse(args.command, "whoever read the output went away before its end", FAILED)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 fix = "free some space or set out= to another disk"

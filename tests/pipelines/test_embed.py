@@ -129,7 +129,7 @@ def test_a_damaged_clip_is_quarantined_and_the_rest_embedded(clips, run, tmp_pat
     ("changes", "message"),
     [
         ({"clips": ""}, "clips is empty"),
-        ({"model": "nowhere"}, "neither a checkpoint nor a run"),
+        ({"model": "nowhere"}, "model=nowhere does not exist"),
         ({"device": "cuda"}, "there is no GPU"),
     ],
 )
