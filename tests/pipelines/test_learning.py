@@ -26,11 +26,13 @@ NUM_SCENES = 300
 SIDE_PX = 192
 NUM_FRAMES = 8
 FLOW_SIZE_PX = (96, 96)
-STEPS = 1200
+STEPS = 800
+
+SHORT_SIDE_PX = 240  # of the frames that label propagation compares; the published 480 take four times as long
 
 # The encoder keeps its random weights. For comparison: a map from perfect knowledge of the objects, with places known
 # only within each crop, leaves 0.67.
-LARGEST_SHARE_LEFT = 0.75
+LARGEST_SHARE_LEFT = 0.72
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,12 +93,13 @@ def test_held_out_flow_error_falls_well_below_its_value_at_step_0(config, traine
 
 @pytest.mark.skipif(not DAVIS.is_dir(), reason=f"needs the DAVIS folder {DAVIS}")
 def test_car_shadow_is_scored_before_and_after(config, trained, place):
-    """The command's figures, in the run's own metrics too; the features track a real car."""
+    """The command's figures, in the run's own metrics too. A random encoder knows no cars: none is asked to be good."""
     protocols = ("mlp", "propagation")
     untrained = dense_features(train.build_model(config), "y_dec")
-    before = {name: evaluate_davis(untrained, DAVIS, ["car-shadow"], name).jf_mean for name in protocols}
+    options = {"mlp": {}, "propagation": {"frame_side": SHORT_SIDE_PX}}
+    before = {name: evaluate_davis(untrained, DAVIS, None, name, **options[name]).jf_mean for name in protocols}
     settings = EvaluateConfig(
-        model=str(trained), data=str(DAVIS), protocols=protocols, sequences=("car-shadow",), out=str(place / "table")
+        model=str(trained), data=str(DAVIS), protocols=protocols, short_side=SHORT_SIDE_PX, out=str(place / "table")
     )
     summary = evaluate.run(settings)
     after = {name: summary.metrics[f"davis_{name}_jf_mean"] for name in protocols}
