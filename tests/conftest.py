@@ -14,6 +14,10 @@ from jaxtyping import install_import_hook
 REPO_ROOT = Path(__file__).resolve().parents[1]
 PARITY_ROOT = REPO_ROOT / "tests" / "parity"
 
+# Processes that tests spawn import their functions as tests.pipelines.X. Last in the path, so that the folders
+# `models` and `kernels` beside it shadow nothing.
+sys.path.append(str(REPO_ROOT))
+
 # Parallel test runs set OMP_NUM_THREADS: threads that outnumber the cores wait for one another.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 

@@ -63,6 +63,8 @@ def test_shard_and_two_worker_training_as_jobs(tmp_path):
     ]  # fmt: skip
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     environment.pop("RAY_ADDRESS", None)
+    # A job runs with the `python` of the head's PATH, which on a cluster is that of the environment (ray_cluster.yaml).
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     # Ray's sockets live below this folder: their paths must stay short.
     with_short_path = Path("/tmp") / f"kinema-head-{os.getpid()}"
     try:
