@@ -1,5 +1,6 @@
 """Wrong input as a user meets it: one line on stderr, the right exit status, nothing half-written."""
 
+import functools
 import json
 import os
 import signal
@@ -258,7 +259,9 @@ def test_a_stopped_shard_says_so_and_the_rerun_finishes(tmp_path, number, engine
     command = [sys.executable, "-m", "kinema.pipelines.cli", *arguments]
     environment = {**os.environ, "KINEMA_ENGINE": engine}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = subprocess.Popen(command, **pipes, text=True, env=environment)
+    # A shell that starts tests in the background lets them ignore SIGINT, and children inherit that.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, **pipes, text=True, env=environment, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("clips/_scan/*")) and running.poll() is None:
         assert time.monotonic() < deadline
