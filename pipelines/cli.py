@@ -58,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(list(sys.argv[1:] if argv is None else argv))
     # Threads that wait by spinning make a shared machine many times slower; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     with _stdout_for_summary() as stdout:
         try:
             return _dispatch(args, stdout)
