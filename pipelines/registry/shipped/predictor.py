@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ from .network import build_model, images_to_input
 
 IMAGES_PER_CALL = 8
 
-# A type hint on `predict` would be taken for a schema, of forms that arrays cannot be; MLflow asks for one still.
-warnings.filterwarnings("ignore", message=r".*Add type hints to the .predict. method", category=UserWarning)
-
 
 class Predictor(PythonModel):
     """`predict(images)`; see `images_to_input` for what images may be.
 
-    Runs on the CPU unless loaded with `model_config={"device": "cuda"}`.
+    Runs on the CPU unless loaded with `model_config={"device": "cuda"}`. `predict` has no type hint on its input:
+    MLflow asks for one, but would take it for a schema, of forms that arrays cannot be.
     """
 
     def load_context(self, context: Any) -> None:
