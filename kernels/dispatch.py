@@ -3,9 +3,8 @@
 Each operation has its own `why_not_triton`, which asks here first and then checks its own limits.
 """
 
-import importlib.util
+import importlib.metadata
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,9 +14,21 @@ OLDEST_CAPABILITY = (8, 0)
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 
-def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1 before they are imported)."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+def _why_no_package() -> str | None:
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return f"triton is not installed; pip install 'triton>={oldest}'"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {version} is older than {oldest}; pip install 'triton>={oldest}'"
+    return None
+
+
+# Read once, as triton reads it: torch.compile then sees constants.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+"""Whether Triton kernels run in its interpreter, on CPU tensors."""
+_NO_PACKAGE = _why_no_package()
 
 
 def check_impl(impl: str) -> None:
@@ -28,14 +39,13 @@ def check_impl(impl: str) -> None:
 
 def why_no_triton(*tensors: Tensor) -> str | None:
     """A sentence that says why no Triton kernel can run on these tensors, or None."""
-    reason = _why_no_package()
-    if reason is not None:
-        return reason
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
-        return f"the tensors are on {', '.join(sorted(map(str, devices)))}; a kernel needs them on one device"
-    (device,) = devices
-    if interpreting():
+    if _NO_PACKAGE is not None:
+        return _NO_PACKAGE
+    device = tensors[0].device
+    for tensor in tensors[1:]:
+        if tensor.device != device:
+            return f"the tensors are on {device} and {tensor.device}; a kernel needs them on one device"
+    if INTERPRETING:
         if device.type != "cpu":
             return f"TRITON_INTERPRET is set and the tensors are on {device}; unset it, or move them to the CPU"
         return None
@@ -56,16 +66,3 @@ def use_triton(impl: str, reason: str | None) -> bool:
     if impl == "triton" and reason is not None:
         raise ValueError(f"impl='triton' cannot run: {reason}")
     return impl != "reference" and reason is None
-
-
-@cache
-def _why_no_package() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install 'triton>=3.6'"
-    import triton
-
-    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if found < OLDEST_TRITON:
-        oldest = ".".join(map(str, OLDEST_TRITON))
-        return f"triton {triton.__version__} is older than {oldest}; pip install 'triton>={oldest}'"
-    return None
