@@ -109,15 +109,8 @@ def _assemble(ptx: str, capability: tuple[int, int]) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [
-            _tool("ptxas-blackwell"),
-            "-v",
-            "--gpu-name",
-            generation,
-            source,
-            "-o",
-            Path(folder) / "kernel.cubin",
-        ]
+        target = str(Path(folder) / "kernel.cubin")
+        command = [_tool("ptxas-blackwell"), "-v", "--gpu-name", generation, str(source), "-o", target]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     (registers,) = re.findall(r"Used (\d+) registers", text)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)

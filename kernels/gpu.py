@@ -1,34 +1,66 @@
 """`make gpu`: check and time the kernels on a CUDA device, and append the rows to benchmarks/gpu.csv.
 
-Without a device nothing is run and nothing is written: the exit status is 1 and one line says so.
+Every operation lists its cases in `kernels/OP/gpu_cases.py`. A case is checked against its reference in fp64 first; one
+that fails is reported, not timed, and makes the exit status 1. Without a device nothing is run and nothing is written.
 """
 
 from __future__ import annotations
 
 import csv
 import datetime
+import functools
+import importlib
+import importlib.metadata
 import statistics
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import kinema
-from kinema.kernels.correlation_lookup import (
-    correlation_lookup,
-    correlation_pyramid,
-    feature_pyramid,
-    volume_lookup,
-)
 
 TABLE = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.csv"
 COLUMNS = (
-    *("date", "version", "device", "torch", "case"),
+    *("date", "version", "device", "torch", "triton", "case", "baseline"),
     *("ours_ms", "baseline_ms", "ratio", "ours_mb", "baseline_mb", "max_error"),
+    *("gbytes_per_s", "of_copy_rate", "tflops", "of_matrix_rate"),
 )
-RADIUS, CHANNELS = 4, 256
+OPS = ("local_correlation", "correlation_lookup", "cosine_attention")
+REPEATS = 20
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """One size of one operation."""
+
+    name: str
+    """Operation, sizes, dtype, direction: `local_correlation C128 55x128 r4 fp16 forward`."""
+    ours: Callable[[], Any]
+    """Runs the kernel; tensors are made beforehand."""
+    check: Callable[[], float]
+    """Largest error relative to the largest value, against the reference in fp64."""
+    tolerance: float
+    """The error that is still right: 1e-5 in fp32, 2e-3 in fp16, 1e-2 in bf16."""
+    baselines: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    """Other ways to the same result, by name; one that raises is reported as not available."""
+    bytes_moved: float = 0.0
+    """Bytes that must be read and written at least."""
+    flops: float = 0.0
+    """Multiplications and additions that are needed."""
+    matrix_dtype: torch.dtype = torch.float16
+    """Whose matrix rate the FLOPs are compared with."""
+
+
+@dataclass(frozen=True)
+class CardRates:
+    """What the card reaches on plain work, measured at the start."""
+
+    copy_gbytes_per_s: float
+    matrix_tflops: dict[torch.dtype, float]
 
 
 def main() -> int:
@@ -36,52 +68,91 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.stderr.write("make gpu: torch sees no CUDA device, so nothing was checked or timed\n")
         return 1
-    device = torch.cuda.get_device_name()
+    rates = measure_rates()
+    print(f"{torch.cuda.get_device_name()}: copy {rates.copy_gbytes_per_s:.0f} GB/s, " + _matrix_line(rates))
+    failed = 0
+    for case in all_cases():
+        try:
+            rows = measure_case(case, rates)
+        except (RuntimeError, ValueError, AssertionError, ImportError) as error:
+            failed += 1
+            sys.stderr.write(f"{case.name}: {error}\n{traceback.format_exc(limit=-3)}\n")
+            continue
+        append_rows(TABLE, rows)  # at once: what was measured stays if a later case stops the process
+        for row in rows:
+            print("  ".join(f"{key} {row[key]}" for key in COLUMNS[5:] if row[key] != ""), flush=True)
+    return 1 if failed else 0
+
+
+def all_cases() -> Iterable[GpuCase]:
+    """The cases of all operations, made one after another, so that memory is free again before the next."""
+    for op in OPS:
+        yield from importlib.import_module(f"kinema.kernels.{op}.gpu_cases").cases()
+
+
+def measure_case(case: GpuCase, rates: CardRates) -> list[dict[str, Any]]:
+    """Rows of the table: one per baseline, or one without.
+
+    Raises: AssertionError if the kernel's numbers are wrong.
+    """
+    error = case.check()
+    if not error <= case.tolerance:
+        raise AssertionError(f"relative error {error:.2e} is over {case.tolerance:.0e}")
+    baselines: dict[str, Callable[[], Any] | None] = dict(case.baselines) or {"": None}
     rows = []
-    for height, width in ((55, 128), (90, 160), (135, 240)):
-        row = lookup_case(height, width)
+    for name, baseline in baselines.items():
+        times = {"ours": [], "baseline": []}  # type: dict[str, list[float]]
+        ours_mb, baseline_mb = _peak_mb(case.ours), 0.0
+        if baseline is not None:
+            try:
+                baseline_mb = _peak_mb(baseline)
+            except (RuntimeError, ImportError, NotImplementedError) as problem:
+                reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+                print(f"{case.name}: {name} is not available here: {reason}")
+                continue
+        for _ in range(REPEATS):  # alternating, so that both see the same clocks
+            times["ours"].append(_milliseconds(case.ours))
+            if baseline is not None:
+                times["baseline"].append(_milliseconds(baseline))
+        ours_ms = statistics.median(times["ours"])
+        baseline_ms = statistics.median(times["baseline"]) if baseline is not None else 0.0
+        gbytes_per_s, tflops = case.bytes_moved / ours_ms / 1e6, case.flops / ours_ms / 1e9
         rows.append(
             {
                 "date": datetime.date.today().isoformat(),
                 "version": kinema.__version__,
-                "device": device,
+                "device": torch.cuda.get_device_name(),
                 "torch": torch.__version__,
-                **row,
+                "triton": importlib.metadata.version("triton"),
+                "case": case.name,
+                "baseline": name,
+                "ours_ms": round(ours_ms, 4),
+                "baseline_ms": round(baseline_ms, 4) if baseline is not None else "",
+                "ratio": round(baseline_ms / ours_ms, 3) if baseline is not None else "",
+                "ours_mb": round(ours_mb, 1),
+                "baseline_mb": round(baseline_mb, 1) if baseline is not None else "",
+                "max_error": f"{error:.1e}",
+                "gbytes_per_s": round(gbytes_per_s, 1),
+                "of_copy_rate": round(gbytes_per_s / rates.copy_gbytes_per_s, 3),
+                "tflops": round(tflops, 2),
+                "of_matrix_rate": round(tflops / rates.matrix_tflops[case.matrix_dtype], 3),
             }
         )
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
-    append_rows(TABLE, rows)
-    return 0
+    return rows
 
 
-def lookup_case(height: int, width: int) -> dict[str, Any]:
-    """On-demand lookup against lookup in the all-pairs volume (volume made once, not counted in its time)."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    shape = (1, CHANNELS, height, width)
-    fmap1, fmap2 = (torch.randn(shape, device="cuda", generator=generator) for _ in range(2))
-    y, x = torch.meshgrid(torch.arange(height, device="cuda"), torch.arange(width, device="cuda"), indexing="ij")
-    shift = 8 * torch.randn(1, 2, height, width, device="cuda", generator=generator)
-    coords = torch.stack([x, y])[None] + shift
-    torch.backends.cuda.matmul.allow_tf32 = False
-    pooled = feature_pyramid(fmap2)
-    ours_ms, ours_mb, ours = _measure(lambda: correlation_lookup(fmap1, pooled, coords, RADIUS))
-    before = torch.cuda.memory_allocated()
-    pyramid = correlation_pyramid(fmap1, fmap2)
-    volume_mb = (torch.cuda.memory_allocated() - before) / 2**20
-    base_ms, base_mb, base = _measure(lambda: volume_lookup(pyramid, coords, RADIUS))
-    error = (ours - base).abs().max().item()
-    limit = 1e-4 * base.abs().max().item()
-    if not error <= limit:
-        raise AssertionError(f"lookup at {height}x{width} differs from the volume by {error:.2e}, over {limit:.2e}")
-    return {
-        "case": f"lookup C{CHANNELS} {height}x{width} r{RADIUS} fp32",
-        "ours_ms": round(ours_ms, 3),
-        "baseline_ms": round(base_ms, 3),
-        "ratio": round(base_ms / ours_ms, 3),
-        "ours_mb": round(ours_mb, 1),
-        "baseline_mb": round(base_mb + volume_mb, 1),
-        "max_error": f"{error:.1e}",
-    }
+def measure_rates() -> CardRates:
+    """Copy bandwidth of 1 GiB, and matrix products of 8192 x 8192 in each dtype (fp32 without TF32)."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy_ms = statistics.median(_milliseconds(lambda: target.copy_(source)) for _ in range(REPEATS))
+    matrix = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        a = torch.randn(8192, 8192, device="cuda", dtype=dtype)
+        product = functools.partial(torch.matmul, a, a)
+        product()
+        matrix[dtype] = 2 * 8192**3 / statistics.median(_milliseconds(product) for _ in range(5)) / 1e9
+    return CardRates(2 * 2**30 / copy_ms / 1e6, matrix)
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -95,21 +166,28 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _measure(function: Callable[[], torch.Tensor], repeats: int = 20) -> tuple[float, float, torch.Tensor]:
-    """Median milliseconds, peak MiB above what was allocated before, and the result."""
-    result = function()
+def _matrix_line(rates: CardRates) -> str:
+    return ", ".join(f"{str(k).removeprefix('torch.')} {v:.0f} TFLOP/s" for k, v in rates.matrix_tflops.items())
+
+
+def _milliseconds(function: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _peak_mb(function: Callable[[], Any]) -> float:
+    """MiB above what was allocated before; the second call counts, the first compiles."""
+    function()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times), (torch.cuda.max_memory_allocated() - before) / 2**20, result
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 if __name__ == "__main__":
