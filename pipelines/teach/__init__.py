@@ -9,15 +9,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinema.configs.schema import TeachConfig
 from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact
-from kinema.pipelines.engine import Failure
 from kinema.pipelines.flow_codec import SCALE
-from kinema.pipelines.progress import Progress
+from kinema.pipelines.sidecar import (
+    SidecarTotals,
+    build_shards,
+    column_mean,
+    column_sum,
+    default_out,
+    open_input,
+    plan_shards,
+)
 from kinema.pipelines.teach.clip_flow import Pairing
 from kinema.pipelines.teach.shard_teacher import ShardTeacher
 from kinema.pipelines.teach.teachers import DEFAULT_ITERS, TeacherSpec, locate_weights
@@ -55,7 +61,7 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
     """Compute what is missing in config.out. Raises: ValueError for bad arguments, StageError when it cannot end."""
     started = time.monotonic()
     say = report or (lambda line: print(line, file=sys.stderr, flush=True))
-    clips = _open_clips(config.clips)
+    clips = open_input(config.clips, "clips")
     pairing = pairing_of(config)
     weights, weights_hash = locate_weights(config.teacher, config.weights)
     spec = TeacherSpec(
@@ -67,7 +73,7 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         precision=config.precision,
         threads=config.threads_per_actor,
     )
-    out = config.out or default_out(config.clips, config.teacher)
+    out = config.out or default_out(config.clips, "flow", config.teacher)
     if Artifact.is_new(out):
         _check_possible(config, clips, spec)
     flow = Artifact.open(
@@ -76,31 +82,13 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         config=identity(spec, pairing),
         inputs={"clips": clips.plan8},
     )
-    todo = plan(clips, flow)
+    todo = plan_shards({"clips": clips}, flow)
     total = flow.plan.num_rows
     say(f"teach: {config.teacher} on {total} clips, {len(todo)} of {len(flow.planned_shards())} shards to compute")
     with flow.swept_on_failure():
         _compute(config, clips, flow, spec, pairing, todo)
     flow.finalize()
     return _summary(config, flow, len(todo), time.monotonic() - started)
-
-
-def _open_clips(url: str) -> Artifact:
-    if not url:
-        raise ValueError("clips= is empty; give the folder that `kinema shard` wrote")
-    clips = Artifact.read(url)
-    if clips.kind != "clips":
-        raise ValueError(f"clips={url} holds {clips.kind}, not clips; give the folder that `kinema shard` wrote")
-    if not clips.samples(["key"]).num_rows:
-        bad = clips.quarantined().num_rows
-        raise ValueError(f"clips={url} holds no clip ({bad} inputs are quarantined, see its quarantine.parquet)")
-    return clips
-
-
-def default_out(clips: str, teacher: str) -> str:
-    """flow/TEACHER beside the clips."""
-    parent, slash, _ = clips.rstrip("/").rpartition("/")
-    return f"{parent}{slash}flow/{teacher}"
 
 
 def pairing_of(config: TeachConfig) -> Pairing:
@@ -136,63 +124,22 @@ def identity(spec: TeacherSpec, pairing: Pairing) -> dict[str, Any]:
     }
 
 
-def plan(clips: Artifact, flow: Artifact) -> list[int]:
-    """Plan a sidecar shard for every clip shard that has none yet.
-
-    Returns: the shards to compute: pending ones, and those whose clip shard was made anew.
-    Raises: ValueError when a planned clip shard has got more clips since.
-    """
-    samples = clips.samples(["shard", "key", "source"])
-    planned = flow.plan
-    is_planned = pc.is_in(samples["shard"], value_set=pc.unique(planned["shard"]).cast(pa.int32()))
-    grown = set(samples.filter(is_planned)["key"].to_pylist()) - set(planned["key"].to_pylist())
-    if grown:
-        raise ValueError(
-            f"{clips.url} has {len(grown)} clips in shards that {flow.url} was planned for without them; choose "
-            "another out="
-        )
-    new = samples.filter(pc.invert(is_planned))
-    flow.append_plan(new.select(["shard", "key", "source"]))
-    done = flow.commits()
-    sources = clips.commits()
-    changed = [
-        shard
-        for shard, record in done.items()
-        if shard in sources and record["input_hashes"].get("clips") != sources[shard]["sha256"]
-    ]
-    return sorted({*flow.pending(), *changed})
-
-
 def _compute(
     config: TeachConfig, clips: Artifact, flow: Artifact, spec: TeacherSpec, pairing: Pairing, todo: list[int]
 ) -> None:
-    """Build shards on a pool of actors; a shard that cannot be built is quarantined and tried by the next run."""
     if not todo:
         return
-    resources = engine.resources()
-    spec, num_actors = _place(config, spec, resources)
-    counter = engine.Counter()
-    total = pc.sum(pc.is_in(flow.plan["shard"], value_set=pa.array(todo, pa.int32()))).as_py()
-    progress = Progress("teach", total, "clips")
-
-    def tick() -> None:
-        num_clips, num_pairs = counter.read()
-        if progress.done < total:
-            progress.update(min(num_clips, total), f"{num_pairs} pairs")
-
-    outcomes = engine.run_on_actors(
-        partial(ShardTeacher, clips, flow, spec, pairing, counter.add),
+    spec, num_actors = _place(config, spec, engine.resources())
+    on_gpu = spec.device == "cuda"
+    build_shards(
+        flow,
         todo,
+        partial(ShardTeacher, clips, flow, spec, pairing),
         num_actors=num_actors,
-        num_cpus=1.0 if spec.device == "cuda" else float(spec.threads),
-        num_gpus=1.0 if spec.device == "cuda" else 0.0,
-        on_tick=tick,
+        num_cpus=1.0 if on_gpu else float(spec.threads),
+        num_gpus=1.0 if on_gpu else 0.0,
+        unit="pairs",
     )
-    for shard, outcome in outcomes:
-        if isinstance(outcome, Failure):
-            _quarantine_shard(flow, shard, outcome)
-    tick()
-    progress.close()
 
 
 def _check_possible(config: TeachConfig, clips: Artifact, spec: TeacherSpec) -> None:
@@ -225,39 +172,18 @@ def _place(config: TeachConfig, spec: TeacherSpec, resources: dict[str, float]) 
     return spec, max(1, num_actors)
 
 
-def _quarantine_shard(flow: Artifact, shard: int, failure: Failure) -> None:
-    where = f" ({failure.where})" if failure.where else ""
-    flow.quarantine(
-        {
-            "source": row["source"],
-            "stage": "teach",
-            "error_class": failure.error_class,
-            "message": f"the shard's worker failed: {failure.message}{where}",
-            "attempts": failure.attempts,
-            "key": row["key"],
-            "shard": shard,
-        }
-        for row in flow.plan_of(shard).select(["source", "key"]).to_pylist()
-    )
-
-
 def _summary(config: TeachConfig, flow: Artifact, new_shards: int, seconds: float) -> TeachSummary:
-    commits = flow.commits()
+    totals = SidecarTotals.of(flow, config.allowed_quarantine)
     samples = flow.samples()
-    names = set(samples.column_names)
-    pairs = int(pc.sum(samples["num_pairs"]).as_py() or 0) if "num_pairs" in names else 0
-    lengths = samples["mean_flow_px"] if "mean_flow_px" in names else pa.array([], pa.float64())
-    quarantined = flow.quarantined().num_rows
-    share = quarantined / max(1, flow.plan.num_rows)
     return TeachSummary(
-        clips=samples.num_rows,
-        pairs=pairs,
-        quarantined=quarantined,
+        clips=totals.clips,
+        pairs=column_sum(samples, "num_pairs"),
+        quarantined=totals.quarantined,
         seconds=round(seconds, 3),
-        shards=len(commits),
+        shards=totals.shards,
         new_shards=new_shards,
-        bytes=sum(record["bytes"] for record in commits.values()),
-        mean_flow_px=float(pc.mean(lengths).as_py() or 0.0),
+        bytes=totals.bytes,
+        mean_flow_px=column_mean(samples, "mean_flow_px"),
         out=flow.url,
-        exit_status=3 if share > config.allowed_quarantine else 0,
+        exit_status=totals.exit_status,
     )

@@ -17,12 +17,13 @@ from jaxtyping import Float, UInt8
 
 from kinema.models.flow_geometry import occlusion
 from kinema.pipelines.flow_codec import FlowPair
+from kinema.pipelines.sidecar import BadResult
 from kinema.pipelines.teach.teachers import Teacher
 
 ABSURD_DIAGONALS = 2.0
 
 
-class BadFlow(ValueError):
+class BadFlow(BadResult):
     """The teacher's flow is not finite, or longer than the picture allows; the clip is quarantined."""
 
 

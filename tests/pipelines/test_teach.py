@@ -24,8 +24,9 @@ from kinema.pipelines.artifacts import Artifact, read_range, sample_key
 from kinema.pipelines.artifacts import store as store_module
 from kinema.pipelines.flow_codec import FlowBlob
 from kinema.pipelines.scenes import Scene
+from kinema.pipelines.sidecar import clip_frames
 from kinema.pipelines.teach import clip_flow
-from kinema.pipelines.teach.shard_teacher import ShardTeacher, clip_frames
+from kinema.pipelines.teach.shard_teacher import ShardTeacher
 from kinema.pipelines.teach.teachers import use_threads
 
 HEIGHT, WIDTH = 72, 96

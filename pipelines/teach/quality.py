@@ -1,0 +1,125 @@
+"""What can be said about the flow of a pair of frames without knowing the truth.
+
+Every signal is one number per directed pair, and a list column of the flow artifact's samples.parquet, in the order of
+the blob's table (t, gap):
+
+    pair_t, pair_gap         which pair
+    pair_motion_px           mean length of the flow
+    pair_consistency_px      median of |f + b(w)| over pixels whose target is inside: how far a pixel comes back from
+                             where it started; null unless both directions were computed
+    pair_occluded_share      share of pixels that fail the forward-backward check; null likewise
+    pair_photometric         mean |I1 - I2(w)| of grey values (0..1) over pixels that are inside and not occluded
+    pair_still               mean |I1 - I2| without any motion, over the same pixels
+    pair_static              the pictures are the same: nothing to learn from
+    pair_cut                 the flow explains nothing: no common scene, or a failure
+
+`pair_uncertainty_px` (mean of the teacher's own estimate) and `pair_disagreement_px` (mean distance to another
+teacher's flow) are there where they were asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kinema.models.flow_geometry import forward_backward_error, occlusion, warp
+
+STATIC_MOTION_PX = 0.1
+STATIC_STILL = 0.01
+CUT_PHOTOMETRIC = 0.04
+CUT_GAIN = 0.75
+CUT_OCCLUDED_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class PairQuality:
+    """The signals of one directed pair; None where they cannot be known."""
+
+    t: int
+    gap: int
+    motion_px: float
+    consistency_px: float | None
+    occluded_share: float | None
+    photometric: float | None
+    still: float | None
+    static: bool
+    cut: bool
+    uncertainty_px: float | None = None
+    disagreement_px: float | None = None
+
+
+COLUMNS = tuple(f"pair_{f.name}" for f in fields(PairQuality))
+
+
+def pair_quality(
+    t: int,
+    gap: int,
+    grey1: Float[Tensor, "1 H W"],
+    grey2: Float[Tensor, "1 H W"],
+    flow_px: Float[Tensor, "2 H W"],
+    reverse_px: Float[Tensor, "2 H W"] | None = None,
+    uncertainty_px: Float[Tensor, "1 H W"] | None = None,
+    other_px: Float[Tensor, "2 H W"] | None = None,
+) -> PairQuality:
+    """Signals of the flow from picture 1 to picture 2 (grey, 0..1).
+
+    Args: reverse_px, the flow from 2 to 1; uncertainty_px, the network's own; other_px, another teacher's flow.
+    """
+    warped, inside = warp(grey2[None], flow_px[None])
+    seen, consistency_px, occluded_share = inside[0], None, None
+    if reverse_px is not None:
+        gap_px2, _, _ = forward_backward_error(flow_px[None], reverse_px[None])
+        consistency_px = _number(gap_px2[inside].sqrt().median()) if bool(inside.any()) else None
+        hidden = occlusion(flow_px[None], reverse_px[None])[0]
+        occluded_share = float(hidden.float().mean())
+        seen = seen & ~hidden
+    motion_px = float(flow_px.square().sum(0).sqrt().mean())
+    photometric = _masked_mean((grey1 - warped[0]).abs()[0], seen)
+    still = _masked_mean((grey1 - grey2).abs()[0], seen)
+    return PairQuality(
+        t=t,
+        gap=gap,
+        motion_px=motion_px,
+        consistency_px=consistency_px,
+        occluded_share=occluded_share,
+        photometric=photometric,
+        still=still,
+        static=motion_px < STATIC_MOTION_PX and float((grey1 - grey2).abs().mean()) < STATIC_STILL,
+        cut=_is_cut(grey1, grey2, warped[0], inside[0], occluded_share),
+        uncertainty_px=None if uncertainty_px is None else float(uncertainty_px.mean()),
+        disagreement_px=None if other_px is None else float((flow_px - other_px).square().sum(0).sqrt().mean()),
+    )
+
+
+def _is_cut(grey1: Tensor, grey2: Tensor, warped: Tensor, inside: Tensor, occluded_share: float | None) -> bool:
+    """Frames without a common scene: warping leaves a large difference and removes little of it.
+
+    All pixels inside count, not the consistent ones alone: across a cut the few consistent ones agree by chance.
+    """
+    if not bool(inside.any()):
+        return True
+    photometric = _masked_mean((grey1 - warped).abs()[0], inside)
+    still = _masked_mean((grey1 - grey2).abs()[0], inside)
+    assert photometric is not None and still is not None
+    unexplained = photometric > CUT_PHOTOMETRIC and photometric > CUT_GAIN * still
+    return unexplained and (occluded_share is None or occluded_share > CUT_OCCLUDED_SHARE)
+
+
+def _masked_mean(values: Float[Tensor, "H W"], mask: Bool[Tensor, "H W"]) -> float | None:
+    count = int(mask.sum())
+    return float(values[mask].mean()) if count else None
+
+
+def _number(value: Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def columns(pairs: list[PairQuality]) -> dict[str, list]:
+    """The list columns of one clip, pairs ordered as in the blob."""
+    rows = [asdict(pair) for pair in sorted(pairs, key=lambda pair: (pair.t, pair.gap))]
+    return {f"pair_{f.name}": [row[f.name] for row in rows] for f in fields(PairQuality)}
