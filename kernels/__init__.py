@@ -1,5 +1,6 @@
 """Operations that the models lean on, each with a plain reference and a dispatching front."""
 
 from kinema.kernels.correlation_lookup import correlation_lookup
+from kinema.kernels.cosine_attention import cosine_attention
 
-__all__ = ["correlation_lookup"]
+__all__ = ["correlation_lookup", "cosine_attention"]
