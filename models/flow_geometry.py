@@ -149,6 +149,20 @@ def warp(
     return F.grid_sample(maps, grid, padding_mode="border", align_corners=False), inside
 
 
+def forward_backward_error(
+    flow_forward_px: Float[Tensor, "B 2 H W"], flow_backward_px: Float[Tensor, "B 2 H W"]
+) -> tuple[Float[Tensor, "B H W"], Float[Tensor, "B H W"], Bool[Tensor, "B H W"]]:
+    """How far each pixel of frame 1 comes back from where it started, going to frame 2 and back.
+
+    Returns: |f + b(w)|^2 and |f|^2 + |b(w)|^2 in squared pixels, b(w) the backward flow at the target, and
+        where the target lies inside frame 2.
+    """
+    backward, inside = warp(flow_backward_px, flow_forward_px)
+    gap_px2 = (flow_forward_px + backward).square().sum(1)
+    size_px2 = flow_forward_px.square().sum(1) + backward.square().sum(1)
+    return gap_px2, size_px2, inside
+
+
 def occlusion(
     flow_forward_px: Float[Tensor, "B 2 H W"],
     flow_backward_px: Float[Tensor, "B 2 H W"],
@@ -162,10 +176,8 @@ def occlusion(
 
     Source: Sundaram, Brox, Keutzer, ECCV 2010, section 4.
     """
-    backward, inside = warp(flow_backward_px, flow_forward_px)
-    gap = (flow_forward_px + backward).square().sum(1)
-    size = flow_forward_px.square().sum(1) + backward.square().sum(1)
-    return ~((gap < relative * size + absolute_px2) & inside)
+    gap_px2, size_px2, inside = forward_backward_error(flow_forward_px, flow_backward_px)
+    return ~((gap_px2 < relative * size_px2 + absolute_px2) & inside)
 
 
 def known_flow(flow_px: Float[Tensor, "*B 2 H W"]) -> Bool[Tensor, "*B H W"]:

@@ -140,9 +140,9 @@ def _fixed(x: float, y: float) -> tuple[int, int]:
 
 
 def _colours(points_px: np.ndarray, size: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """A hue per point, by its first position: neighbours look alike, distant points do not."""
+    """A hue per point, by the direction from the middle to its first position: neighbours look alike."""
     height, width = size
-    start = points_px[0] / (width, height)
-    vectors = torch.from_numpy(np.nan_to_num(start - 0.5)).T.float()[:, None]  # [2, 1, N]
-    wheel = flow_to_colour(vectors, max_px=0.6)[0].numpy()
+    start = np.nan_to_num(points_px[0] / (width, height) - 0.5)
+    vectors = torch.from_numpy(start / np.maximum(np.hypot(*start.T)[:, None], 1e-6)).T.float()[:, None]  # [2, 1, N]
+    wheel = flow_to_colour(vectors, max_px=1.0)[0].numpy()
     return [(int(r), int(g), int(b)) for r, g, b in wheel]
