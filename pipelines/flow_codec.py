@@ -5,7 +5,7 @@ Layout, little-endian:
     prelude   32 bytes: magic, version, header size, number of pairs, CRC-32 of header and table, blob size
     header    JSON: height, width, scale, teacher, weights_hash, frames
     table     a fixed-size row per pair, ordered by (t, gap): where its payload lies, sizes, CRC-32s, counts
-    payloads  per pair: flow, then packed occlusion (where stored), each one zstd frame
+    payloads  per pair: flow, then packed occlusion, then uncertainty (each where stored), each one zstd frame
 
 A flow payload is int16 fixed point (1/64 px), planar (u, then v), each row as differences in x. The
 differences are folded to unsigned (0, -1, 1, -2 -> 0, 1, 2, 3), so that their high bytes are nearly all zero,
@@ -13,6 +13,9 @@ and low and high bytes are stored as two planes, which zstd packs a quarter smal
 as interleaved ones. Differences wrap modulo 2^16 and so does their sum: the integers come back exactly. The
 rounding error is at most 1/128 px. A pair with values beyond +-512 px is stored at 1/16 px (error 1/32 px);
 values beyond +-2048 px are clipped.
+
+Uncertainty (the teacher's own expected error, px) is stored as one byte per pixel, 16 steps per octave from 2^-8 px:
+to within 2.2 %, clipped at 2^-8 and 2^7.9 px. A blob that holds any has version 2 and two more fields in its table.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from jaxtyping import Bool, Float32, Int16
 
 MAGIC = b"KINEFLOW"
 VERSION = 1
+UNCERTAIN_VERSION = 2
 SCALE = 64
 COARSE_DIVISOR = 4
 
@@ -47,6 +51,10 @@ _ROW = np.dtype(
         ("num_clipped", "<u4"),
     ]
 )
+_UNCERTAIN_ROW = np.dtype([*_ROW.descr, ("uncertainty_size", "<u4"), ("uncertainty_crc", "<u4")])
+_ROWS = {VERSION: _ROW, UNCERTAIN_VERSION: _UNCERTAIN_ROW}
+_UNCERTAINTY_STEPS = 16
+_UNCERTAINTY_OFFSET = 8
 _FIRST_READ_BYTES = 16384
 _LIKELY_HEADER_BYTES = 512
 # Level 3 costs a fifth of level 6's time for 5 % more bytes; decoding takes the same time at every level.
@@ -57,12 +65,16 @@ ReadRange = Callable[[int, int], bytes]
 
 @dataclass(frozen=True)
 class FlowPair:
-    """Flow from frame `t` to frame `t + gap` (gap is signed), in pixels of the flow's own size."""
+    """Flow from frame `t` to frame `t + gap` (gap is signed), in pixels of the flow's own size.
+
+    `uncertainty_px`: the error that the teacher itself expects at each pixel.
+    """
 
     t: int
     gap: int
     flow_px: Float32[np.ndarray, "2 H W"]
     occlusion: Bool[np.ndarray, "H W"] | None = None
+    uncertainty_px: Float32[np.ndarray, "H W"] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,18 +118,19 @@ def encode_clip_flow(
         encoded[pair.t, pair.gap] = _encode_pair(pair, scale)
 
     header_json = json.dumps(asdict(header), sort_keys=True, separators=(",", ":")).encode()
-    table = np.zeros(len(encoded), _ROW)
+    version = UNCERTAIN_VERSION if any(fields["uncertainty_size"] for fields, _ in encoded.values()) else VERSION
+    table = np.zeros(len(encoded), _ROWS[version])
     offset = _PRELUDE.size + len(header_json) + table.nbytes
     payloads = []
     for row, place in enumerate(sorted(encoded)):
         fields, payload = encoded[place]
-        for name, value in fields.items():
-            table[name][row] = value
+        for name in set(fields) & set(table.dtype.names):
+            table[name][row] = fields[name]
         table["offset"][row] = offset
         offset += len(payload)
         payloads.append(payload)
     index = header_json + table.tobytes()
-    prelude = _PRELUDE.pack(MAGIC, VERSION, len(header_json), len(table), zlib.crc32(index), offset)
+    prelude = _PRELUDE.pack(MAGIC, version, len(header_json), len(table), zlib.crc32(index), offset)
     return b"".join([prelude, index, *payloads])
 
 
@@ -139,7 +152,7 @@ class FlowBlob:
         self._size = size
         self._first_read_bytes = _FIRST_READ_BYTES
         if num_pairs is not None:
-            self._first_read_bytes = _PRELUDE.size + _LIKELY_HEADER_BYTES + num_pairs * _ROW.itemsize
+            self._first_read_bytes = _PRELUDE.size + _LIKELY_HEADER_BYTES + num_pairs * _UNCERTAIN_ROW.itemsize
         self.header, self._table = self._read_index()
         places = zip(self._table["t"].tolist(), self._table["gap"].tolist(), strict=True)
         self._rows = {place: row for row, place in enumerate(places)}
@@ -177,14 +190,24 @@ class FlowBlob:
             return None
         return self._decode_occlusion(row, self._read(int(row["offset"]) + int(row["flow_size"]), size))
 
-    def pair(self, t: int, gap: int) -> FlowPair:
-        """Flow and occlusion together, in one read."""
+    def uncertainty(self, t: int, gap: int) -> Float32[np.ndarray, "H W"] | None:
+        """The teacher's expected error in pixels; None for a pair stored without it."""
         row = self._row(t, gap)
-        flow_size, occlusion_size = int(row["flow_size"]), int(row["occlusion_size"])
-        payload = self._read(int(row["offset"]), flow_size + occlusion_size)
-        flow = self._decode_flow(row, payload[:flow_size])
-        occlusion = self._decode_occlusion(row, payload[flow_size:]) if occlusion_size else None
-        return FlowPair(t, gap, flow, occlusion)
+        size = self._uncertainty_size(row)
+        if size == 0:
+            return None
+        offset = int(row["offset"]) + int(row["flow_size"]) + int(row["occlusion_size"])
+        return self._decode_uncertainty(row, self._read(offset, size))
+
+    def pair(self, t: int, gap: int) -> FlowPair:
+        """Flow, occlusion and uncertainty together, in one read."""
+        row = self._row(t, gap)
+        ends = np.cumsum([int(row["flow_size"]), int(row["occlusion_size"]), self._uncertainty_size(row)]).tolist()
+        payload = self._read(int(row["offset"]), ends[-1])
+        flow = self._decode_flow(row, payload[: ends[0]])
+        occlusion = self._decode_occlusion(row, payload[ends[0] : ends[1]]) if ends[1] > ends[0] else None
+        uncertainty = self._decode_uncertainty(row, payload[ends[1] :]) if ends[2] > ends[1] else None
+        return FlowPair(t, gap, flow, occlusion, uncertainty)
 
     def _read(self, offset: int, size: int) -> bytes:
         payload = self._read_range(offset, size)
@@ -201,11 +224,12 @@ class FlowBlob:
         magic, version, header_size, num_pairs, crc, blob_size = _PRELUDE.unpack(first[: _PRELUDE.size])
         if magic != MAGIC:
             raise ValueError(f"not a flow blob: it starts with {magic!r}, expected {MAGIC!r}")
-        if version != VERSION:
-            raise ValueError(f"flow blob version {version} is not {VERSION}, the one this code reads")
+        if version not in _ROWS:
+            raise ValueError(f"flow blob version {version} is not one of {sorted(_ROWS)}, which this code reads")
+        row_type = _ROWS[version]
         if self._size is not None and self._size != blob_size:
             raise ValueError(f"flow blob has {self._size} bytes, its prelude says {blob_size}: cut or joined")
-        self._index_bytes = end = _PRELUDE.size + header_size + num_pairs * _ROW.itemsize
+        self._index_bytes = end = _PRELUDE.size + header_size + num_pairs * row_type.itemsize
         if end > blob_size:
             raise ValueError(f"flow blob is damaged: its index ends at {end}, behind its {blob_size} bytes")
         rest = b"" if end <= len(first) else self._read(len(first), end - len(first))
@@ -213,7 +237,7 @@ class FlowBlob:
         if zlib.crc32(index) != crc:
             raise ValueError("flow blob is damaged: the checksum of its header and table does not match")
         header = FlowHeader(**json.loads(index[:header_size]))
-        return header, np.frombuffer(index, _ROW, offset=header_size)
+        return header, np.frombuffer(index, row_type, offset=header_size)
 
     def _row(self, t: int, gap: int) -> np.void:
         row = self._rows.get((t, gap))
@@ -235,6 +259,16 @@ class FlowBlob:
         bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=height * width)
         return bits.view(bool).reshape(height, width)
 
+    def _uncertainty_size(self, row: np.void) -> int:
+        return int(row["uncertainty_size"]) if "uncertainty_size" in self._table.dtype.names else 0
+
+    def _decode_uncertainty(self, row: np.void, payload: bytes) -> Float32[np.ndarray, "H W"]:
+        height, width = self.header.height, self.header.width
+        name = f"uncertainty t={row['t']} gap={row['gap']}"
+        packed = _decompress(payload, height * width, int(row["uncertainty_crc"]), name)
+        steps = np.frombuffer(packed, np.uint8).reshape(height, width).astype(np.float32)
+        return np.exp2(steps / _UNCERTAINTY_STEPS - _UNCERTAINTY_OFFSET)
+
 
 def _check_pair(pair: FlowPair, header: FlowHeader) -> None:
     name = f"flow pair t={pair.t} gap={pair.gap}"
@@ -249,6 +283,14 @@ def _check_pair(pair: FlowPair, header: FlowHeader) -> None:
     if pair.occlusion is not None and pair.occlusion.shape != (header.height, header.width):
         size = f"({header.height}, {header.width})"
         raise ValueError(f"{name} has occlusion of shape {pair.occlusion.shape}; expected {size}")
+    if pair.uncertainty_px is not None:
+        if pair.uncertainty_px.shape != (header.height, header.width):
+            size = f"({header.height}, {header.width})"
+            raise ValueError(f"{name} has uncertainty of shape {pair.uncertainty_px.shape}; expected {size}")
+        if not (pair.uncertainty_px >= 0).all():
+            raise ValueError(
+                f"{name} has an uncertainty that is negative or not a number; it is an expected error in px"
+            )
 
 
 def _encode_pair(pair: FlowPair, scale: int) -> tuple[dict[str, int], bytes]:
@@ -259,6 +301,9 @@ def _encode_pair(pair: FlowPair, scale: int) -> tuple[dict[str, int], bytes]:
     if pair.occlusion is not None:
         bits = np.packbits(np.asarray(pair.occlusion, bool).ravel())
         occlusion = _CODEC.compress(bits.tobytes(), asbytes=True)
+    uncertainty = b""
+    if pair.uncertainty_px is not None:
+        uncertainty = _CODEC.compress(_pack_uncertainty(pair.uncertainty_px), asbytes=True)
     fields = {
         "t": pair.t,
         "gap": pair.gap,
@@ -269,8 +314,16 @@ def _encode_pair(pair: FlowPair, scale: int) -> tuple[dict[str, int], bytes]:
         "scale": used_scale,
         "num_saturated": num_saturated,
         "num_clipped": num_clipped,
+        "uncertainty_size": len(uncertainty),
+        "uncertainty_crc": zlib.crc32(uncertainty),
     }
-    return fields, flow + occlusion
+    return fields, flow + occlusion + uncertainty
+
+
+def _pack_uncertainty(uncertainty_px: Float32[np.ndarray, "H W"]) -> bytes:
+    with np.errstate(divide="ignore"):
+        steps = (np.log2(uncertainty_px) + _UNCERTAINTY_OFFSET) * _UNCERTAINTY_STEPS
+    return np.rint(np.clip(steps, 0, 255)).astype(np.uint8).tobytes()
 
 
 def _quantise(flow_px: Float32[np.ndarray, "2 H W"], scale: int) -> tuple[Int16[np.ndarray, "2 H W"], int, int, int]:

@@ -189,3 +189,28 @@ def test_a_cut_blob_is_noticed(kept):
 def test_other_bytes_are_named():
     with pytest.raises(ValueError, match="not a flow blob"):
         FlowBlob(b"PK\x03\x04" + bytes(100))
+
+
+def test_uncertainty_comes_back_to_two_per_cent_and_costs_nothing_where_there_is_none():
+    rng = np.random.default_rng(5)
+    flow = smooth_flow(1, 12, 17)
+    sigma = np.exp2(rng.uniform(-8, 7.9, (12, 17))).astype(np.float32)
+    pairs = [FlowPair(0, 1, flow, flow[0] > 0, sigma), FlowPair(1, -1, flow)]
+    data = encode(pairs, 12, 17)
+    blob = FlowBlob(data)
+    np.testing.assert_allclose(blob.uncertainty(0, 1), sigma, rtol=0.0219)
+    np.testing.assert_array_equal(blob.pair(0, 1).uncertainty_px, blob.uncertainty(0, 1))
+    np.testing.assert_array_equal(blob.pair(0, 1).occlusion, flow[0] > 0)
+    assert blob.uncertainty(1, -1) is None and blob.pair(1, -1).uncertainty_px is None
+    np.testing.assert_array_equal(blob.flow(1, -1), FlowBlob(encode(pairs[1:], 12, 17)).flow(1, -1))
+    assert FlowBlob(encode(pairs[1:], 12, 17)).uncertainty(1, -1) is None
+    extremes = np.array([[0.0, 1e-9, np.inf, 1e9]], np.float32)
+    stored = FlowBlob(encode([FlowPair(0, 1, np.zeros((2, 1, 4), np.float32), None, extremes)], 1, 4)).uncertainty(0, 1)
+    np.testing.assert_allclose(stored, [[2**-8, 2**-8, 2**7.9375, 2**7.9375]], rtol=1e-6)
+
+
+def test_uncertainty_that_is_no_error_is_refused():
+    flow = np.zeros((2, 2, 3), np.float32)
+    for bad in (np.full((2, 3), -1.0, np.float32), np.full((2, 3), np.nan, np.float32), np.ones((3, 2), np.float32)):
+        with pytest.raises(ValueError, match="uncertainty"):
+            encode([FlowPair(0, 1, flow, None, bad)], 2, 3)
