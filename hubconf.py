@@ -77,3 +77,13 @@ def raft_small(pretrained=False, weights=None):
     from kinema.models.raft import raft_small as build
 
     return build(pretrained=pretrained, weights=weights)
+
+
+def cotracker3(pretrained=False, weights=None):
+    """CoTracker3 offline: `model(video, queries, iters)` -> tracks in pixels, visibility, confidence.
+
+    video is [B, T, 3, H, W] in 0..255, queries [B, N, 3] (t, x, y). Published weights are non-commercial.
+    """
+    from kinema.models.cotracker3 import cotracker3 as build
+
+    return build(pretrained=pretrained, weights=weights)

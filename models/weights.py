@@ -60,6 +60,7 @@ _DINOV2_PAPER = "Oquab et al., DINOv2, TMLR 2024, arXiv:2304.07193"
 _REGISTERS_PAPER = "Darcet et al., Vision Transformers Need Registers, ICLR 2024, arXiv:2309.16588"
 _DINOV3_PAPER = "Simeoni et al., DINOv3, 2025, arXiv:2508.10104"
 _MAE_PAPER = "He et al., MAE, CVPR 2022, arXiv:2111.06377"
+_COTRACKER3_PAPER = "Karaev et al., CoTracker3, 2024, arXiv:2410.11831"
 
 
 def _flowfeat(file: str) -> PublishedWeights:
@@ -100,6 +101,12 @@ LEDGER: dict[str, PublishedWeights] = {
     ),
     "mae_vitb16": PublishedWeights(
         f"{_META}mae/pretrain/mae_pretrain_vit_base.pth", _MAE_PAPER, "CC BY-NC 4.0", non_commercial=True
+    ),
+    "cotracker3_offline": PublishedWeights(
+        "https://huggingface.co/facebook/cotracker3/resolve/main/scaled_offline.pth",
+        _COTRACKER3_PAPER,
+        "CC BY-NC 4.0",
+        non_commercial=True,
     ),
     "flowfeat/dino_vits16_yt": _flowfeat("dino_s16_flowfeat_yt.pth"),
     "flowfeat/dino_vitb16_yt": _flowfeat("dino_b16_flowfeat_yt.pth"),

@@ -1,0 +1,113 @@
+"""What CoTracker3 sees of a clip: unit-length feature pyramids, windows around points, their correlations.
+
+Positions are (x, y) in cells of the finest map, centres at integers; at level k they are divided by 2^k without
+a half-cell shift, as published. Windows are 7x7 cells, flattened with x moving in the OUTER axis and y in the inner.
+Source: Karaev et al., arXiv:2410.11831, section 3.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NUM_LEVELS = 4
+RADIUS = 3
+WINDOW = 2 * RADIUS + 1
+STRIDE = 4
+MIN_SIDE_PX = STRIDE * 2 ** (NUM_LEVELS - 1)
+"""Below this many pixels the coarsest map would be empty."""
+
+
+@dataclass(frozen=True)
+class ClipFeatures:
+    """Feature maps of the frames of one or more clips, at every level."""
+
+    levels: tuple[Float[Tensor, "B T _ _ C"], ...]
+    """Finest first; channels last, so that the window of a point is read in whole rows."""
+
+    @property
+    def num_clips(self) -> int:
+        """Clips."""
+        return self.levels[0].shape[0]
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of each clip."""
+        return self.levels[0].shape[1]
+
+    def between(self, start: int, stop: int) -> "ClipFeatures":
+        """The frames start to stop - 1."""
+        return ClipFeatures(tuple(level[:, start:stop] for level in self.levels))
+
+    def reversed(self) -> "ClipFeatures":
+        """The frames in the opposite order: every frame is encoded on its own, so nothing else changes."""
+        return ClipFeatures(tuple(level.flip(1) for level in self.levels))
+
+    @staticmethod
+    def join(parts: list["ClipFeatures"]) -> "ClipFeatures":
+        """The frames of the parts one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return ClipFeatures(tuple(torch.cat(levels, dim=1) for levels in zip(*(p.levels for p in parts), strict=True)))
+
+
+def feature_pyramid(raw: Float[Tensor, "B T C h w"]) -> ClipFeatures:
+    """Encoder output to maps of unit length over the channels, and their 2x2 averages (not unit length again)."""
+    B, T = raw.shape[:2]
+    level = F.normalize(raw.flatten(0, 1), dim=1, eps=1e-6)
+    levels = [level]
+    for _ in range(NUM_LEVELS - 1):
+        level = F.avg_pool2d(level, 2)
+        levels.append(level)
+    return ClipFeatures(tuple(level.permute(0, 2, 3, 1).contiguous().unflatten(0, (B, T)) for level in levels))
+
+
+def windows(
+    level: Float[Tensor, "F h w C"], frames: Int[Tensor, "*P"], xy: Float[Tensor, "*P 2"]
+) -> Float[Tensor, "*P 7 7 C"]:
+    """7x7 windows around positions, bilinear; positions beyond the map take the value at its border.
+
+    Args: level, maps of all frames; frames, which map each position belongs to; xy, in cells of this level.
+    """
+    patches, fraction = _patches(level, frames, xy)
+    return _interpolate(patches, fraction)
+
+
+def window_correlation(
+    level: Float[Tensor, "F h w C"],
+    templates: Float[Tensor, "P 49 C"],
+    frames: Int[Tensor, "P T"],
+    xy: Float[Tensor, "P T 2"],
+) -> Float[Tensor, "P T 2401"]:
+    """Products of every cell of the target window with every cell of the template, target cells first.
+
+    The products with whole cells are formed first and interpolated afterwards, which is the same sum and
+    moves 49 numbers for each cell instead of C.
+    """
+    P, T = frames.shape
+    patches, fraction = _patches(level, frames, xy)
+    products = patches.reshape(P, -1, patches.shape[-1]) @ templates.transpose(1, 2)  # [P, T * 64, 49]
+    return _interpolate(products.view(P, T, WINDOW + 1, WINDOW + 1, -1), fraction).reshape(P, T, -1)
+
+
+def _patches(level: Tensor, frames: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
+    """The 8x8 cells that a window touches, [*P, 8 (x), 8 (y), C], and the fraction of a cell to go, [*P, 2]."""
+    _, height, width, channels = level.shape
+    size = xy.new_tensor([width, height])
+    xy = xy.clamp(size.new_full((2,), -(RADIUS + 1)), size + RADIUS)  # past this, every cell is the border's
+    corner = xy.floor()
+    cells = torch.arange(-RADIUS, RADIUS + 2, device=xy.device)
+    x = (corner[..., 0, None].long() + cells).clamp(0, width - 1)  # [*P, 8]
+    y = (corner[..., 1, None].long() + cells).clamp(0, height - 1)
+    rows = frames[..., None, None] * (height * width) + y[..., None, :] * width + x[..., :, None]
+    patches = level.reshape(-1, channels).index_select(0, rows.flatten()).view(*rows.shape, channels)
+    return patches, xy - corner
+
+
+def _interpolate(cells: Tensor, fraction: Tensor) -> Tensor:
+    """[*P, 8, 8, K] at whole cells to [*P, 7, 7, K] at the fraction [*P, 2] between them."""
+    x, y = fraction[..., 0, None, None, None], fraction[..., 1, None, None, None]
+    cells = torch.lerp(cells[..., :-1, :, :], cells[..., 1:, :, :], x)
+    return torch.lerp(cells[..., :, :-1, :], cells[..., :, 1:, :], y)
