@@ -1,7 +1,7 @@
 """Operations that the models lean on, each with a plain reference and a dispatching front."""
 
 from kinema.kernels.correlation_lookup import correlation_lookup
-from kinema.kernels.local_correlation import local_correlation
 from kinema.kernels.cosine_attention import cosine_attention
+from kinema.kernels.local_correlation import local_correlation
 
-__all__ = ["correlation_lookup", "local_correlation", "cosine_attention"]
+__all__ = ["correlation_lookup", "cosine_attention", "local_correlation"]

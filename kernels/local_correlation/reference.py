@@ -133,7 +133,7 @@ class _Layout:
         return grid[:, : self.height, : self.width]
 
     def reaches(self, flat: Tensor, start: int, count: int, row: int) -> Tensor:
-        """Pixels that windows of `count` tiles cover in window row `row`: a view [count, M + 2r, C] of a margined map."""
+        """Pixels that the windows of `count` tiles cover in their row `row`: a view [count, M + 2r, C] of a map."""
         C = flat.shape[1]
         return flat.as_strided((count, self.reach, C), (self.tile * C, C, 1), (start * self.tile + row * self.row) * C)
 
