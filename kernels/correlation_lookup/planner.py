@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kinema.kernels.correlation_lookup.reference import NUM_LEVELS, volume_bytes
+from kinema.kernels.correlation_lookup.volume import NUM_LEVELS, volume_bytes
 
 VOLUME_SHARE = 0.5
 """Part of the free memory that a volume may take; the network's own activations need the rest."""

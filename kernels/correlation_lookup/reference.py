@@ -1,90 +1,43 @@
-"""Correlation between two feature maps and its windowed bilinear lookup, in plain PyTorch.
+"""Windowed bilinear lookup of correlations formed on demand, in plain PyTorch: the specification.
 
-Two ways to the same numbers. The volume holds every product of a pixel of frame 1 with a pixel of
-frame 2 and is sampled at each refinement step; it costs 4 (H W)^2 bytes and pays off over several
-steps on small maps. On demand, the products are formed for the windows alone, from average-pooled
-feature maps: pooling commutes with the dot product, so the result is the same up to rounding.
+The products are formed for the windows alone, from average-pooled feature maps: pooling commutes with the
+dot product, so the result is that of the all-pairs volume up to rounding.
 
-Shapes: B batch, C channels, H W query map, h w target map of a level, N = H W query pixels,
-K = 2 radius + 2 lattice points per axis, L levels.
-
-Source: Teed and Deng, "RAFT", arXiv:2003.12039, section 3.2; the published code divides by sqrt(C)
-and orders the window with x as the outer axis, which is kept.
+Shapes: B batch, C channels, H W query map, N = H W query pixels, t tiles of n queries,
+K = 2 radius + 2 lattice points per axis, L levels, P = L (2 radius + 1)^2.
 """
 
 import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-NUM_LEVELS = 4
-ON_DEMAND_CHUNK_BYTES = 256 * 2**20
+from kinema.kernels.correlation_lookup.products import (
+    TILE,
+    Lattice,
+    Target,
+    add_gradients,
+    lattice_products,
+)
+from kinema.kernels.correlation_lookup.window import (
+    Axis,
+    WindowOrder,
+    accumulation_dtype,
+    blend,
+    check_lookup,
+    mark_not_finite,
+    pixel_rows,
+    unblend,
+    window_axis,
+)
 
-
-def feature_pyramid(fmap: Float[Tensor, "B C H W"], num_levels: int = NUM_LEVELS) -> list[Float[Tensor, "B C _ _"]]:
-    """The map and its 2x2 average-pooled reductions; an odd last row or column is dropped.
-
-    Raises: ValueError if the map is too small for `num_levels`.
-    """
-    smallest = 2 ** (num_levels - 1)
-    if min(fmap.shape[-2:]) < smallest:
-        raise ValueError(
-            f"a map of {fmap.shape[-2]}x{fmap.shape[-1]} has no {num_levels} pyramid levels: "
-            f"both sides must be at least {smallest}; pad the images or ask for fewer levels"
-        )
-    levels = [fmap]
-    for _ in range(num_levels - 1):
-        levels.append(F.avg_pool2d(levels[-1], 2))
-    return levels
-
-
-def correlation_volume(fmap1: Float[Tensor, "B C H W"], fmap2: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N h w"]:
-    """Dot product of every pixel of fmap1 with every pixel of fmap2, divided by sqrt(C), float32."""
-    return (_queries(fmap1) @ fmap2.float().flatten(2)).unflatten(2, fmap2.shape[-2:])
-
-
-def correlation_pyramid(
-    fmap1: Float[Tensor, "B C H W"], fmap2: Float[Tensor, "_ _ h w"], num_levels: int = NUM_LEVELS
-) -> list[Float[Tensor, "B N _ _"]]:
-    """The volume at every level: level 0 by products, the others by 2x2 average pooling of it.
-
-    Raises: ValueError if the maps disagree in B or C, or are too small for `num_levels`.
-    """
-    _check_maps(fmap1, [fmap2])
-    return feature_pyramid(correlation_volume(fmap1, fmap2), num_levels)
-
-
-def volume_bytes(batch: int, height: int, width: int, num_levels: int = NUM_LEVELS) -> int:
-    """Bytes of the float32 pyramid of volumes between two maps of height x width."""
-    return 4 * batch * height * width * sum((height >> k) * (width >> k) for k in range(num_levels))
-
-
-def volume_lookup(
-    pyramid: list[Float[Tensor, "B N _ _"]], coords: Float[Tensor, "B 2 H W"], radius: int
-) -> Float[Tensor, "B P H W"]:
-    """Windows of a correlation pyramid around `coords`, bilinear, 0 outside the target map.
-
-    Args:
-        pyramid: from `correlation_pyramid`; N = H W.
-        coords: (x, y) in pixels of level 0, centres at integers; level k is read at coords / 2^k.
-        radius: the window is 2 radius + 1 wide at each level.
-
-    Returns: [B, L (2 radius + 1)^2, H, W], float32, laid out channels-last in memory. Channels run
-        over levels, then x, then y.
-    """
-    B, _, H, W = coords.shape
-    points = coords.permute(0, 2, 3, 1).reshape(B * H * W, 2).float()
-    windows = []
-    for level, volume in enumerate(pyramid):
-        h, w = volume.shape[-2:]
-        x, weights_x = _axis_window(points[:, 0] / 2**level, w, radius)
-        y, weights_y = _axis_window(points[:, 1] / 2**level, h, radius)
-        index = (y.unsqueeze(2) * w + x.unsqueeze(1)).flatten(1)  # [B N, K K]
-        lattice = volume.reshape(B * H * W, h * w).gather(1, index).view(-1, *y.shape[1:], x.shape[1])
-        windows.append(_blend(lattice, weights_x, weights_y))
-    return torch.cat(windows, dim=1).view(B, H, W, -1).permute(0, 3, 1, 2)
+TILES_AT_ONCE = 4
+"""Tiles whose boxes fit in a core's cache together."""
+GATHER_BYTES = 64 * 2**20
+"""Features that are gathered at once where tiles have no boxes."""
 
 
 def correlation_lookup_reference(
@@ -92,8 +45,10 @@ def correlation_lookup_reference(
     fmap2_pyramid: list[Float[Tensor, "_ _ _ _"]],
     coords: Float[Tensor, "_ 2 _ _"],
     radius: int,
+    window_order: WindowOrder = "x_major",
+    boxed: bool | None = None,
 ) -> Float[Tensor, "B P H W"]:
-    """Correlation of each pixel with a window around its target, at every pyramid level, on demand.
+    """Correlation of each pixel with a window around its target, at every pyramid level.
 
     Args:
         fmap1: query features.
@@ -101,95 +56,150 @@ def correlation_lookup_reference(
         coords: (x, y) in pixels of fmap2_pyramid[0], centres at integers; level k is read at
             coords / 2^k.
         radius: the window is 2 radius + 1 wide at each level.
+        window_order: which axis of the window is the outer one.
+        boxed: multiply tiles of queries with boxes of the target (`products`), the fast way where neighbours
+            move alike; by default, except under a compiler, which needs shapes independent of the data.
 
-    Returns: [B, L (2 radius + 1)^2, H, W], float32: dot products divided by sqrt(C), bilinear between
-        pixels, 0 outside the target map. Channels run over levels, then x, then y.
-    Raises: ValueError if the maps disagree in B or C, or coords in B, H or W.
+    Returns: [B, L (2 radius + 1)^2, H, W], float32 (float64 for float64 maps), laid out channels-last:
+        dot products divided by sqrt(C), bilinear between pixels, 0 outside the target map. Channels run over
+        levels, then the outer axis, then the inner one; nan where coords are not finite.
+    Gradients: to both maps, once; coords get none, as the published network detaches them. The backward
+        pass forms what it needs again, so that memory is linear in H W in both directions.
+    Raises: ValueError for arguments that do not fit together.
     Source: Teed and Deng, arXiv:2003.12039, section 3.2. Deviations: none.
+
+    Maps that are channels-last in memory are read in place; others are copied.
     """
-    _check_maps(fmap1, fmap2_pyramid, coords)
+    check_lookup(fmap1, fmap2_pyramid, coords, radius, window_order)
+    if boxed is None:
+        boxed = not torch.compiler.is_compiling()
+    return _Lookup.apply(coords, radius, window_order, boxed, fmap1, *fmap2_pyramid)
+
+
+class _Group(NamedTuple):
+    """Query pixels of one image that are handled together."""
+
+    image: int
+    pixels: Tensor
+    """[t, n], pixel of the query map; at the margin of a map tiles repeat pixels."""
+    kept: Tensor | None
+    """Which of the t n queries count; None for all."""
+
+    def rows(self, maps: Tensor) -> Tensor:
+        """[t, n, D] of [B, N, D]."""
+        return maps[self.image].index_select(0, self.pixels.flatten()).view(*self.pixels.shape, -1)
+
+    def write(self, maps: Tensor, values: Tensor) -> None:
+        """Writes [t, n, D] into [B, N, D], each pixel once."""
+        index, values = self.pixels.flatten(), values.flatten(0, 1)
+        if self.kept is not None:
+            index, values = index[self.kept], values[self.kept]
+        maps[self.image].index_copy_(0, index, values)
+
+
+class _Lookup(torch.autograd.Function):
+    """The lookup, group by group; the backward pass forms each group's boxes again."""
+
+    @staticmethod
+    def forward(ctx: Any, coords, radius, window_order, boxed, fmap1, *pyramid):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(coords, fmap1, *pyramid)
+        ctx.options = radius, window_order, boxed
+        B, C, H, W = fmap1.shape
+        dtype = accumulation_dtype(fmap1)
+        queries, points = pixel_rows(fmap1, dtype), pixel_rows(coords, dtype)
+        maps = [pixel_rows(fmap2, dtype) for fmap2 in pyramid]
+        out = queries.new_empty(B, H * W, len(pyramid) * (2 * radius + 1) ** 2)
+        for group in _groups(fmap1, radius, boxed):
+            features, centres = group.rows(queries), group.rows(points)
+            windows = []
+            for level, rows in enumerate(maps):
+                target = _target(rows[group.image], pyramid[level], level, boxed)
+                x, y = _axes(centres, target, radius, C)
+                products = lattice_products(features, target, _lattice(x, y, features, radius))
+                windows.append(blend(_square(products, radius), y, x, window_order))
+            group.write(out, torch.cat(windows, dim=1).view(*group.pixels.shape, -1))
+        return mark_not_finite(out, points).view(B, H, W, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        coords, fmap1, *pyramid = ctx.saved_tensors
+        radius, window_order, boxed = ctx.options
+        dtype = accumulation_dtype(fmap1)
+        queries, points, grads = (pixel_rows(t, dtype) for t in (fmap1, coords, grad))
+        grads = grads.masked_fill(~points.isfinite().all(dim=2, keepdim=True), 0.0)
+        maps = [pixel_rows(fmap2, dtype) for fmap2 in pyramid]
+        query_grad = torch.zeros_like(queries) if ctx.needs_input_grad[4] else None
+        needed = ctx.needs_input_grad[5:]
+        map_grads = [torch.zeros_like(rows) if need else None for rows, need in zip(maps, needed, strict=True)]
+        for group in _groups(fmap1, radius, boxed):
+            features, centres, parts = group.rows(queries), group.rows(points), group.rows(grads).flatten(0, 1)
+            if group.kept is not None:
+                parts = torch.zeros_like(parts).index_copy_(0, group.kept, parts[group.kept])
+            part_of_query = None if query_grad is None else torch.zeros_like(features)
+            for level, part in enumerate(parts.chunk(len(maps), dim=1)):
+                target = _target(maps[level][group.image], pyramid[level], level, boxed)
+                total = map_grads[level]
+                x, y = _axes(centres, target, radius, fmap1.shape[1])
+                products_grad = unblend(part, y, x, window_order).view(*group.pixels.shape, -1)
+                lattice = _lattice(x, y, features, radius)
+                into = None if total is None else total[group.image]
+                add_gradients(products_grad, features, target, lattice, part_of_query, into)
+            if query_grad is not None and part_of_query is not None:
+                group.write(query_grad, part_of_query)
+        fmap_grads = [
+            _as_map(rows, fmap) for rows, fmap in zip((query_grad, *map_grads), (fmap1, *pyramid), strict=True)
+        ]
+        return (None, None, None, None, *fmap_grads)
+
+
+def _groups(fmap1: Tensor, radius: int, boxed: bool) -> Iterator[_Group]:
+    """Tiles of TILE x TILE queries, a few at a time; without boxes, runs of queries."""
     B, C, H, W = fmap1.shape
-    queries = _queries(fmap1)
-    points = coords.flatten(2).transpose(1, 2).float()  # [B, N, 2]
-    chunk = max(1, ON_DEMAND_CHUNK_BYTES // (4 * C * (2 * radius + 2) ** 2))
-    targets = [fmap2.float().flatten(2).transpose(1, 2).contiguous() for fmap2 in fmap2_pyramid]
-    rows = []
+    device = fmap1.device
+    if not boxed:
+        run = max(1, GATHER_BYTES // (4 * C * (2 * radius + 2) ** 2))
+        runs = [torch.arange(start, min(start + run, H * W), device=device)[None] for start in range(0, H * W, run)]
+        for b in range(B):
+            yield from (_Group(b, index, None) for index in runs)
+        return
+    down, across = -(-H // TILE), -(-W // TILE)
+    steps = torch.arange(TILE, device=device)
+    y = (torch.arange(down, device=device)[:, None] * TILE + steps).view(down, 1, TILE, 1)
+    x = (torch.arange(across, device=device)[:, None] * TILE + steps).view(1, across, 1, TILE)
+    index = (y.clamp(max=H - 1) * W + x.clamp(max=W - 1)).view(-1, TILE**2)
+    real = ((y < H) & (x < W)).view(-1, TILE**2)
+    parts = []
+    for tiles, flags in zip(index.split(TILES_AT_ONCE), real.split(TILES_AT_ONCE), strict=True):
+        parts.append((tiles, None if bool(flags.all()) else flags.flatten().nonzero().squeeze(1)))
     for b in range(B):
-        for start in range(0, H * W, chunk):
-            part = slice(start, start + chunk)
-            levels = [
-                _window_products(queries[b, part], target[b], fmap2.shape[-2:], points[b, part] / 2**k, radius)
-                for k, (target, fmap2) in enumerate(zip(targets, fmap2_pyramid, strict=True))
-            ]
-            rows.append(torch.cat(levels, dim=1))
-    return torch.cat(rows, dim=0).view(B, H, W, -1).permute(0, 3, 1, 2)
+        yield from (_Group(b, tiles, kept) for tiles, kept in parts)
 
 
-def _queries(fmap1: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N C"]:
-    """Pixels of fmap1 as rows; scaling them costs N C multiplications, scaling the products N^2."""
-    return fmap1.float().flatten(2).transpose(1, 2) * (1.0 / math.sqrt(fmap1.shape[1]))
+def _target(rows: Tensor, fmap2: Tensor, level: int, boxed: bool) -> Target:
+    return Target(rows, fmap2.shape[2], fmap2.shape[3], level, boxed)
 
 
-def _window_products(
-    queries: Float[Tensor, "n C"],
-    target: Float[Tensor, "hw C"],
-    size: torch.Size,
-    points: Float[Tensor, "n 2"],
-    radius: int,
-) -> Float[Tensor, "n P"]:
-    """Bilinear window of query-target products for some query pixels at one level."""
-    h, w = size
-    x, weights_x = _axis_window(points[:, 0], w, radius)
-    y, weights_y = _axis_window(points[:, 1], h, radius)
-    index = (y.unsqueeze(2) * w + x.unsqueeze(1)).flatten(1)  # [n, K K]
-    features = target[index.flatten()].view(*index.shape, -1)  # [n, K K, C]
-    lattice = torch.bmm(features, queries.unsqueeze(2)).view(-1, *y.shape[1:], x.shape[1])
-    return _blend(lattice, weights_x, weights_y)
+def _axes(centres: Tensor, target: Target, radius: int, channels: int) -> tuple[Axis, Axis]:
+    """Axes of the windows (x, y); the weights of x carry the division by sqrt(C)."""
+    points = centres.flatten(0, 1) / 2**target.level
+    x, y = window_axis(points[:, 0], target.width, radius), window_axis(points[:, 1], target.height, radius)
+    scale = 1.0 / math.sqrt(channels)
+    return Axis(x.first, x.left * scale, x.right * scale), y
 
 
-def _axis_window(
-    centre: Float[Tensor, "n"], size: int, radius: int
-) -> tuple[Int[Tensor, "n K"], tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]]:
-    """Lattice positions of a window along one axis, and the weights of the left and right neighbour.
-
-    All points of a window share one fraction, so K = 2 radius + 2 lattice values give the
-    k = 2 radius + 1 interpolated ones. Positions outside [0, size) are clamped for the gather and get
-    weight 0, which is what zero padding means.
-    """
-    lower = centre.floor()
-    fraction = (centre - lower).unsqueeze(1)
-    steps = torch.arange(-radius, radius + 2, device=centre.device)
-    # Clamped before the cast: a coordinate far outside does not fit an integer.
-    first = lower.detach().clamp(-radius - 2, size + radius + 1).nan_to_num(0.0).long()
-    position = first.unsqueeze(1) + steps
-    inside = (position >= 0) & (position < size)
-    left = (1.0 - fraction) * inside[:, :-1]
-    right = fraction * inside[:, 1:]
-    return position.clamp(0, size - 1), (left, right)
+def _lattice(x: Axis, y: Axis, features: Tensor, radius: int) -> Lattice:
+    shape = features.shape[:2]
+    return Lattice(y.first.view(shape), x.first.view(shape), 2 * radius + 2)
 
 
-def _blend(
-    lattice: Float[Tensor, "n Ky Kx"],
-    weights_x: tuple[Float[Tensor, "n kx"], Float[Tensor, "n kx"]],
-    weights_y: tuple[Float[Tensor, "n ky"], Float[Tensor, "n ky"]],
-) -> Float[Tensor, "n P"]:
-    """Interpolates lattice values along x, then y; flattens with x as the outer axis."""
-    left, right = (weight.unsqueeze(1) for weight in weights_x)
-    rows = torch.addcmul(lattice[:, :, :-1] * left, lattice[:, :, 1:], right)  # [n, Ky, kx]
-    upper, lower = (weight.unsqueeze(2) for weight in weights_y)
-    window = torch.addcmul(rows[:, :-1] * upper, rows[:, 1:], lower)  # [n, ky, kx]
-    return window.transpose(1, 2).flatten(1)
+def _square(products: Tensor, radius: int) -> Tensor:
+    return products.view(-1, 2 * radius + 2, 2 * radius + 2)
 
 
-def _check_maps(fmap1: Tensor, fmap2_pyramid: list[Tensor], coords: Tensor | None = None) -> None:
-    for level, fmap2 in enumerate(fmap2_pyramid):
-        if fmap1.shape[:2] != fmap2.shape[:2]:
-            raise ValueError(
-                f"fmap1 is {list(fmap1.shape)} and fmap2 at level {level} is {list(fmap2.shape)}: "
-                "batch size and channels must agree"
-            )
-    if coords is not None and (coords.shape[0], *coords.shape[2:]) != (fmap1.shape[0], *fmap1.shape[2:]):
-        raise ValueError(
-            f"coords is {list(coords.shape)} and fmap1 is {list(fmap1.shape)}: "
-            "there must be one (x, y) per pixel of fmap1"
-        )
+def _as_map(rows: Tensor | None, fmap: Tensor) -> Tensor | None:
+    """Gradient rows [B, N, C] in the shape and type of the map."""
+    if rows is None:
+        return None
+    B, C, H, W = fmap.shape
+    return rows.view(B, H, W, C).permute(0, 3, 1, 2).to(fmap.dtype)
