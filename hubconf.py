@@ -87,3 +87,15 @@ def cotracker3(pretrained=False, weights=None):
     from kinema.models.cotracker3 import cotracker3 as build
 
     return build(pretrained=pretrained, weights=weights)
+
+
+def fpt_base(pretrained=False, weights=None):
+    """Flow Poke Transformer: distribution of the flow at any point of an image, given the flow at a few points.
+
+    `d_img = model.embed_image(image)` for images [B, 3, H, W] in -1..1, then `model.predict_parallel(poke_pos,
+    poke_flow, query_pos, camera_static, d_img)` or `model.predict_autoregressive(...)` with positions (x, y) in 0..1
+    and flow in the same units. Published weights are non-commercial.
+    """
+    from kinema.models.fpt import flow_poke_transformer as build
+
+    return build("fpt_base", pretrained=pretrained, weights=weights)
