@@ -25,6 +25,7 @@ from kinema.models.cotracker3_correlation import (
     STRIDE,
     ClipFeatures,
     feature_pyramid,
+    gather,
     window_correlation,
     windows,
 )
@@ -129,14 +130,13 @@ class CoTracker3(nn.Module):
     def encode(self, video: Float[Tensor, "_ _ _ _ _"], frames_at_once: int = 8) -> ClipFeatures:
         """Features of clips [B, T, 3, H, W] in 0..255, a few frames at a time: frames do not see one another."""
         _check_video(video)
-        B, T = video.shape[:2]
-        raw = [self.fnet(2.0 * (part / 255.0) - 1.0).float() for part in video.flatten(0, 1).split(frames_at_once)]
-        return feature_pyramid(torch.cat(raw).unflatten(0, (B, T)))
+        step = max(frames_at_once // video.shape[0], 1)
+        parts = (self._encode(part) for part in video.split(step, dim=1))
+        return gather(parts, video.shape[1])
 
     def templates(self, features: ClipFeatures, queries: Float[Tensor, "B N 3"]) -> list[Float[Tensor, "B N 49 C"]]:
         """The window around each query in its frame, at every level."""
-        B, T = features.num_clips, features.num_frames
-        frames = queries[..., 0].long() + T * torch.arange(B, device=queries.device)[:, None]
+        frames = features.rows().gather(1, queries[..., 0].long())
         cells = queries[..., 1:].float() / STRIDE
         return [
             windows(level.flatten(0, 1), frames, cells / 2**k).flatten(2, 3) for k, level in enumerate(features.levels)
@@ -154,9 +154,12 @@ class CoTracker3(nn.Module):
         for _ in range(iters):
             # As published: no gradient through the positions at which features are read.
             xy = state.xy.detach()
-            logits = torch.stack([state.visibility, state.confidence], dim=-1)
-            codes = self._codes(features, templates, xy)
-            inputs = torch.cat([logits, codes, self._motion(xy)], dim=-1) + time
+            # Built in place: this is the largest array there is.
+            inputs = time.expand(*xy.shape[:2], -1, -1).clone()  # [B, N, T, C]
+            inputs[..., 0] += state.visibility
+            inputs[..., 1] += state.confidence
+            self._add_codes(inputs[..., 2 : 2 + NUM_LEVELS * CODE_CHANNELS], features, templates, xy)
+            inputs[..., 2 + NUM_LEVELS * CODE_CHANNELS :] += self._motion(xy)
             dx, dy, visibility, confidence = self.updateformer(inputs).float().unbind(-1)
             state = TrackState(
                 xy + torch.stack([dx, dy], dim=-1),
@@ -183,22 +186,32 @@ class CoTracker3(nn.Module):
         *_, state = self._states(features, queries, iters)
         return state.published()
 
-    def _codes(self, features: ClipFeatures, templates: list[Tensor], xy: Tensor) -> Float[Tensor, "B N T D"]:
-        """The correlations around every position of every track, encoded; all levels share one network."""
-        B, N, T, _ = xy.shape
-        frames = torch.arange(B * T, device=xy.device).view(B, 1, T).expand(B, N, T).flatten(0, 1)
-        flat_xy = xy.flatten(0, 1)
+    def _encode(self, video: Float[Tensor, "B T 3 H W"]) -> ClipFeatures:
+        raw = self.fnet(2.0 * (video.flatten(0, 1) / 255.0) - 1.0)
+        return feature_pyramid(raw.float().unflatten(0, video.shape[:2]))
+
+    def _add_codes(
+        self,
+        inputs: Float[Tensor, "B N T D"],
+        features: ClipFeatures,
+        templates: list[Float[Tensor, "B N 49 C"]],
+        xy: Float[Tensor, "B N T 2"],
+    ) -> None:
+        """Add the encoded correlations around every position; the levels' codes stand side by side.
+
+        Some tracks at a time, whose windows are then forgotten; all levels share one network.
+        """
+        T = xy.shape[2]
         limit = MAX_TRACK_FRAMES_CUDA if xy.is_cuda else MAX_TRACK_FRAMES_CPU
-        # The levels' codes stand side by side; a chunk of tracks at a time, whose windows are then forgotten.
-        chunks = []
-        for rows in torch.arange(B * N, device=xy.device).split(max(limit // T, 1)):
-            levels = []
-            for k, level in enumerate(features.levels):
-                template = templates[k].flatten(0, 1)[rows]
-                products = window_correlation(level.flatten(0, 1), template, frames[rows], flat_xy[rows] / 2**k)
-                levels.append(self.corr_mlp(products))
-            chunks.append(torch.cat(levels, dim=-1))
-        return torch.cat(chunks).unflatten(0, (B, N))
+        for clip, frames in enumerate(features.rows()):
+            for rows in torch.arange(xy.shape[1]).split(max(limit // T, 1)):
+                tracks = slice(int(rows[0]), int(rows[-1]) + 1)
+                positions = xy[clip, tracks]
+                for k, level in enumerate(features.levels):
+                    products = window_correlation(
+                        level.flatten(0, 1), templates[k][clip, tracks], frames.expand(len(rows), T), positions / 2**k
+                    )
+                    inputs[clip, tracks, :, k * CODE_CHANNELS : (k + 1) * CODE_CHANNELS] += self.corr_mlp(products)
 
     def _motion(self, xy: Float[Tensor, "B N T 2"]) -> Float[Tensor, "B N T 84"]:
         """Displacement from the next and the previous frame, in units of the model resolution, encoded."""
@@ -242,7 +255,8 @@ def _check_video(video: Tensor) -> None:
 def _check_queries(queries: Tensor, features: ClipFeatures, iters: int) -> None:
     if queries.ndim != 3 or queries.shape[0] != features.num_clips or queries.shape[1] < 1 or queries.shape[2] != 3:
         raise ValueError(
-            f"queries are {list(queries.shape)}; {features.num_clips} clip(s) take [{features.num_clips}, N, 3]: t, x, y"
+            f"queries are {list(queries.shape)}; {features.num_clips} clip(s) take "
+            f"[{features.num_clips}, N, 3]: frame, x, y"
         )
     check_query_frames(queries, features.num_frames)
     if iters < 1:

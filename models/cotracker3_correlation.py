@@ -5,6 +5,7 @@ a half-cell shift, as published. Windows are 7x7 cells, flattened with x moving 
 Source: Karaev et al., arXiv:2410.11831, section 3.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ class ClipFeatures:
 
     levels: tuple[Float[Tensor, "B T _ _ C"], ...]
     """Finest first; channels last, so that the window of a point is read in whole rows."""
+    backwards: bool = False
+    """Whether the clip is to be seen from its last stored frame to its first."""
 
     @property
     def num_clips(self) -> int:
@@ -37,20 +40,43 @@ class ClipFeatures:
         """Frames of each clip."""
         return self.levels[0].shape[1]
 
-    def between(self, start: int, stop: int) -> "ClipFeatures":
-        """The frames start to stop - 1."""
-        return ClipFeatures(tuple(level[:, start:stop] for level in self.levels))
+    def rows(self) -> Int[Tensor, "B T"]:
+        """Where each frame of each clip is among all stored maps, `level.flatten(0, 1)`."""
+        B, T = self.num_clips, self.num_frames
+        rows = torch.arange(B * T, device=self.levels[0].device).view(B, T)
+        return rows.flip(1) if self.backwards else rows
 
     def reversed(self) -> "ClipFeatures":
         """The frames in the opposite order: every frame is encoded on its own, so nothing else changes."""
-        return ClipFeatures(tuple(level.flip(1) for level in self.levels))
+        return ClipFeatures(self.levels, not self.backwards)
 
-    @staticmethod
-    def join(parts: list["ClipFeatures"]) -> "ClipFeatures":
-        """The frames of the parts one after the other."""
-        if len(parts) == 1:
-            return parts[0]
-        return ClipFeatures(tuple(torch.cat(levels, dim=1) for levels in zip(*(p.levels for p in parts), strict=True)))
+    def last(self, num: int) -> "ClipFeatures":
+        """The last frames."""
+        part = slice(None, num) if self.backwards else slice(self.num_frames - num, None)
+        return ClipFeatures(tuple(level[:, part] for level in self.levels), self.backwards)
+
+    def followed_by(self, other: "ClipFeatures") -> "ClipFeatures":
+        """These frames, then those of features seen in the same direction."""
+        assert self.backwards == other.backwards
+        pairs = zip(self.levels, other.levels, strict=True)
+        return ClipFeatures(
+            tuple(torch.cat(pair[:: -1 if self.backwards else 1], dim=1) for pair in pairs), self.backwards
+        )
+
+
+def gather(parts: Iterable[ClipFeatures], num_frames: int) -> ClipFeatures:
+    """One after the other, into memory that is taken once."""
+    levels: list[Tensor] = []
+    start = 0
+    for part in parts:
+        if part.num_frames == num_frames:
+            return part
+        if not levels:
+            levels = [x.new_empty(x.shape[0], num_frames, *x.shape[2:]) for x in part.levels]
+        for level, x in zip(levels, part.levels, strict=True):
+            level[:, start : start + part.num_frames] = x
+        start += part.num_frames
+    return ClipFeatures(tuple(levels))
 
 
 def feature_pyramid(raw: Float[Tensor, "B T C h w"]) -> ClipFeatures:

@@ -5,6 +5,7 @@ import torch
 
 from kinema.models.cotracker3 import CoTracker3, encode_motion
 from kinema.models.cotracker3_correlation import window_correlation, windows
+from kinema.models.cotracker3_predictor import BenchmarkTracker, CoTracker3Predictor, grid_points
 
 TRACKS_PX, FLAGS, MAPS = 2e-4, 2e-5, 3e-5
 
@@ -103,3 +104,45 @@ def test_parts_equal_the_published_ones(filled, fill, golden):
         reference.check(name, value, atol=MAPS, rtol=0)
     expected = torch.einsum("pthwc,pijc->pthwij", target, template).flatten(2)
     assert (products - expected).abs().max() < 1e-4
+
+
+def test_support_grids_equal_the_published_ones(golden):
+    reference = golden("cotracker3_probes__s0")
+    for name, grid in {
+        "grid_6_in_96x128": grid_points(6, 96, 128),
+        "grid_8_in_50_at_y20_x33": grid_points(8, 50, 50, (20.0, 33.0)),
+        "grid_1_in_96x128": grid_points(1, 96, 128),
+    }.items():
+        reference.check(name, grid[None], atol=MAPS, rtol=0)
+
+
+CASES = {
+    "queries": {},
+    "queries_backward": {"backward": True},
+    "grid5_frame3_backward": {"grid": 5, "grid_frame": 3, "backward": True},
+    "grid6_mask": {"grid": 6},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_predictor_equals_the_published_one(case, filled, fill, golden):
+    model, reference = filled(resolution=(96, 128)), golden("cotracker3_predictor__s0_t8")
+    video, queries = _video(fill, 0, 1, 8, 80, 112), _queries(fill, 0, 1, 5, 8, 80, 112)
+    options = dict(CASES[case])
+    if case == "grid6_mask":
+        options["mask"] = fill.image(0, "seg", 1, 80, 112, channels=1)[0, 0] > 0.5
+    found = CoTracker3Predictor(model)(video / 255, None if "grid" in case else queries, **options)
+    reference.check(f"{case}.tracks", found.tracks, atol=TRACKS_PX, rtol=0)
+    reference.check(f"{case}.visible", found.visible.float(), atol=0, rtol=0)
+    assert found.confidence.shape == found.visible.shape
+
+
+@pytest.mark.parametrize("name", ["joint", "single"])
+def test_benchmark_tracker_equals_the_published_wrapper(name, filled, fill, golden):
+    model, reference = filled(resolution=(96, 128)), golden(f"cotracker3_evaluation__s0_{name}")
+    video, queries = _video(fill, 0, 1, 8, 80, 112)[0] / 255, _queries(fill, 0, 1, 3, 8, 80, 112)[0]
+    tracker = BenchmarkTracker(model, single=name == "single")
+    tracks, score = tracker.scores(video, queries)
+    reference.check("tracks", tracks[None], atol=TRACKS_PX, rtol=0)
+    reference.check("visibility_times_confidence", score[None], atol=FLAGS, rtol=0)
+    assert torch.equal(tracker(video, queries)[1], score > 0.6)
