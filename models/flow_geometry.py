@@ -8,6 +8,7 @@ Shapes: flow is [..., 2, H, W], points are [..., 2], masks are [..., H, W].
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,11 +133,14 @@ def pixel_grid(height: int, width: int, like: Tensor) -> Float[Tensor, "2 H W"]:
 
 
 def warp(
-    maps: Float[Tensor, "B C H W"], flow_px: Float[Tensor, "B 2 h w"]
+    maps: Float[Tensor, "B C H W"], flow_px: Float[Tensor, "B 2 h w"], outside: str = "border"
 ) -> tuple[Float[Tensor, "B C h w"], Bool[Tensor, "B h w"]]:
     """Backward warp: the value of `maps` (frame 2) where each pixel of frame 1 moves to; bilinear.
 
-    Returns: the warped maps (border values outside), and where the target lies inside the frame, that
+    Args: outside, what lies beyond the frame: "border" repeats its border, "zeros" is 0 (a target less
+        than one pixel outside is a blend of the two).
+
+    Returns: the warped maps, and where the target lies inside the frame, that
     is within [0, W-1] x [0, H-1]. Unknown flow (nan or huge) is outside.
     """
     height, width = maps.shape[-2:]
@@ -146,21 +150,29 @@ def warp(
     # Edge-to-edge normalisation: unlike the corner-aligned one it is defined for a side of one pixel.
     grid = points_px_to_norm(target.permute(0, 2, 3, 1), height, width) * 2 - 1
     grid = torch.where(inside.unsqueeze(-1), grid, grid.nan_to_num().clamp(-2, 2)).to(maps.dtype)
-    return F.grid_sample(maps, grid, padding_mode="border", align_corners=False), inside
+    return F.grid_sample(maps, grid, padding_mode=outside, align_corners=False), inside
 
 
-def forward_backward_error(
-    flow_forward_px: Float[Tensor, "B 2 H W"], flow_backward_px: Float[Tensor, "B 2 H W"]
-) -> tuple[Float[Tensor, "B H W"], Float[Tensor, "B H W"], Bool[Tensor, "B H W"]]:
-    """How far each pixel of frame 1 comes back from where it started, going to frame 2 and back.
+class RoundTrip(NamedTuple):
+    """Where pixels of frame 1 come back to, going to frame 2 by one flow and back by the other."""
 
-    Returns: |f + b(w)|^2 and |f|^2 + |b(w)|^2 in squared pixels, b(w) the backward flow at the target, and
-        where the target lies inside frame 2.
-    """
+    gap_px2: Float[Tensor, "B H W"]
+    """|f + b(w)|^2, b(w) the backward flow at the target: squared distance from the start, in squared pixels."""
+    size_px2: Float[Tensor, "B H W"]
+    """|f|^2 + |b(w)|^2."""
+    inside: Bool[Tensor, "B H W"]
+    """Where the target lies inside frame 2."""
+
+    def occluded(self, relative: float = 0.01, absolute_px2: float = 0.5) -> Bool[Tensor, "B H W"]:
+        """See `occlusion`."""
+        return ~((self.gap_px2 < relative * self.size_px2 + absolute_px2) & self.inside)
+
+
+def round_trip(flow_forward_px: Float[Tensor, "B 2 H W"], flow_backward_px: Float[Tensor, "B 2 H W"]) -> RoundTrip:
+    """Forward-backward consistency of two opposite flows."""
     backward, inside = warp(flow_backward_px, flow_forward_px)
     gap_px2 = (flow_forward_px + backward).square().sum(1)
-    size_px2 = flow_forward_px.square().sum(1) + backward.square().sum(1)
-    return gap_px2, size_px2, inside
+    return RoundTrip(gap_px2, flow_forward_px.square().sum(1) + backward.square().sum(1), inside)
 
 
 def occlusion(
@@ -176,8 +188,7 @@ def occlusion(
 
     Source: Sundaram, Brox, Keutzer, ECCV 2010, section 4.
     """
-    gap_px2, size_px2, inside = forward_backward_error(flow_forward_px, flow_backward_px)
-    return ~((gap_px2 < relative * size_px2 + absolute_px2) & inside)
+    return round_trip(flow_forward_px, flow_backward_px).occluded(relative, absolute_px2)
 
 
 def known_flow(flow_px: Float[Tensor, "*B 2 H W"]) -> Bool[Tensor, "*B H W"]:
