@@ -6,11 +6,13 @@ from torch import Tensor
 
 from kinema.kernels.cosine_attention.patterns import AttentionPattern, PatternLike, as_pattern
 from kinema.kernels.cosine_attention.reference import cosine_attention_reference
-from kinema.kernels.dispatch import check_impl
+from kinema.kernels.dispatch import check_impl, use_triton, why_no_triton
 
-__all__ = ["AttentionPattern", "as_pattern", "cosine_attention"]
+__all__ = ["AttentionPattern", "as_pattern", "cosine_attention", "why_not_triton"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_HEAD = 128
+"""Of the kernel; a head is padded to a power of two."""
 
 
 def cosine_attention(
@@ -44,7 +46,38 @@ def cosine_attention(
     check_impl(impl)
     checked = as_pattern(pattern)
     _check_arguments(q, k, v, theta_q, theta_k, scale, checked)
+    if use_triton(impl, why_not_triton(q, k, v, theta_q, theta_k, scale, checked)):
+        # Imported where it runs: triton is not installed everywhere, and takes its time.
+        from kinema.kernels.cosine_attention.triton_impl import cosine_attention_triton
+
+        return cosine_attention_triton(q, k, v, theta_q, theta_k, scale, checked)
     return cosine_attention_reference(q, k, v, theta_q, theta_k, scale, checked)
+
+
+def why_not_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta_q: Tensor | None,
+    theta_k: Tensor | None,
+    scale: Tensor,
+    pattern: PatternLike,
+) -> str | None:
+    """A sentence that says why the kernel cannot run on these arguments, or None."""
+    angles = [theta for theta in (theta_q, theta_k) if theta is not None]
+    reason = why_no_triton(q, k, v, scale, *angles)
+    if reason is not None:
+        return reason
+    if q.dtype == torch.float64:
+        return "q is float64; the kernel computes in float32"
+    D = q.shape[-1]
+    if D % 2 != 0 or D > LARGEST_HEAD:
+        return f"the head size is {D}; the kernel takes even sizes up to {LARGEST_HEAD}"
+    if q.shape[0] * q.shape[1] == 0:
+        return f"q has shape {list(q.shape)}; there is nothing to launch a kernel for"
+    if any(theta.requires_grad for theta in angles) and torch.is_grad_enabled():
+        return "the angles ask for a gradient, which the kernel does not compute; detach them"
+    return None
 
 
 def _check_arguments(
