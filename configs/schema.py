@@ -117,6 +117,14 @@ class TeachConfig:
     """Refinement iterations of RAFT networks; 0 means the network's default (RAFT 20, RAFT-small 20)."""
     short_side: int = 0
     """Shorter side of the frames the teacher sees (never enlarged); flow is stored at that size; 0: original size."""
+    max_megapixels: float = 0.0
+    """Frames with more than this many million pixels (after short_side) are too large for memory; 0: no limit."""
+    too_large: Literal["downscale", "tile"] = "downscale"
+    """Such frames are reduced (flow is stored at that size), or cut into overlapping tiles whose flow is blended."""
+    uncertainty: bool = False
+    """Store the error the teacher itself expects beside the flow (SEA-RAFT only)."""
+    compare: str = ""
+    """Another teacher's flow of the same clips; the mean distance to it becomes the column pair_disagreement_px."""
     occlusion: bool = True
     """Store forward-backward occlusion (needs both directions)."""
     batch_pairs: int = 4
@@ -144,6 +152,12 @@ class TeachConfig:
         _require(self.iters >= 0, "iters", self.iters, "use 1 or more, or 0 for the network's default")
         _require(self.batch_pairs >= 1, "batch_pairs", self.batch_pairs, "use 1 or more")
         _require(self.short_side >= 0, "short_side", self.short_side, "use pixels, or 0 for the original size")
+        _require(
+            self.max_megapixels == 0 or self.max_megapixels >= 0.02,
+            "max_megapixels",
+            self.max_megapixels,
+            "use 0.02 or more (2.1 is full HD), or 0 for no limit",
+        )
         _require(self.num_actors >= 0, "num_actors", self.num_actors, "use 1 or more, or 0 for what fits")
         _require(self.threads_per_actor >= 1, "threads_per_actor", self.threads_per_actor, "use 1 or more")
         _require(

@@ -16,6 +16,7 @@ from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.flow_codec import SCALE
 from kinema.pipelines.sidecar import (
+    Count,
     SidecarTotals,
     build_shards,
     column_mean,
@@ -61,7 +62,10 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
     """Compute what is missing in config.out. Raises: ValueError for bad arguments, StageError when it cannot end."""
     started = time.monotonic()
     say = report or (lambda line: print(line, file=sys.stderr, flush=True))
+    if config.uncertainty and not config.teacher.startswith("sea_raft"):
+        raise ValueError(f"uncertainty=true: the teacher {config.teacher} states none; use a sea_raft_* teacher")
     clips = open_input(config.clips, "clips")
+    compare = _open_compared(config, clips)
     pairing = pairing_of(config)
     weights, weights_hash = locate_weights(config.teacher, config.weights)
     spec = TeacherSpec(
@@ -70,6 +74,9 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         weights_hash=weights_hash,
         iters=_iters(config),
         short_side=config.short_side,
+        max_pixels=round(config.max_megapixels * 1e6),
+        too_large=config.too_large,
+        uncertainty=config.uncertainty,
         precision=config.precision,
         threads=config.threads_per_actor,
     )
@@ -80,13 +87,13 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         out,
         kind="flow",
         config=identity(spec, pairing),
-        inputs={"clips": clips.plan8},
+        inputs={"clips": clips.plan8} | ({} if compare is None else {"compare": compare.plan8}),
     )
-    todo = plan_shards({"clips": clips}, flow)
+    todo = plan_shards({"clips": clips} | ({} if compare is None else {"compare": compare}), flow)
     total = flow.plan.num_rows
     say(f"teach: {config.teacher} on {total} clips, {len(todo)} of {len(flow.planned_shards())} shards to compute")
     with flow.swept_on_failure():
-        _compute(config, clips, flow, spec, pairing, todo)
+        _compute(config, spec, todo, partial(ShardTeacher, clips, flow, pairing=pairing, compare=compare), flow)
     flow.finalize()
     return _summary(config, flow, len(todo), time.monotonic() - started)
 
@@ -114,6 +121,9 @@ def identity(spec: TeacherSpec, pairing: Pairing) -> dict[str, Any]:
         "weights_hash": spec.weights_hash,
         "iters": spec.iters,
         "short_side": spec.short_side,
+        "max_pixels": spec.max_pixels,
+        "too_large": spec.too_large if spec.max_pixels else None,
+        "uncertainty": spec.uncertainty,
         "precision": spec.precision,
         "gaps": list(pairing.gaps),
         "forward": pairing.forward,
@@ -125,8 +135,9 @@ def identity(spec: TeacherSpec, pairing: Pairing) -> dict[str, Any]:
 
 
 def _compute(
-    config: TeachConfig, clips: Artifact, flow: Artifact, spec: TeacherSpec, pairing: Pairing, todo: list[int]
+    config: TeachConfig, spec: TeacherSpec, todo: list[int], make: Callable[..., ShardTeacher], flow: Artifact
 ) -> None:
+    """Args: make(spec=, count=) -> ShardTeacher."""
     if not todo:
         return
     spec, num_actors = _place(config, spec, engine.resources())
@@ -134,12 +145,29 @@ def _compute(
     build_shards(
         flow,
         todo,
-        partial(ShardTeacher, clips, flow, spec, pairing),
+        partial(_shard_teacher, make, spec),
         num_actors=num_actors,
         num_cpus=1.0 if on_gpu else float(spec.threads),
         num_gpus=1.0 if on_gpu else 0.0,
         unit="pairs",
     )
+
+
+def _shard_teacher(make: Callable[..., ShardTeacher], spec: TeacherSpec, count: Count) -> ShardTeacher:
+    return make(spec=spec, count=count)
+
+
+def _open_compared(config: TeachConfig, clips: Artifact) -> Artifact | None:
+    """The flow to compare with. Raises: ValueError when it was made from other clips."""
+    if not config.compare:
+        return None
+    other = open_input(config.compare, "flow")
+    if other.manifest["inputs"].get("clips") != clips.plan8:
+        raise ValueError(
+            f"compare={config.compare} was made from clips {other.manifest['inputs'].get('clips')}, these are "
+            f"{clips.plan8}; give another teacher's flow of the same clips"
+        )
+    return other
 
 
 def _check_possible(config: TeachConfig, clips: Artifact, spec: TeacherSpec) -> None:

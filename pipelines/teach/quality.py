@@ -22,10 +22,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 
+import pyarrow as pa
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kinema.models.flow_geometry import forward_backward_error, occlusion, warp
+from kinema.models.flow_geometry import RoundTrip, warp
 
 STATIC_MOTION_PX = 0.1
 STATIC_STILL = 0.01
@@ -55,7 +56,9 @@ class PairQuality:
     disagreement_px: float | None = None
 
 
-COLUMNS = tuple(f"pair_{f.name}" for f in fields(PairQuality))
+_ARROW = {"t": pa.int32(), "gap": pa.int32(), "static": pa.bool_(), "cut": pa.bool_()}
+COLUMNS = {f"pair_{f.name}": _ARROW.get(f.name, pa.float32()) for f in fields(PairQuality)}
+"""Column names and the type of their lists' elements."""
 
 
 def pair_quality(
@@ -64,20 +67,21 @@ def pair_quality(
     grey1: Float[Tensor, "1 H W"],
     grey2: Float[Tensor, "1 H W"],
     flow_px: Float[Tensor, "2 H W"],
-    reverse_px: Float[Tensor, "2 H W"] | None = None,
-    uncertainty_px: Float[Tensor, "1 H W"] | None = None,
+    trip: RoundTrip | None = None,
+    uncertainty_px: Float[Tensor, "H W"] | None = None,
     other_px: Float[Tensor, "2 H W"] | None = None,
 ) -> PairQuality:
     """Signals of the flow from picture 1 to picture 2 (grey, 0..1).
 
-    Args: reverse_px, the flow from 2 to 1; uncertainty_px, the network's own; other_px, another teacher's flow.
+    Args: trip, to picture 2 and back, with a batch of this one pair; uncertainty_px, the network's own; other_px,
+        another teacher's flow.
     """
     warped, inside = warp(grey2[None], flow_px[None])
     seen, consistency_px, occluded_share = inside[0], None, None
-    if reverse_px is not None:
-        gap_px2, _, _ = forward_backward_error(flow_px[None], reverse_px[None])
-        consistency_px = _number(gap_px2[inside].sqrt().median()) if bool(inside.any()) else None
-        hidden = occlusion(flow_px[None], reverse_px[None])[0]
+    if trip is not None:
+        if bool(trip.inside.any()):
+            consistency_px = _number(trip.gap_px2[trip.inside].sqrt().median())
+        hidden = trip.occluded()[0]
         occluded_share = float(hidden.float().mean())
         seen = seen & ~hidden
     motion_px = float(flow_px.square().sum(0).sqrt().mean())

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import torch
+from jaxtyping import Float32
 
-from kinema.pipelines.artifacts import Artifact
+from kinema.models.flow_geometry import resize_flow
+from kinema.pipelines.artifacts import Artifact, read_range
 from kinema.pipelines.flow_codec import FlowBlob, encode_clip_flow
 from kinema.pipelines.sidecar import Count, Sample, ShardOutcome, clip_frames, read_clip, write_shard
-from kinema.pipelines.teach.clip_flow import FlowStatistics, Pairing, clip_flow
-from kinema.pipelines.teach.teachers import Teacher, TeacherSpec, reduced_size, use_threads
+from kinema.pipelines.teach import quality
+from kinema.pipelines.teach.clip_flow import OtherFlow, Pairing, clip_flow
+from kinema.pipelines.teach.protocol import Teacher
+from kinema.pipelines.teach.teachers import TeacherSpec, use_threads
 
 FLOW_COLUMNS = pa.schema(
     [
@@ -24,6 +31,7 @@ FLOW_COLUMNS = pa.schema(
         ("num_saturated", pa.int64()),
         ("mean_flow_px", pa.float64()),
         ("occluded_share", pa.float64()),
+        *((name, pa.list_(kind)) for name, kind in quality.COLUMNS.items()),
         ("flow_offset", pa.int64()),
         ("flow_size", pa.int64()),
     ]
@@ -33,7 +41,7 @@ FLOW_COLUMNS = pa.schema(
 class ShardTeacher:
     """Holds a loaded teacher; calling it with a shard number builds that shard of the flow artifact.
 
-    Args: `count(clips, pairs)` is told of every finished clip.
+    Args: `count(clips, pairs)` is told of every finished clip; compare, another teacher's flow of the same clips.
     """
 
     def __init__(
@@ -44,47 +52,72 @@ class ShardTeacher:
         pairing: Pairing,
         count: Count | None = None,
         teacher: Teacher | None = None,
+        compare: Artifact | None = None,
     ):
         self.clips, self.flow, self.spec, self.pairing = clips, flow, spec, pairing
+        self.compare = compare
         self.count = count or (lambda clips, pairs: None)
         self.teacher = teacher or spec.load()
 
     def __call__(self, shard: int) -> ShardOutcome:
         """Build and commit one shard. Raises: ValueError when the clip shard is missing or was not committed."""
+        inputs = {"clips": self.clips} | ({} if self.compare is None else {"compare": self.compare})
         with use_threads(self.spec.threads):
             return write_shard(
-                {"clips": self.clips},
+                inputs,
                 self.flow,
                 shard,
                 FLOW_COLUMNS,
-                lambda key, rows: self._clip(shard, rows["clips"]),
+                lambda key, rows: self._clip(shard, rows["clips"], rows.get("compare")),
                 self.count,
                 units="num_pairs",
             )
 
-    def _clip(self, shard: int, row: dict[str, Any]) -> Sample:
+    def _clip(self, shard: int, row: dict[str, Any], compared: dict[str, Any] | None) -> Sample:
         """Blob and row of one clip. Raises: SourceError, BadFlow."""
         mp4 = read_clip(self.clips, shard, row)
-        height, width = reduced_size(row["height"], row["width"], self.spec.short_side)
-        statistics = FlowStatistics()
-        frames = clip_frames(mp4, row)
+        height, width = self.spec.flow_size(row["height"], row["width"])
+        signals: list[quality.PairQuality] = []
+        other = None if compared is None else self._other_flow(shard, compared, height, width)
+        pairs = clip_flow(clip_frames(mp4, row), self.teacher, self.pairing, signals, other)
         blob = encode_clip_flow(
-            statistics.watch(clip_flow(frames, self.teacher, self.pairing)),
+            pairs,
             height=height,
             width=width,
             teacher=self.spec.name,
             weights_hash=self.spec.weights_hash,
             frames=row["num_frames"],
         )
+        columns = quality.columns(signals)
         return {"flow": blob}, {
             "source": row["source"],
             "height": height,
             "width": width,
             "num_frames": row["num_frames"],
-            "num_pairs": statistics.num_pairs,
+            "num_pairs": len(signals),
             "teacher": self.spec.name,
             "weights_hash": self.spec.weights_hash,
             "num_saturated": FlowBlob(blob).num_saturated,
-            "mean_flow_px": statistics.mean_flow_px,
-            "occluded_share": statistics.occluded_share,
+            "mean_flow_px": _mean(columns["pair_motion_px"]),
+            "occluded_share": _mean(columns["pair_occluded_share"]) if self.pairing.stores_occlusion else None,
+            **columns,
         }
+
+    def _other_flow(self, shard: int, row: dict[str, Any], height: int, width: int) -> OtherFlow:
+        """The other teacher's flow of a clip, at this teacher's size."""
+        assert self.compare is not None
+        url = self.compare.shard_url(shard)
+        blob = FlowBlob(read_range(url, row["flow_offset"], row["flow_size"]))
+        stored = set(blob.pairs)
+
+        def flow(t: int, gap: int) -> Float32[np.ndarray, "2 H W"] | None:
+            if (t, gap) not in stored:
+                return None
+            return resize_flow(torch.from_numpy(blob.flow(t, gap)), height, width).numpy()
+
+        return flow
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None

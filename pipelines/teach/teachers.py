@@ -5,11 +5,11 @@ Images are resized here (short_side), never enlarged; flow is in pixels of the i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -21,19 +21,11 @@ from torch import Tensor
 from kinema.models.dis import DIS
 from kinema.models.raft import FrameFeatures, raft, raft_small
 from kinema.models.weights import download, file_sha256, published_file
+from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
+from kinema.pipelines.teach.tiling import TiledTeacher
 
 DEFAULT_ITERS = {"raft": 20, "raft_small": 20}
 _RAFTS = {"raft": raft, "raft_small": raft_small}
-
-
-class Teacher(Protocol):
-    """What the stage needs of a flow network."""
-
-    def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> Any:
-        """Everything later pairs need of one frame."""
-
-    def flow(self, pairs: Sequence[tuple[Any, Any]]) -> Float[Tensor, "B 2 h w"]:
-        """Flow of each (from, to), float32 in pixels, on the teacher's device."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +42,12 @@ class TeacherSpec:
     """Refinement iterations; 0 for the preset of dis."""
     short_side: int = 0
     """Shorter side the frames are reduced to; 0 keeps them."""
+    max_pixels: int = 0
+    """Frames with more pixels than this (after short_side) are too large for the network; 0: none is."""
+    too_large: str = "downscale"
+    """What becomes of those: downscale (flow is stored at the reduced size), or tile."""
+    uncertainty: bool = False
+    """Also ask for the network's own expected error."""
     device: str = "cpu"
     """cpu or cuda."""
     precision: str = "fp32"
@@ -59,7 +57,18 @@ class TeacherSpec:
 
     def load(self) -> Teacher:
         """Build the network and load its weights. Raises: ValueError for weights that do not fit."""
+        if self.max_pixels and self.too_large == "tile":
+            of_a_tile = replace(self, short_side=0, max_pixels=0)
+            return TiledTeacher(of_a_tile.load(), self.max_pixels, self.flow_size)
         return DISTeacher(self) if self.name == "dis" else RAFTTeacher(self)
+
+    def flow_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) at which the flow of frames of this size is computed and stored."""
+        height, width = reduced_size(height, width, self.short_side)
+        if self.max_pixels and self.too_large == "downscale" and height * width > self.max_pixels:
+            scale = math.sqrt(self.max_pixels / (height * width))
+            return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+        return height, width
 
 
 @contextmanager
@@ -105,12 +114,10 @@ def reduced_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return max(1, round(height * short_side / shorter)), max(1, round(width * short_side / shorter))
 
 
-def to_image(frame: UInt8[np.ndarray, "H W 3"], short_side: int, device: str) -> Float[Tensor, "1 3 h w"]:
-    """RGB bytes as float in 0..1, reduced with antialiasing."""
+def to_image(frame: UInt8[np.ndarray, "H W 3"], size: tuple[int, int], device: str) -> Float[Tensor, "1 3 h w"]:
+    """RGB bytes as float in 0..1, at `size` (height, width), reduced with antialiasing."""
     image = torch.from_numpy(np.ascontiguousarray(frame)).to(device).permute(2, 0, 1)[None].float() / 255
-    height, width = image.shape[-2:]
-    size = reduced_size(height, width, short_side)
-    if size != (height, width):
+    if size != tuple(image.shape[-2:]):
         image = F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
     return image
 
@@ -124,12 +131,12 @@ class DISTeacher:
 
     def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "1 3 h w"]:
         """The reduced image itself."""
-        return to_image(frame, self.spec.short_side, "cpu")
+        return to_image(frame, self.spec.flow_size(*frame.shape[:2]), "cpu")
 
-    def flow(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "B 2 h w"]:
+    def flow(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> FlowEstimate:
         """One solver call a pair."""
         first, second = (torch.cat(images) for images in zip(*pairs, strict=True))
-        return self.network(first, second, iters=self.spec.iters or None)
+        return FlowEstimate(self.network(first, second, iters=self.spec.iters or None))
 
 
 class RAFTTeacher:
@@ -143,14 +150,14 @@ class RAFTTeacher:
     def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> FrameFeatures:
         """Correlation features and context of one frame."""
         with self._autocast():
-            return self.network.encode(to_image(frame, self.spec.short_side, self.spec.device))
+            return self.network.encode(to_image(frame, self.spec.flow_size(*frame.shape[:2]), self.spec.device))
 
     @torch.inference_mode()
-    def flow(self, pairs: Sequence[tuple[FrameFeatures, FrameFeatures]]) -> Float[Tensor, "B 2 h w"]:
+    def flow(self, pairs: Sequence[tuple[FrameFeatures, FrameFeatures]]) -> FlowEstimate:
         """All pairs in one network call."""
         first, second = (_stack(features) for features in zip(*pairs, strict=True))
         with self._autocast():
-            return self.network.flow_from_features(first, second, iters=self.spec.iters).float()
+            return FlowEstimate(self.network.flow_from_features(first, second, iters=self.spec.iters).float())
 
     def _autocast(self) -> AbstractContextManager:
         if self.spec.precision == "fp32":

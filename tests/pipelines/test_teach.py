@@ -24,8 +24,10 @@ from kinema.pipelines.artifacts import Artifact, read_range, sample_key
 from kinema.pipelines.artifacts import store as store_module
 from kinema.pipelines.flow_codec import FlowBlob
 from kinema.pipelines.scenes import Scene
+from kinema.pipelines.scenes.packed import write_scene_clips
 from kinema.pipelines.sidecar import clip_frames
 from kinema.pipelines.teach import clip_flow
+from kinema.pipelines.teach.protocol import FlowEstimate
 from kinema.pipelines.teach.shard_teacher import ShardTeacher
 from kinema.pipelines.teach.teachers import use_threads
 
@@ -250,7 +252,7 @@ class NaNTeacher:
         flow = torch.zeros(len(pairs), 2, HEIGHT, WIDTH)
         for number, ((_, bad), _) in enumerate(pairs):
             flow[number, 0, 3, 4] = self.value if bad else 0.0
-        return flow
+        return FlowEstimate(flow)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +267,60 @@ def test_bad_flow_is_quarantined_with_its_reason_and_never_stored(clips, tmp_pat
     assert reason in entry["message"]
     assert set(blobs(tmp_path / "flow")) == {"pan.mp4", "turn.mp4"}
     assert Artifact.read(tmp_path / "flow").verify() == []
+
+
+def test_every_pair_has_its_signals_in_the_order_of_the_blob(clips, tmp_path):
+    teach.run(config(clips, tmp_path / "flow"))
+    stored = blobs(tmp_path / "flow")
+    for row in Artifact.read(tmp_path / "flow").samples().to_pylist():
+        blob = stored[row["source"]]
+        assert list(zip(row["pair_t"], row["pair_gap"], strict=True)) == blob.pairs
+        lengths = [np.hypot(*blob.flow(*pair)).mean() for pair in blob.pairs]
+        np.testing.assert_allclose(row["pair_motion_px"], lengths, atol=2 * STEP_PX)
+        hidden = [blob.occlusion(*pair).mean() for pair in blob.pairs]
+        np.testing.assert_allclose(row["pair_occluded_share"], hidden, atol=1e-6)
+        assert row["mean_flow_px"] == pytest.approx(np.mean(row["pair_motion_px"]), rel=1e-6)
+        assert not any(row["pair_cut"]) and row["pair_disagreement_px"] == [None] * len(blob.pairs)
+
+
+def test_two_teachers_are_compared(clips, tmp_path):
+    teach.run(config(clips, tmp_path / "first"))
+    summary = teach.run(config(clips, tmp_path / "second", iters=4, compare=str(tmp_path / "first")))
+    assert summary.quarantined == 0
+    first, second = blobs(tmp_path / "first"), blobs(tmp_path / "second")
+    for row in Artifact.read(tmp_path / "second").samples().to_pylist():
+        a, b = first[row["source"]], second[row["source"]]
+        expected = [np.hypot(*(a.flow(*pair) - b.flow(*pair))).mean() for pair in b.pairs]
+        np.testing.assert_allclose(row["pair_disagreement_px"], expected, atol=2 * STEP_PX)
+    write_clips(tmp_path / "others", {0: ["turn.mp4"]})
+    with pytest.raises(ValueError, match="another teacher's flow of the same clips"):
+        teach.run(config(tmp_path / "others", tmp_path / "third", compare=str(tmp_path / "first")))
+
+
+def test_frames_too_large_are_reduced_or_tiled_and_the_artifact_says_so(clips, tmp_path):
+    scene = Scene(seed=4, height=216, width=288, num_frames=3, speed_px=3.0)
+    write_scene_clips([scene], str(tmp_path / "large"))
+    whole, reduced, tiled = tmp_path / "whole", tmp_path / "reduced", tmp_path / "tiled"
+    teach.run(config(tmp_path / "large", whole))
+    teach.run(config(tmp_path / "large", reduced, max_megapixels=0.02))
+    teach.run(config(tmp_path / "large", tiled, max_megapixels=0.04, too_large="tile"))
+    header = next(iter(blobs(reduced).values())).header
+    assert 0.95 * 20000 <= header.height * header.width <= 20000
+    assert abs(header.width / header.height - 4 / 3) < 0.02
+    assert Artifact.read(reduced).manifest["config"]["too_large"] == "downscale"
+    stated = Artifact.read(tiled).manifest["config"]
+    assert (stated["too_large"], stated["max_pixels"]) == ("tile", 40000)
+    (one,), (other,) = blobs(whole).values(), blobs(tiled).values()
+    assert other.header.height == 216 and other.header.width == 288
+    truth, hidden = scene.motion(0, 1)
+    errors = [np.hypot(*(blob.flow(0, 1) - truth))[~hidden].mean() for blob in (one, other)]
+    assert errors[1] < errors[0] + 0.05
+
+
+def test_uncertainty_is_asked_of_teachers_that_state_it(clips, tmp_path):
+    with pytest.raises(ValueError, match="sea_raft"):
+        teach.run(config(clips, tmp_path / "flow", uncertainty=True))
+    assert not (tmp_path / "flow").exists()
 
 
 def test_a_clip_that_is_not_what_its_row_says_is_quarantined(tmp_path):
@@ -487,7 +543,7 @@ def test_memory_does_not_grow_with_the_clip(monkeypatch):
             return Held()
 
         def flow(self, pairs):
-            return torch.zeros(len(pairs), 2, 4, 4)
+            return FlowEstimate(torch.zeros(len(pairs), 2, 4, 4))
 
     pairing = clip_flow.Pairing(gaps=(1, 2), batch_pairs=4)
     frames = (np.zeros((4, 4, 3), np.uint8) for _ in range(200))
