@@ -79,6 +79,40 @@ def raft_small(pretrained=False, weights=None):
     return build(pretrained=pretrained, weights=weights)
 
 
+def sea_raft_s(pretrained=False, weights=None, scale=0):
+    """SEA-RAFT S: `model(image1, image2, iters=None, flow_init=None)` -> flow [B, 2, H, W] in pixels.
+
+    The network sees the images at 2^scale times their size; the published weights were made for scale=-1 on 1080p.
+    """
+    from kinema.models.sea_raft import sea_raft_s as build
+
+    return build(pretrained=pretrained, weights=weights, scale=scale)
+
+
+def sea_raft_m(pretrained=False, weights=None, scale=0):
+    """SEA-RAFT M: as sea_raft_s, with deeper encoders."""
+    from kinema.models.sea_raft import sea_raft_m as build
+
+    return build(pretrained=pretrained, weights=weights, scale=scale)
+
+
+def sea_raft_l(pretrained=False, weights=None, scale=0):
+    """SEA-RAFT L: as sea_raft_m, with 12 refinements instead of 4."""
+    from kinema.models.sea_raft import sea_raft_l as build
+
+    return build(pretrained=pretrained, weights=weights, scale=scale)
+
+
+def smurf(pretrained=False, weights=None):
+    """SMURF: `model(image1, image2, iters=None, flow_init=None)` -> flow [B, 2, H, W] in pixels.
+
+    weights is a state dict of the PyTorch port; no converted weights are published.
+    """
+    from kinema.models.smurf import smurf as build
+
+    return build(pretrained=pretrained, weights=weights)
+
+
 def cotracker3(pretrained=False, weights=None):
     """CoTracker3 offline: `model(video, queries, iters)` -> tracks in pixels, visibility, confidence.
 

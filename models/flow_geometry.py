@@ -168,9 +168,11 @@ class RoundTrip(NamedTuple):
         return ~((self.gap_px2 < relative * self.size_px2 + absolute_px2) & self.inside)
 
 
-def round_trip(flow_forward_px: Float[Tensor, "B 2 H W"], flow_backward_px: Float[Tensor, "B 2 H W"]) -> RoundTrip:
-    """Forward-backward consistency of two opposite flows."""
-    backward, inside = warp(flow_backward_px, flow_forward_px)
+def round_trip(
+    flow_forward_px: Float[Tensor, "B 2 H W"], flow_backward_px: Float[Tensor, "B 2 H W"], outside: str = "border"
+) -> RoundTrip:
+    """Forward-backward consistency of two opposite flows; `outside` as in `warp`."""
+    backward, inside = warp(flow_backward_px, flow_forward_px, outside)
     gap_px2 = (flow_forward_px + backward).square().sum(1)
     return RoundTrip(gap_px2, flow_forward_px.square().sum(1) + backward.square().sum(1), inside)
 

@@ -10,14 +10,13 @@ Unsupervised Learning of Optical Flow", CVPR 2018; Sundaram, Brox, Keutzer, ECCV
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kinema.models.flow_geometry import crop_flow, pad_flow, pixel_grid, resize_flow, warp
+from kinema.models.flow_geometry import crop_flow, pad_flow, pixel_grid, resize_flow, round_trip, warp
 from kinema.models.padding import Padding
 
 Mask = Float[Tensor, "B 1 H W"]
@@ -96,7 +95,7 @@ def _direction(
         with torch.no_grad():
             occluded = occlusion_mask(flow, backward, weights.occlusion)
             if full:  # motion off the crop is seen in the whole frame
-                occluded = torch.minimum(occluded, _round_trip(flow, backward).inside)
+                occluded = torch.minimum(occluded, warp(backward, flow)[1][:, None].float())
             mask = (1 - occluded) * valid
         terms["census"] = weights.census * census_loss(image, warped, mask)
     for order, weight in ((1, weights.smooth1), (2, weights.smooth2)):
@@ -210,8 +209,8 @@ def occlusion_mask(forward: Float[Tensor, "B 2 H W"], backward: Float[Tensor, "B
     if method == "wang":
         return 1 - range_map(backward).clamp(0, 1)
     if method == "brox":
-        trip = _round_trip(forward, backward)
-        return (trip.gap > trip.threshold).to(forward.dtype)
+        trip = round_trip(forward, backward, outside="zeros")
+        return (trip.gap_px2 > 0.01 * trip.size_px2 + 0.5)[:, None].to(forward.dtype)
     if method == "none":
         return torch.zeros_like(forward[:, :1])
     raise ValueError(f"occlusion method {method!r} is not one of 'wang', 'brox', 'none'")
@@ -257,26 +256,11 @@ def self_supervision_loss(
     return (share * _robust(target - student_forward)).mean()
 
 
-class _RoundTrip(NamedTuple):
-    """What is left of going there and back again, per pixel."""
-
-    gap: Mask
-    """Squared length of f + b(w)."""
-    threshold: Mask
-    """What the forward-backward check allows it to be."""
-    inside: Mask
-    """1 where the target is within the frame; b is 0 beyond it."""
-
-
-def _round_trip(forward: Tensor, backward: Tensor) -> _RoundTrip:
-    back, inside = warp(backward, forward, outside="zeros")
-    gap = (forward + back).square().sum(dim=1, keepdim=True)
-    size = (forward.square() + back.square()).sum(dim=1, keepdim=True)
-    return _RoundTrip(gap, 0.01 * size + 0.5, inside[:, None].to(gap.dtype))
-
-
 def _consistency(forward: Tensor, backward: Tensor, mask: str, variance: float) -> Mask:
     """How well the flows undo one another, 0..1; 0 where the target is beyond the frame."""
-    trip = _round_trip(forward, backward)
-    agreement = torch.exp(-trip.gap / variance) if mask == "gaussian" else (trip.gap < trip.threshold).float()
-    return agreement * trip.inside
+    trip = round_trip(forward, backward, outside="zeros")
+    if mask == "gaussian":
+        agreement = torch.exp(-trip.gap_px2 / variance)
+    else:
+        agreement = (trip.gap_px2 < 0.01 * trip.size_px2 + 0.5).to(trip.gap_px2.dtype)
+    return (agreement * trip.inside)[:, None]

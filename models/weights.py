@@ -60,7 +60,14 @@ _DINOV2_PAPER = "Oquab et al., DINOv2, TMLR 2024, arXiv:2304.07193"
 _REGISTERS_PAPER = "Darcet et al., Vision Transformers Need Registers, ICLR 2024, arXiv:2309.16588"
 _DINOV3_PAPER = "Simeoni et al., DINOv3, 2025, arXiv:2508.10104"
 _MAE_PAPER = "He et al., MAE, CVPR 2022, arXiv:2111.06377"
+_SEA_RAFT_PAPER = "Wang, Lipson, Deng, SEA-RAFT, ECCV 2024, arXiv:2405.14793"
 _COTRACKER3_PAPER = "Karaev et al., CoTracker3, 2024, arXiv:2410.11831"
+
+
+def _sea_raft(size: str) -> PublishedWeights:
+    # Trained on Spring last, at half resolution; L is M with more refinements.
+    url = f"https://huggingface.co/MemorySlices/Tartan-C-T-TSKH-spring540x960-{size}/resolve/main/model.safetensors"
+    return PublishedWeights(url, _SEA_RAFT_PAPER, "BSD-3-Clause")
 
 
 def _flowfeat(file: str) -> PublishedWeights:
@@ -84,6 +91,9 @@ LEDGER: dict[str, PublishedWeights] = {
         sha256="c7d41b9cc88442bb8aa911dbb33086dac55a226394b142937ff22d5578717332",
         archive_member="models/raft-small.pth",
     ),
+    "sea_raft_s": _sea_raft("S"),
+    "sea_raft_m": _sea_raft("M"),
+    "sea_raft_l": _sea_raft("M"),
     "dino_vits16": PublishedWeights(
         f"{_META}dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", _DINO_PAPER, "Apache-2.0"
     ),

@@ -54,6 +54,17 @@ def test_raft_small_with_its_published_weights(shared_data):
     assert sum(p.numel() for p in model.parameters()) == 990_162
 
 
+@pytest.mark.parametrize("name", ["sea_raft_s", "sea_raft_m", "sea_raft_l", "smurf"])
+@torch.no_grad()
+def test_flow_networks_load_a_checkpoint_by_name(name, tmp_path):
+    state = load(name).state_dict()
+    torch.save({f"module.{key}": torch.zeros_like(value) for key, value in state.items()}, tmp_path / "w.pth")
+    network = load(name, weights=str(tmp_path / "w.pth"))
+    assert not network.training
+    flow = network(torch.rand(1, 3, 40, 50), torch.rand(1, 3, 40, 50), iters=1)
+    assert flow.shape == (1, 2, 40, 50) and not flow.any()
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     torch.save(load("dino_vits16").state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match="do not fit dinov2_vits14.*missing: .*mask_token"):
@@ -67,7 +78,8 @@ def test_every_entry_takes_pretrained_and_weights_and_has_a_help_text():
     finally:
         sys.path.remove(str(REPO_ROOT))
     entries = {n: v for n, v in vars(hubconf).items() if callable(v) and not n.startswith("_")}
-    assert set(BACKBONES) | {"mae_vitb16", "flowfeat", "raft", "raft_small"} <= set(entries)
+    assert set(BACKBONES) | {"mae_vitb16", "flowfeat", "raft", "raft_small", "smurf"} <= set(entries)
+    assert {"sea_raft_s", "sea_raft_m", "sea_raft_l"} <= set(entries)
     for name, entry in entries.items():
         assert {"pretrained", "weights"} <= set(inspect.signature(entry).parameters), name
         assert entry.__doc__ and "partial" not in entry.__doc__, name
