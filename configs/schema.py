@@ -103,7 +103,7 @@ class TeachConfig:
     """The clips artifact."""
     out: str = ""
     """Folder or URL of the flow artifact; empty: flow/TEACHER beside clips."""
-    teacher: Literal["dis", "raft", "raft_small"] = "dis"
+    teacher: Literal["dis", "raft", "raft_small", "sea_raft_s", "sea_raft_m", "sea_raft_l", "smurf"] = "dis"
     """Flow network; `dis` needs no weights."""
     weights: str = ""
     """Checkpoint file or URL of the teacher; empty: the published weights of the ledger."""
@@ -114,7 +114,9 @@ class TeachConfig:
     stride: int = 1
     """Pairs start at every `stride`-th frame."""
     iters: int = 0
-    """Refinement iterations of RAFT networks; 0 means the network's default (RAFT 20, RAFT-small 20)."""
+    """Refinements; 0 means the network's usual number (RAFT and RAFT-small 20, SEA-RAFT 4, L 12, SMURF 12)."""
+    scale: int = 0
+    """SEA-RAFT sees the frames at 2^scale times their size; its Spring weights are meant for -1 on 1080p."""
     short_side: int = 0
     """Shorter side of the frames the teacher sees (never enlarged); flow is stored at that size; 0: original size."""
     max_megapixels: float = 0.0
@@ -324,7 +326,7 @@ class EvaluateConfig:
     """`kinema evaluate`: a model and a benchmark folder in, one table out."""
 
     model: str = ""
-    """Run folder, checkpoint, registry URI (models:/...) or a flow network's name (dis, raft, raft_small)."""
+    """Run folder, checkpoint, registry URI (models:/...) or a flow network's name (dis, raft, sea_raft_m, ...)."""
     weights: str = ""
     """Weights for a flow network or a FlowFeat variant given by name."""
     benchmark: Literal["davis", "sintel", "kitti", "middlebury"] = "davis"
@@ -343,6 +345,8 @@ class EvaluateConfig:
     """Shorter side of the frames that label propagation compares."""
     iters: int = 0
     """Refinement iterations; 0 means the benchmark's usual number (Sintel 32, KITTI 24)."""
+    scale: int = 0
+    """SEA-RAFT sees the images at 2^scale times their size."""
     run_id: str = ""
     """MLflow run that gets the table; empty: the model's own run if it has one."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kinema.configs import EvaluateConfig
 from kinema.pipelines import tracking
@@ -24,7 +24,6 @@ from kinema.pipelines.progress import Progress
 if TYPE_CHECKING:
     from kinema.models.flowfeat import FlowFeat
 
-FLOW_NETWORKS = ("dis", "raft", "raft_small")
 FLOW_BENCHMARKS = ("sintel", "kitti", "middlebury")
 
 
@@ -81,19 +80,6 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"out={folder} cannot be made: {there} {why}; choose another out=")
 
 
-def flow_network(name: str, weights: str = "") -> nn.Module:
-    """A flow network by name; without `weights` the published ones of the ledger."""
-    if name == "dis":
-        from kinema.models.dis import DIS
-
-        return DIS()
-    if name not in FLOW_NETWORKS:
-        raise ValueError(f"model={name} is no flow network; use one of {', '.join(FLOW_NETWORKS)}")
-    from kinema.models import raft
-
-    return getattr(raft, name)(pretrained=not weights, weights=weights or None)
-
-
 def feature_model(model: str, weights: str = "") -> FlowFeat:
     """A FlowFeat from a run folder, checkpoint, registry URI, or hub name (then with `weights` or published ones)."""
     from kinema.models.flowfeat import VARIANTS, FlowFeat, flowfeat
@@ -135,6 +121,7 @@ def dense_features(model: FlowFeat, which: str) -> Callable[[Tensor], Any]:
 
 
 def _flow(config: EvaluateConfig) -> dict[str, float]:
+    from kinema.models.flow_networks import FLOW_NETWORKS, flow_network
     from kinema.pipelines.evaluate.flow import evaluate_flow, find_samples
 
     if config.model not in FLOW_NETWORKS:
@@ -142,7 +129,7 @@ def _flow(config: EvaluateConfig) -> dict[str, float]:
     total = len(find_samples(config.data, config.benchmark))  # type: ignore[arg-type]
     progress = Progress("evaluate", total, "pairs")
     values = evaluate_flow(
-        flow_network(config.model, config.weights),
+        flow_network(config.model, pretrained=not config.weights, weights=config.weights or None, scale=config.scale),
         config.data,
         config.benchmark,  # type: ignore[arg-type]
         iters=config.iters or None,

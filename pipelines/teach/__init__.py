@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from kinema.configs.schema import TeachConfig
+from kinema.models.flow_networks import FLOW_NETWORKS
 from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.flow_codec import SCALE
@@ -27,7 +28,7 @@ from kinema.pipelines.sidecar import (
 )
 from kinema.pipelines.teach.clip_flow import Pairing
 from kinema.pipelines.teach.shard_teacher import ShardTeacher
-from kinema.pipelines.teach.teachers import DEFAULT_ITERS, TeacherSpec, locate_weights
+from kinema.pipelines.teach.teachers import TeacherSpec, locate_weights
 
 _RAFT_BYTES = 4 * 2**30  # what one RAFT on a CPU may take for its correlations
 
@@ -64,6 +65,8 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
     say = report or (lambda line: print(line, file=sys.stderr, flush=True))
     if config.uncertainty and not config.teacher.startswith("sea_raft"):
         raise ValueError(f"uncertainty=true: the teacher {config.teacher} states none; use a sea_raft_* teacher")
+    if config.scale and not FLOW_NETWORKS[config.teacher].takes_scale:
+        raise ValueError(f"scale={config.scale}: {config.teacher} runs at the size of the frames; use short_side")
     clips = open_input(config.clips, "clips")
     compare = _open_compared(config, clips)
     pairing = pairing_of(config)
@@ -73,6 +76,7 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         weights=weights,
         weights_hash=weights_hash,
         iters=_iters(config),
+        scale=config.scale,
         short_side=config.short_side,
         max_pixels=round(config.max_megapixels * 1e6),
         too_large=config.too_large,
@@ -111,7 +115,7 @@ def pairing_of(config: TeachConfig) -> Pairing:
 
 
 def _iters(config: TeachConfig) -> int:
-    return config.iters or DEFAULT_ITERS.get(config.teacher, 0)
+    return config.iters or FLOW_NETWORKS[config.teacher].teacher_iters
 
 
 def identity(spec: TeacherSpec, pairing: Pairing) -> dict[str, Any]:
@@ -120,6 +124,7 @@ def identity(spec: TeacherSpec, pairing: Pairing) -> dict[str, Any]:
         "teacher": spec.name,
         "weights_hash": spec.weights_hash,
         "iters": spec.iters,
+        "scale": spec.scale,
         "short_side": spec.short_side,
         "max_pixels": spec.max_pixels,
         "too_large": spec.too_large if spec.max_pixels else None,

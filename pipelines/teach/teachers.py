@@ -19,13 +19,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from kinema.models.dis import DIS
-from kinema.models.raft import FrameFeatures, raft, raft_small
+from kinema.models.flow_networks import flow_network
+from kinema.models.raft import RAFT, FrameFeatures
+from kinema.models.sea_raft import SEARAFT
+from kinema.models.sea_raft import FrameFeatures as SeaRaftFeatures
 from kinema.models.weights import download, file_sha256, published_file
 from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
 from kinema.pipelines.teach.tiling import TiledTeacher
-
-DEFAULT_ITERS = {"raft": 20, "raft_small": 20}
-_RAFTS = {"raft": raft, "raft_small": raft_small}
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ class TeacherSpec:
     """All that decides a teacher's numbers, and where it runs. Travels to actors; weights go by path."""
 
     name: str
-    """dis, raft or raft_small."""
+    """One of `models.flow_networks.FLOW_NETWORKS`."""
     weights: str = ""
     """Local path of the checkpoint; empty for dis."""
     weights_hash: str = ""
     """sha256 of that file; empty for dis."""
     iters: int = 0
     """Refinement iterations; 0 for the preset of dis."""
+    scale: int = 0
+    """The network sees frames at 2^scale times their size (SEA-RAFT)."""
     short_side: int = 0
     """Shorter side the frames are reduced to; 0 keeps them."""
     max_pixels: int = 0
@@ -60,7 +62,9 @@ class TeacherSpec:
         if self.max_pixels and self.too_large == "tile":
             of_a_tile = replace(self, short_side=0, max_pixels=0)
             return TiledTeacher(of_a_tile.load(), self.max_pixels, self.flow_size)
-        return DISTeacher(self) if self.name == "dis" else RAFTTeacher(self)
+        if self.name == "dis":
+            return DISTeacher(self)
+        return SeaRaftTeacher(self) if self.name.startswith("sea_raft") else RAFTTeacher(self)
 
     def flow_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) at which the flow of frames of this size is computed and stored."""
@@ -102,7 +106,7 @@ def locate_weights(name: str, weights: str) -> tuple[str, str]:
         path = download(weights) if "://" in weights else Path(weights).expanduser().absolute()
     if not path.is_file():
         raise ValueError(f"weights={weights}: the file does not exist; give a .pth or .safetensors file of {name}")
-    _RAFTS[name](weights=path)  # a wrong file is refused before an artifact is tied to its hash
+    flow_network(name, weights=path)  # a wrong file is refused before an artifact is tied to its hash
     return str(path), file_sha256(path)
 
 
@@ -139,18 +143,33 @@ class DISTeacher:
         return FlowEstimate(self.network(first, second, iters=self.spec.iters or None))
 
 
-class RAFTTeacher:
-    """RAFT or RAFT-small; each frame passes through the encoders once."""
+class _NetworkTeacher:
+    """What the networks share: weights, device, precision."""
 
     def __init__(self, spec: TeacherSpec):
         self.spec = spec
-        self.network = _RAFTS[spec.name](weights=spec.weights).to(spec.device).eval()
+        network = flow_network(spec.name, weights=spec.weights, scale=spec.scale)
+        self.network: Any = network.to(spec.device).eval()
+
+    def _image(self, frame: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "1 3 h w"]:
+        return to_image(frame, self.spec.flow_size(*frame.shape[:2]), self.spec.device)
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.spec.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.spec.device, torch.bfloat16)
+
+
+class RAFTTeacher(_NetworkTeacher):
+    """RAFT, RAFT-small or SMURF; each frame passes through both encoders once."""
+
+    network: RAFT
 
     @torch.inference_mode()
     def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> FrameFeatures:
         """Correlation features and context of one frame."""
         with self._autocast():
-            return self.network.encode(to_image(frame, self.spec.flow_size(*frame.shape[:2]), self.spec.device))
+            return self.network.encode(self._image(frame))
 
     @torch.inference_mode()
     def flow(self, pairs: Sequence[tuple[FrameFeatures, FrameFeatures]]) -> FlowEstimate:
@@ -159,10 +178,27 @@ class RAFTTeacher:
         with self._autocast():
             return FlowEstimate(self.network.flow_from_features(first, second, iters=self.spec.iters).float())
 
-    def _autocast(self) -> AbstractContextManager:
-        if self.spec.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.spec.device, torch.bfloat16)
+
+class SeaRaftTeacher(_NetworkTeacher):
+    """SEA-RAFT; the correlation features are computed once per frame, the context once per pair."""
+
+    network: SEARAFT
+
+    @torch.inference_mode()
+    def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> SeaRaftFeatures:
+        """Correlation features and the image of one frame."""
+        with self._autocast():
+            return self.network.encode(self._image(frame))
+
+    @torch.inference_mode()
+    def flow(self, pairs: Sequence[tuple[SeaRaftFeatures, SeaRaftFeatures]]) -> FlowEstimate:
+        """All pairs in one network call; the error that the mixture expects where the spec asks for it."""
+        first, second = (SeaRaftFeatures.stack(features) for features in zip(*pairs, strict=True))
+        with self._autocast():
+            if not self.spec.uncertainty:
+                return FlowEstimate(self.network.flow_from_features(first, second, iters=self.spec.iters).float())
+            flow, info = self.network.prediction_from_features(first, second, iters=self.spec.iters)
+        return FlowEstimate(flow.float(), self.network.uncertainty(info.float())[:, 0])
 
 
 def _stack(features: Sequence[FrameFeatures]) -> FrameFeatures:

@@ -18,6 +18,7 @@ import torch
 from kinema.configs.schema import TeachConfig
 from kinema.models.dis import DIS
 from kinema.models.flow_geometry import occlusion
+from kinema.models.flow_networks import flow_network
 from kinema.models.raft import raft_small
 from kinema.pipelines import teach
 from kinema.pipelines.artifacts import Artifact, read_range, sample_key
@@ -574,3 +575,34 @@ def test_decoded_frames_are_the_encoded_ones():
     frames = film("pan.mp4")
     row = {"height": HEIGHT, "width": WIDTH, "num_frames": len(frames)}
     assert np.array_equal(np.stack(list(clip_frames(mp4_of(frames), row))), np.stack(frames))
+
+
+def random_weights(name: str, path: Path) -> Path:
+    torch.manual_seed(0)
+    torch.save(flow_network(name).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["sea_raft_s", "smurf"])
+def test_other_networks_teach_what_they_say_directly(tmp_path, name):
+    write_clips(tmp_path / "clips", {0: ["turn.mp4"]})
+    weights = random_weights(name, tmp_path / "weights.pth")
+    asked = {"uncertainty": True} if name == "sea_raft_s" else {}
+    settings = {"teacher": name, "weights": str(weights), "iters": 2, "allowed_quarantine": 0.0, **asked}
+    assert teach.run(config(tmp_path / "clips", tmp_path / "flow", **settings)).quarantined == 0
+    blob = blobs(tmp_path / "flow")["turn.mp4"]
+    network = flow_network(name, weights=weights)
+    first, second = (image(frame) for frame in film("turn.mp4")[:2])
+    with torch.inference_mode():
+        expected = network(first, second, iters=2)[0]
+    assert np.abs(blob.flow(0, 1) - expected.numpy()).max() <= STEP_PX + 2e-4
+    if name == "sea_raft_s":
+        with torch.inference_mode():
+            sigma = network.uncertainty(network.with_info(first, second, iters=2).info)[0, 0]
+        np.testing.assert_allclose(blob.uncertainty(0, 1), sigma.clamp(2**-8, 2**7.93), rtol=0.03)
+        (row,) = Artifact.read(tmp_path / "flow").samples().to_pylist()
+        assert row["pair_uncertainty_px"][0] == pytest.approx(float(sigma.mean()), rel=1e-3)
+    else:
+        assert blob.uncertainty(0, 1) is None
+    with pytest.raises(ValueError, match="do not fit|does not fit|lack"):
+        teach.run(config(tmp_path / "clips", tmp_path / "other", teacher="raft_small", weights=str(weights)))
