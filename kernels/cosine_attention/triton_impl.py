@@ -347,10 +347,10 @@ def _backward_rows_kernel(
     strength = tl.abs(tl.load(scale_ptr + h * scale_h).to(tl.float32)) + EPS
     row_offset = head.to(tl.int64) * N
     lse = tl.load(lse_ptr + row_offset + rows, mask=in_rows, other=0.0)
-    dout = _load(_head(dout_ptr, b, h, do_b, do_h), rows, columns, keep, do_n, do_d)
+    dout_ptr = _head(dout_ptr, b, h, do_b, do_h)
+    dout = _load(dout_ptr, rows, columns, keep, do_n, do_d)
     out = _load(_head(out_ptr, b, h, o_b, o_h), rows, columns, keep, o_n, o_d)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
-    tl.store(delta_ptr + row_offset + rows, delta, mask=in_rows)
 
     q1, q2, q_inverse = _unit_rotated(q_ptr, theta_q_ptr, rows, in_rows, q_n, q_d, tq_n, tq_r, D, R, HALF, RUN)
     q1 = q1 * (strength * LOG2_E)
@@ -367,16 +367,6 @@ def _backward_rows_kernel(
         dlogit = weight * (tl.sum(dout.to(tl.float32) * v_own, axis=1) - delta)
         dq1 = dlogit[:, None] * own1
         dq2 = dlogit[:, None] * own2
-        if KIND != CAUSAL:
-            is_query = in_rows & (rows >= P)
-            _store_input_gradient(
-                _head(dk_ptr, b, h, dk_b, dk_h), theta_k_ptr,
-                dlogit[:, None] * q1 * LN_2, dlogit[:, None] * q2 * LN_2, own1, own2, own_inverse,
-                rows, in_rows, is_query, dk_n, dk_d, tk_n, tk_r, D, R, HALF, RUN,
-            )  # fmt: skip
-            dv = weight[:, None] * dout.to(tl.float32)
-            dv_ptr = _head(dv_ptr, b, h, dv_b, dv_h)
-            _store(dv_ptr, dv, rows, columns, keep & is_query[:, None], dv_n, dv_d)
     q1 = q1.to(DOT_DTYPE)
     q2 = q2.to(DOT_DTYPE)
     dout = dout.to(DOT_DTYPE)
@@ -397,12 +387,26 @@ def _backward_rows_kernel(
         dq1 = tl.dot(dlogits, k1, dq1, input_precision=PRECISION)
         dq2 = tl.dot(dlogits, k2, dq2, input_precision=PRECISION)
 
+    # A store between equal loads keeps the compiler from holding the first results in registers throughout the loop.
+    tl.store(delta_ptr + row_offset + rows, delta, mask=in_rows)
     q1, q2, q_inverse = _unit_rotated(q_ptr, theta_q_ptr, rows, in_rows, q_n, q_d, tq_n, tq_r, D, R, HALF, RUN)
     along = _store_input_gradient(
         _head(dq_ptr, b, h, dq_b, dq_h), theta_q_ptr, dq1, dq2, q1, q2, q_inverse * strength,
         rows, in_rows, in_rows, dq_n, dq_d, tq_n, tq_r, D, R, HALF, RUN,
     )  # fmt: skip
     tl.store(dscale_ptr + tl.program_id(0), tl.sum(along, axis=0))
+    if KIND == QUERY_CAUSAL or KIND == QUERY_INFERENCE:
+        is_query = in_rows & (rows >= P)
+        dv = weight[:, None] * _load(dout_ptr, rows, columns, keep, do_n, do_d).to(tl.float32)
+        _store(_head(dv_ptr, b, h, dv_b, dv_h), dv, rows, columns, keep & is_query[:, None], dv_n, dv_d)
+        own1, own2, own_inverse = _unit_rotated(
+            k_ptr, theta_k_ptr, rows, in_rows, k_n, k_d, tk_n, tk_r, D, R, HALF, RUN
+        )
+        dlogit = dlogit * strength
+        _store_input_gradient(
+            _head(dk_ptr, b, h, dk_b, dk_h), theta_k_ptr, dlogit[:, None] * q1, dlogit[:, None] * q2,
+            own1, own2, own_inverse, rows, in_rows, is_query, dk_n, dk_d, tk_n, tk_r, D, R, HALF, RUN,
+        )  # fmt: skip
 
 
 @triton.jit
