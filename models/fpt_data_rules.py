@@ -12,7 +12,7 @@ Shape legend: T frames, N tracks, L tracks that count, P pokes, n queries per po
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -97,14 +97,6 @@ class TrainingPoints:
     camera_static: bool
 
 
-class Draws(Protocol):
-    """The part of numpy's Generator that the rules use."""
-
-    def integers(self, low: int, high: int) -> int: ...
-    def permutation(self, x: int) -> np.ndarray: ...
-    def random(self, size: tuple[int, ...]) -> np.ndarray: ...
-
-
 def gap_in_frames(gap_s: float, fps: float) -> int:
     """The time gap in whole frames, at least one.
 
@@ -120,7 +112,7 @@ def extract_motion(
     visible: Bool[np.ndarray, "T N"],
     gap_frames: int,
     rule: SamplingRule,
-    rng: Draws,
+    rng: np.random.Generator,
 ) -> Motion:
     """A start frame drawn evenly from those that give enough tracks, and the motion from there.
 
@@ -134,7 +126,7 @@ def extract_motion(
         raise NoTrainingSample(
             "clip shorter than the time gap", f"{num_frames} frames for a gap of {gap_frames}; use a smaller gap"
         )
-    inside: np.ndarray = np.logical_and(tracks >= 0, tracks <= 1).all(axis=-1)  # False for positions that are not finite
+    inside = np.all((tracks >= 0) & (tracks <= 1), axis=-1)  # False for positions that are not finite
     seen = visible & inside
     usable = seen[:-gap_frames] & _usable_ends(tracks, visible, inside, rule)[gap_frames:]
     if rule.unbiased:
@@ -160,7 +152,7 @@ def extract_motion(
     return Motion(start, start + gap_frames, index, pos, tracks[start + gap_frames, index] - pos)
 
 
-def build_targets(motion: Motion, rule: SamplingRule, rng: Draws) -> TrainingPoints:
+def build_targets(motion: Motion, rule: SamplingRule, rng: np.random.Generator) -> TrainingPoints:
     """Pokes and queries from a motion: the first P tracks are the pokes, in order of being revealed."""
     num_tracks = len(motion.pos)
     if num_tracks < rule.num_needed:
@@ -181,7 +173,7 @@ def camera_static(flow: Float[np.ndarray, "L 2"], rule: SamplingRule) -> bool:
     return bool((np.linalg.norm(flow, axis=-1) < rule.static_flow).mean() > rule.static_share)
 
 
-def unbiased_queries(num_tracks: int, rule: SamplingRule, rng: Draws) -> np.ndarray:
+def unbiased_queries(num_tracks: int, rule: SamplingRule, rng: np.random.Generator) -> np.ndarray:
     """Indices [P, n] into the shuffled tracks: every group's are distinct and drawn evenly.
 
     Without overlap, group g draws from the tracks that are not among its g known pokes.
@@ -192,7 +184,7 @@ def unbiased_queries(num_tracks: int, rule: SamplingRule, rng: Draws) -> np.ndar
     return np.argsort(ranks, axis=1, kind="stable")[:, : rule.queries_per_poke]
 
 
-def published_queries(num_tracks: int, rule: SamplingRule, rng: Draws) -> np.ndarray:
+def published_queries(num_tracks: int, rule: SamplingRule, rng: np.random.Generator) -> np.ndarray:
     """Indices [P, n] into the shuffled tracks: for group g, n consecutive ones from a drawn offset on."""
     length = rule.queries_per_poke
     offsets = [

@@ -6,8 +6,8 @@ section 3, and its published code. State-dict keys equal the published file's.
 Precision: weights may be of any floating dtype and autocast may be on. Positions, flow embedding, norms, the residual
 stream and the head are computed in float32 (float64 in a float64 model), matrix products in the dtype asked for.
 
-Shape legend: B batch, L tokens, D width, E channels of the image encoder, h w its grid, M = h w, H heads,
-e head size, C tokens in a cache.
+Shape legend: B batch, I images (1 that all share, or B), L tokens, D width, E channels of the image encoder, h w its
+grid, M = h w, H heads, e head size, R rotary angles, C tokens in a cache.
 """
 
 import math
@@ -198,8 +198,8 @@ class LayerCache:
 
     keys: Float[Tensor, "B H C e"]
     values: Float[Tensor, "B H C e"]
-    image_keys: Float[Tensor, "B H M e"]
-    image_values: Float[Tensor, "B H M e"]
+    image_keys: Float[Tensor, "I H M e"]
+    image_values: Float[Tensor, "I H M e"]
 
 
 class TransformerLayer(nn.Module):
@@ -228,7 +228,7 @@ class TransformerLayer(nn.Module):
         x: Float[Tensor, "B L D"],
         image: tuple[Tensor, Tensor],
         theta: Float[Tensor, "B H L R"],
-        image_theta: Float[Tensor, "_ H M R"],
+        image_theta: Float[Tensor, "I H M R"],
         cond: Float[Tensor, "B D"],
         pattern: AttentionPattern,
     ) -> Float[Tensor, "B L D"]:
@@ -241,12 +241,12 @@ class TransformerLayer(nn.Module):
         x = x + _merge_heads(cosine_attention(q, k, v, theta, image_theta, self.cross_scale, "full"))
         return x + self._feed_forward(x, cond)
 
-    def image_keys_values(self, features: Float[Tensor, "B M E"]) -> Float[Tensor, "2 B H M e"]:
+    def image_keys_values(self, features: Float[Tensor, "I M E"]) -> Float[Tensor, "2 I H M e"]:
         """Keys (neither scaled nor rotated) and values of the image, to be computed once per image."""
         return self._heads(self.cross_kv(features))
 
     def new_cache(
-        self, image: tuple[Tensor, Tensor], image_theta: Float[Tensor, "_ H M R"], batch: int, length: int
+        self, image: tuple[Tensor, Tensor], image_theta: Float[Tensor, "I H M R"], batch: int, length: int
     ) -> LayerCache:
         """An empty cache for `length` tokens, in the dtype of the image's keys."""
         k, v = image
@@ -321,7 +321,7 @@ class Transformer(nn.Module):
         """The layers, first to last."""
         return list(self.layers)  # type: ignore[arg-type]  # a ModuleList forgets what it holds
 
-    def image_keys_values(self, features: Float[Tensor, "B E h w"]) -> Float[Tensor, "layers 2 B H M e"]:
+    def image_keys_values(self, features: Float[Tensor, "I E h w"]) -> Float[Tensor, "layers 2 I H M e"]:
         """What every layer attends to in the image."""
         flat = features.flatten(2).transpose(1, 2)
         return torch.stack([layer.image_keys_values(flat) for layer in self.layer_list()])
@@ -330,12 +330,12 @@ class Transformer(nn.Module):
         self,
         x: Float[Tensor, "B L D"],
         pos: Float[Tensor, "B L 2"],
-        features: Float[Tensor, "B E h w"],
-        feature_pos: Float[Tensor, "B h w 2"],
-        keys_values: Float[Tensor, "layers 2 B H M e"] | None,
+        features: Float[Tensor, "I E h w"],
+        feature_pos: Float[Tensor, "I h w 2"],
+        keys_values: Float[Tensor, "layers 2 I H M e"] | None,
         cond: Float[Tensor, "B D"],
         pattern: AttentionPattern,
-    ) -> Float[Tensor, "b L D"]:
+    ) -> Float[Tensor, "B L D"]:
         """Tokens after all layers. `keys_values`, if there are any, save projecting the image."""
         theta, image_theta = self.pos_emb(pos), self.pos_emb(feature_pos.flatten(1, 2))
         flat = features.flatten(2).transpose(1, 2)
