@@ -9,8 +9,8 @@ from kinema.kernels.local_correlation.reference import local_correlation_referen
 
 __all__ = ["local_correlation", "why_not_triton"]
 
-LARGEST_TRITON_RADIUS = 60
-"""A window's row must fit in one tile of 128 pixels beside a block of 8."""
+LARGEST_TRITON_RADIUS = 28
+"""The kernel's tiles are 64 pixels wide: a block of 8 and its reach to both sides."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
