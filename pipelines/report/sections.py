@@ -15,12 +15,14 @@ from PIL import Image
 
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.loader import Clip, ClipIndex
+from kinema.pipelines.motion_pictures import arrows_picture, warped_difference, wheel_picture
 from kinema.pipelines.pictures import flow_picture
 from kinema.pipelines.report.page import Page
 
 SHOWN_HEIGHT = 150
 MAX_QUARANTINE_ROWS = 200
 RUN_PICTURE_WIDTH = 512
+PAIR_PICTURE_WIDTH = 250
 
 
 def add_clips(page: Page, clips_url: str, max_clips: int = 6) -> None:
@@ -55,30 +57,85 @@ def add_clips(page: Page, clips_url: str, max_clips: int = 6) -> None:
     page.histogram([m for m in columns["motion_score"] if m is not None], "motion score (share of the diagonal)")
 
 
+SIGNALS = {
+    "pair_motion_px": "mean motion of a pair, px",
+    "pair_consistency_px": "forward-backward distance of a pair, px (median)",
+    "pair_occluded_share": "share of occluded pixels",
+    "pair_photometric": "photometric error after warping (grey values, 0..1)",
+    "pair_uncertainty_px": "error the teacher expects, px",
+    "pair_disagreement_px": "distance to the other teacher, px",
+}
+
+
 def add_flow(page: Page, flow_url: str, clips_url: str | None, max_pairs: int = 4) -> None:
-    """Figures of a flow artifact, and frame, flow and occlusion of some pairs."""
+    """Figures of a flow artifact, histograms of its quality signals, and its best and worst pairs as pictures."""
     artifact = Artifact.read(flow_url)
     samples = artifact.samples()
     rows = samples.to_pylist()
+    pairs = flow_pairs(rows)
     page.numbers(
         {
             "clips": samples.num_rows,
             "pairs": sum(row["num_pairs"] for row in rows),
             "mean motion, px": _mean([row["mean_flow_px"] for row in rows]),
             "occluded share": _mean([row["occluded_share"] for row in rows]),
+            "static pairs": sum(bool(pair.get("pair_static")) for pair in pairs),
+            "pairs nothing explains": sum(bool(pair.get("pair_cut")) for pair in pairs),
             "saturated values": sum(row["num_saturated"] for row in rows),
             "MB": round(sum(record["bytes"] for record in artifact.commits().values()) / 1e6, 1),
         }
     )
     if clips_url and rows:
         index = ClipIndex.open(clips_url, flow_url, skip_duplicates=False)
-        moving = sorted(range(len(index)), key=lambda i: -_motion(rows, index.clip(i)))
-        for number in moving[:max_pairs]:
-            page.pictures(_pair_pictures(index.clip(number)))
-        page.text("Colour is direction, saturation is length relative to the longest vector of the picture.")
-    page.histogram(
-        [row["mean_flow_px"] for row in rows if row["mean_flow_px"] is not None], "mean motion of a clip, px"
-    )
+        clips = {key: number for number, key in enumerate(index.keys)}
+        page.pictures([(wheel_picture(), "colour of a motion from the centre")])
+        page.text("Saturation is length relative to the longest vector of a picture. In the difference after warping, "
+                  "grey is explained, occluded pixels are blue, and targets outside the frame black.")  # fmt: skip
+        for title, chosen in ranked_pairs(pairs, max_pairs).items():
+            page.text(title)
+            for pair in chosen:
+                if pair["key"] in clips:
+                    page.pictures(_pair_pictures(index.clip(clips[pair["key"]]), pair), width=PAIR_PICTURE_WIDTH)
+    for column, label in SIGNALS.items():
+        values = [pair[column] for pair in pairs if pair.get(column) is not None]
+        if values:
+            page.histogram(values, label)
+    if not pairs:
+        motion = [row["mean_flow_px"] for row in rows if row["mean_flow_px"] is not None]
+        page.histogram(motion, "mean motion of a clip, px")
+
+
+def flow_pairs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One mapping per stored pair: the clip's key and the pair's signals; empty for flow that has none."""
+    found = []
+    for row in rows:
+        columns = {name: values for name, values in row.items() if name.startswith("pair_") and values is not None}
+        for number in range(len(columns.get("pair_t", ()))):
+            found.append({"key": row["key"], **{name: values[number] for name, values in columns.items()}})
+    return found
+
+
+def ranked_pairs(pairs: Sequence[Mapping[str, Any]], count: int) -> dict[str, list[Mapping[str, Any]]]:
+    """Pairs to look at, by heading: the most and the least consistent of the moving ones, at most one per clip.
+
+    Forward pairs only; without backward flow the photometric error decides.
+    """
+    moving = [p for p in pairs if p["pair_gap"] > 0 and not p["pair_static"]]
+    signal = "pair_consistency_px" if any(p["pair_consistency_px"] is not None for p in moving) else "pair_photometric"
+    known = sorted((p for p in moving if p[signal] is not None), key=lambda p: p[signal])
+    unknown = [p for p in moving if p[signal] is None]
+    label = SIGNALS[signal]
+    return {
+        f"Best pairs by {label}": _one_per_clip(known, count),
+        f"Worst pairs by {label}": _one_per_clip([*unknown, *reversed(known)], count),
+    }
+
+
+def _one_per_clip(pairs: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    first: dict[str, Mapping[str, Any]] = {}
+    for pair in pairs:
+        first.setdefault(pair["key"], pair)
+    return list(first.values())[:count]
 
 
 def add_quarantine(page: Page, artifacts: Sequence[Artifact]) -> None:
@@ -140,26 +197,27 @@ def shrink(picture: np.ndarray, height: int = SHOWN_HEIGHT) -> np.ndarray:
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def _pair_pictures(clip: Clip) -> list[tuple[np.ndarray, str]]:
-    t, gap = clip.flow_pairs[len(clip.flow_pairs) // 2]
-    flow = clip.flow(t, gap)
-    occlusion = clip.occlusion(t, gap)
-    shown = [
-        (shrink(clip.frames([t])[0]), f"{clip.meta['source']}, frame {t}"),
+def _pair_pictures(clip: Clip, signals: Mapping[str, Any]) -> list[tuple[np.ndarray, str]]:
+    t, gap = signals["pair_t"], signals["pair_gap"]
+    stored = clip.flow_pair(t, gap)
+    first, second = (_at_size(frame, clip.flow_size) for frame in clip.frames([t, t + gap]))
+    flow, hidden = stored.flow_px, stored.occlusion
+    known = {name: signals.get(f"pair_{name}") for name in ("consistency_px", "photometric")}
+    caption = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in known.items() if value is not None)
+    return [
+        (shrink(first), f"{clip.meta['source']}, frame {t}"),
         (shrink(flow_picture(torch.from_numpy(flow))), f"flow to frame {t + gap}, up to {_longest(flow):.1f} px"),
+        (shrink(arrows_picture(first, flow)), "where pixels go"),
+        (shrink(warped_difference(first, second, flow, hidden)), f"difference after warping ({caption})"),
     ]
-    if occlusion is not None:
-        mask = np.repeat(np.where(occlusion, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
-        shown.append((shrink(mask), f"occluded (black): {occlusion.mean():.1%}"))
-    return shown
+
+
+def _at_size(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return frame if frame.shape[:2] == size else cv2.resize(frame, size[::-1], interpolation=cv2.INTER_AREA)
 
 
 def _longest(flow_px: np.ndarray) -> float:
     return float(np.hypot(flow_px[0], flow_px[1]).max())
-
-
-def _motion(rows: Sequence[Mapping[str, Any]], clip: Clip) -> float:
-    return next((row["mean_flow_px"] or 0.0 for row in rows if row["key"] == clip.key), 0.0)
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -21,8 +21,7 @@ from torch import Tensor
 from kinema.models.dis import DIS
 from kinema.models.flow_networks import flow_network
 from kinema.models.raft import RAFT, FrameFeatures
-from kinema.models.sea_raft import SEARAFT
-from kinema.models.sea_raft import FrameFeatures as SeaRaftFeatures
+from kinema.models.sea_raft import SEARAFT, SeaRaftFeatures
 from kinema.models.weights import download, file_sha256, published_file
 from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
 from kinema.pipelines.teach.tiling import TiledTeacher

@@ -7,7 +7,13 @@ import re
 import numpy as np
 from PIL import Image
 
+from kinema.configs import TeachConfig
+from kinema.pipelines import teach
 from kinema.pipelines.report import Page
+from kinema.pipelines.report.inspect import inspect
+from kinema.pipelines.report.sections import ranked_pairs
+from kinema.pipelines.scenes import Scene
+from kinema.pipelines.scenes.packed import write_scene_clips
 
 
 def test_page_holds_its_pictures_and_escapes_text(tmp_path):
@@ -30,3 +36,29 @@ def test_page_holds_its_pictures_and_escapes_text(tmp_path):
         "http://creativecommons.org", ""
     )
     assert not list(path.parent.glob("*.tmp"))
+
+
+def pair(key, consistency_px, gap=1, static=False):
+    signals = {"pair_t": 0, "pair_gap": gap, "pair_static": static, "pair_photometric": 0.1}
+    return {"key": key, "pair_consistency_px": consistency_px, **signals}
+
+
+def test_best_and_worst_pairs_are_forward_moving_and_of_different_clips():
+    pairs = [pair("a", 0.1), pair("a", 0.2), pair("b", 5.0), pair("c", None), pair("d", 0.3, static=True)]
+    pairs += [pair("e", 0.0, gap=-1), pair("f", 1.0)]
+    best, worst = ranked_pairs(pairs, 2).values()
+    assert [(p["key"], p["pair_consistency_px"]) for p in best] == [("a", 0.1), ("f", 1.0)]
+    assert [p["key"] for p in worst] == ["c", "b"]
+
+
+def test_page_about_flow_has_histograms_and_pictures_of_pairs(tmp_path, monkeypatch):
+    monkeypatch.setenv("KINEMA_ENGINE", "serial")
+    write_scene_clips([Scene(seed=s, height=64, width=96, num_frames=3) for s in range(2)], tmp_path / "clips")
+    teach.run(TeachConfig(clips=str(tmp_path / "clips"), gaps=(1,)))
+    summary = inspect(str(tmp_path / "flow" / "dis"))
+    text = open(summary.page).read()
+    assert summary.kind == "flow" and text.count("<svg") == 4
+    assert "Best pairs" in text and "Worst pairs" in text and "photometric error" in text
+    assert text.count("difference after warping") >= 4
+    (tmp_path / "clips").rename(tmp_path / "elsewhere")
+    assert "no pictures" in open(inspect(str(tmp_path / "flow" / "dis")).page).read()
