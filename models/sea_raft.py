@@ -25,8 +25,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinema.kernels import correlation_lookup as lookup_on_demand
-from kinema.kernels.correlation_lookup import correlation_pyramid, feature_pyramid, volume_bytes, volume_lookup
+from kinema.kernels import correlation_lookup
+from kinema.kernels.correlation_lookup import (
+    correlation_pyramid,
+    feature_pyramid,
+    free_memory,
+    plan_lookup,
+    volume_lookup,
+)
 from kinema.models.flow_geometry import pixel_grid, resize_flow
 from kinema.models.padding import Padding, grid_padding, padding_for
 from kinema.models.sea_raft_layers import HIDDEN_CHANNELS, ResNetEncoder, SeaRaftUpdateBlock, convex_upsample
@@ -34,7 +40,7 @@ from kinema.models.sea_raft_loss import expected_error_px
 from kinema.models.weights import download, load_weights, read_state_dict, resolve_weights
 
 RESNET18, RESNET34 = (2, 2, 2), (3, 4, 6)
-MAX_VOLUME_BYTES_CPU = 4 * 2**30
+FREE_BYTES_CPU = 8 * 2**30
 
 
 class Prediction(NamedTuple):
@@ -91,7 +97,8 @@ class SEARAFT(nn.Module):
         scale: the network sees the images at 2^scale times their size; the published Spring models were
             evaluated with -1 on 1080p.
         lookup: "volume" keeps all correlations in memory, "on_demand" forms the windows at each step;
-            "auto" takes the volume while it fits (4 GiB on a CPU, half of the free memory on a GPU).
+            "auto" takes what `plan_lookup` expects to be faster and to fit (a volume of at most 4 GiB on a
+            CPU, of half of the free memory on a GPU).
     """
 
     def __init__(
@@ -186,7 +193,7 @@ class SEARAFT(nn.Module):
 
         Raises: ValueError if they differ in number or image size.
         """
-        return self._flow(self._last(features1, features2, iters, flow_init), features1)
+        return self._full_size_flow(self._last(features1, features2, iters, flow_init), features1)
 
     def prediction_from_features(
         self,
@@ -221,7 +228,7 @@ class SEARAFT(nn.Module):
         yield _Step(flow, info, hidden)
         if not iters:
             return
-        look_up = self._lookup(features1.fmap, features2.fmap)
+        look_up = self._lookup(features1.fmap, features2.fmap, iters)
         start = pixel_grid(flow.shape[-2], flow.shape[-1], like=flow)
         for _ in range(iters):
             flow = flow.detach()  # as published: no gradient through the positions of the lookup
@@ -230,7 +237,7 @@ class SEARAFT(nn.Module):
             flow = flow + increment
             yield _Step(flow, info, hidden)
 
-    def _flow(self, step: _Step, features: FrameFeatures) -> Float[Tensor, "B 2 H W"]:
+    def _full_size_flow(self, step: _Step, features: FrameFeatures) -> Float[Tensor, "B 2 H W"]:
         return self._unscaled_flow(self._upsampled(8.0 * step.flow, step, features), features)
 
     def _full_size(self, step: _Step, features: FrameFeatures) -> Prediction:
@@ -263,18 +270,26 @@ class SEARAFT(nn.Module):
         # Without antialiasing, as the published evaluation.
         return F.interpolate(images, scale_factor=2.0**self.scale, mode="bilinear", align_corners=False)
 
-    def _lookup(self, fmap1: Tensor, fmap2: Tensor) -> Callable[[Tensor], Tensor]:
+    def _lookup(self, fmap1: Tensor, fmap2: Tensor, iters: int) -> Callable[[Tensor], Tensor]:
         """A function from target positions [B, 2, H, W] to correlation windows.
 
         The published pyramid halves the features bilinearly and correlates at each level; halving by
         bilinear interpolation is 2x2 average pooling, so it is RAFT's pyramid.
         """
-        B, _, H, W = fmap1.shape
-        if self.lookup == "volume" or (self.lookup == "auto" and volume_bytes(B, H, W) <= _volume_budget(fmap1)):
+        kind = self.lookup
+        if kind == "auto":
+            B, C, H, W = fmap1.shape
+            device = fmap1.device
+            # Fixed on a CPU: the choice, and with it the last digits, must not depend on what else runs there.
+            free_bytes = free_memory(device) if device.type == "cuda" else FREE_BYTES_CPU
+            training = torch.is_grad_enabled() and fmap1.requires_grad
+            plan = plan_lookup(B, H, W, C, iters, free_bytes, device.type, self.radius, training=training)
+            kind = plan.kind
+        if kind == "volume":
             pyramid = correlation_pyramid(fmap1, fmap2)
             return lambda coords: volume_lookup(pyramid, coords, self.radius)
-        pooled = feature_pyramid(fmap2.float())
-        return lambda coords: lookup_on_demand(fmap1, pooled, coords, self.radius)
+        pooled = feature_pyramid(fmap2)
+        return lambda coords: correlation_lookup(fmap1, pooled, coords, self.radius)
 
     def _initial_flow(self, flow_init: Tensor, features: FrameFeatures) -> Tensor:
         height, width = (_scaled_side(side, self.scale) for side in features.size)
@@ -345,12 +360,6 @@ def _unscaled_size(maps: Tensor, scale: int) -> tuple[int, int]:
     """Size that maps at the scaled (and padded) size have before scaling."""
     height, width = maps.shape[-2:]
     return (height >> scale, width >> scale) if scale >= 0 else (height << -scale, width << -scale)
-
-
-def _volume_budget(fmap: Tensor) -> int:
-    if fmap.device.type == "cuda":
-        return torch.cuda.mem_get_info(fmap.device)[0] // 2
-    return MAX_VOLUME_BYTES_CPU
 
 
 def _check_images(images: Tensor) -> None:

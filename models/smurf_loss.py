@@ -56,7 +56,8 @@ def unsupervised_sequence_loss(
     """The terms census, smooth1 and smooth2, weighted and summed over refinements, and their sum `total`.
 
     Each term is the mean of both directions; refinement i of n counts decay^(n-1-i). The images are not
-    changed photometrically (the network may have seen other versions of them).
+    changed photometrically (the network may have seen other versions of them). `self_supervision_loss`
+    is a term of its own; the published training adds it with weight 0.3 once the flow has settled.
 
     Args:
         forward_flows, backward_flows: flow after every refinement, image1 to image2 and back.
@@ -76,7 +77,7 @@ def unsupervised_sequence_loss(
         others = _direction(image2, sources[0], back, there, weights, full_images is not None, top_left)
         for name, value in terms.items():
             total[name] = (value + others[name]) / 2 + weights.decay * total.get(name, 0.0)
-    return {**total, "total": torch.stack(list(total.values())).sum()}
+    return {**total, "total": sum(total.values(), start=image1.new_zeros(()))}
 
 
 def _direction(

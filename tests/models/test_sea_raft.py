@@ -9,6 +9,7 @@ from kinema.models.sea_raft import (
     RESNET18,
     RESNET34,
     SEARAFT,
+    FrameFeatures,
     configuration_of,
     sea_raft,
     sea_raft_l,
@@ -145,7 +146,7 @@ def test_cached_features_give_the_direct_result(small, fill):
     starts, targets = [0, 1, 3], [1, 2, 0]
     with torch.no_grad():
         direct = small.with_info(video[starts], video[targets], iters=2)
-        features = small.encode(video)
+        features = FrameFeatures.stack([small.encode(frame) for frame in video.split(1)])
         cached = small.prediction_from_features(features[starts], features[targets], iters=2)
         flow = small.flow_from_features(features[3:], small.encode(video[:1]), iters=2)
     scale = direct.flow.abs().max()
@@ -173,11 +174,11 @@ def test_small_images_give_finite_flow_of_their_size(size, scale, filled, fill):
     assert torch.isfinite(flow).all() and torch.isfinite(info).all()
 
 
-@pytest.mark.parametrize("scale", [-1, 1])
-def test_scale_is_resizing_outside(scale, filled, fill):
+@pytest.mark.parametrize(("scale", "size"), [(-1, (144, 176)), (1, (72, 80))])
+def test_scale_is_resizing_outside(scale, size, filled, fill):
     """As published: images resized bilinearly without antialias, flow back and rescaled, info by area."""
     scaled, plain = filled("sea_raft_s", scale=scale), filled("sea_raft_s")
-    first, second = _pair(fill, 1, 144, 176)
+    first, second = _pair(fill, 1, *size)
     resized = [F.interpolate(x, scale_factor=2.0**scale, mode="bilinear", align_corners=False) for x in (first, second)]
     with torch.no_grad():
         got, inner = scaled.with_info(first, second, iters=1), plain.with_info(*resized, iters=1)

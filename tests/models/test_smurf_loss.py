@@ -191,6 +191,14 @@ def test_unknown_flow_counts_nowhere():
     assert counts[0, 0] == counts[1, 1] == counts[2, 2] == 0
 
 
+def test_terms_without_weight_are_not_there(inputs):
+    flows = [inputs["forward"]], [inputs["backward"]]
+    terms = unsupervised_sequence_loss(inputs["image1"], inputs["image2"], *flows, SmurfLossWeights(census=0.0))
+    assert set(terms) == {"smooth2", "total"} and terms["total"] == terms["smooth2"] > 0
+    none = SmurfLossWeights(census=0.0, smooth2=0.0)
+    assert unsupervised_sequence_loss(inputs["image1"], inputs["image2"], *flows, none)["total"].item() == 0
+
+
 def test_a_mask_without_pixels_gives_no_loss():
     image = torch.rand(1, 3, 20, 20)
     assert census_loss(image, image.flip(2), torch.zeros(1, 1, 20, 20)).item() == 0
