@@ -53,7 +53,7 @@ class Prediction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FrameFeatures:
+class SeaRaftFeatures:
     """What SEA-RAFT needs to know of frames; one row per frame. Indexing by rows cuts pairs out of one batch."""
 
     fmap: Float[Tensor, "B C h w"]
@@ -65,14 +65,14 @@ class FrameFeatures:
     padding: Padding
     """Margins that were added to the scaled images."""
 
-    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> "FrameFeatures":
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> "SeaRaftFeatures":
         return replace(self, fmap=self.fmap[rows], image=self.image[rows])
 
     def __len__(self) -> int:
         return self.fmap.shape[0]
 
     @staticmethod
-    def stack(frames: Sequence["FrameFeatures"]) -> "FrameFeatures":
+    def stack(frames: Sequence["SeaRaftFeatures"]) -> "SeaRaftFeatures":
         """The rows of several frames of one size as one batch."""
         fmap, image = torch.cat([f.fmap for f in frames]), torch.cat([f.image for f in frames])
         return replace(frames[0], fmap=fmap, image=image)
@@ -173,19 +173,19 @@ class SEARAFT(nn.Module):
         """The end-point error that the mixture expects, in pixels of the given images (not the scaled ones)."""
         return expected_error_px(info) * 2.0**-self.scale
 
-    def encode(self, images: Float[Tensor, "_ _ _ _"]) -> FrameFeatures:
+    def encode(self, images: Float[Tensor, "_ _ _ _"]) -> SeaRaftFeatures:
         """Features of frames [B, 3, H, W] in 0..1, for `flow_from_features`."""
         _check_images(images)
         height, width = images.shape[-2:]
         scaled = self._scaled(2.0 * images.float() - 1.0)
         padding = padding_for(*scaled.shape[-2:])
         x = padding.pad(scaled).contiguous(memory_format=torch.channels_last)
-        return FrameFeatures(self.fnet(x).float(), x, (height, width), padding)
+        return SeaRaftFeatures(self.fnet(x).float(), x, (height, width), padding)
 
     def flow_from_features(
         self,
-        features1: FrameFeatures,
-        features2: FrameFeatures,
+        features1: SeaRaftFeatures,
+        features2: SeaRaftFeatures,
         iters: int | None = None,
         flow_init: Float[Tensor, "_ _ _ _"] | None = None,
     ) -> Float[Tensor, "B 2 H W"]:
@@ -197,25 +197,27 @@ class SEARAFT(nn.Module):
 
     def prediction_from_features(
         self,
-        features1: FrameFeatures,
-        features2: FrameFeatures,
+        features1: SeaRaftFeatures,
+        features2: SeaRaftFeatures,
         iters: int | None = None,
         flow_init: Float[Tensor, "_ _ _ _"] | None = None,
     ) -> Prediction:
         """As `flow_from_features`, with the mixture parameters beside the flow; equals `with_info`."""
         return self._full_size(self._last(features1, features2, iters, flow_init), features1)
 
-    def _encode_pair(self, image1: Tensor, image2: Tensor) -> tuple[FrameFeatures, FrameFeatures]:
+    def _encode_pair(self, image1: Tensor, image2: Tensor) -> tuple[SeaRaftFeatures, SeaRaftFeatures]:
         _check_images(image1)
         if image1.shape != image2.shape:
             raise ValueError(f"image1 is {list(image1.shape)} and image2 is {list(image2.shape)}: shapes must agree")
         return self.encode(image1), self.encode(image2)
 
-    def _last(self, features1: FrameFeatures, features2: FrameFeatures, iters: int | None, flow_init: Tensor | None):
+    def _last(
+        self, features1: SeaRaftFeatures, features2: SeaRaftFeatures, iters: int | None, flow_init: Tensor | None
+    ):
         return deque(self._steps(features1, features2, iters, flow_init), maxlen=1)[0]
 
     def _steps(
-        self, features1: FrameFeatures, features2: FrameFeatures, iters: int | None, flow_init: Tensor | None
+        self, features1: SeaRaftFeatures, features2: SeaRaftFeatures, iters: int | None, flow_init: Tensor | None
     ) -> Iterator[_Step]:
         """The regressed flow, then the state after each refinement."""
         iters = self.iters if iters is None else iters
@@ -237,10 +239,10 @@ class SEARAFT(nn.Module):
             flow = flow + increment
             yield _Step(flow, info, hidden)
 
-    def _full_size_flow(self, step: _Step, features: FrameFeatures) -> Float[Tensor, "B 2 H W"]:
+    def _full_size_flow(self, step: _Step, features: SeaRaftFeatures) -> Float[Tensor, "B 2 H W"]:
         return self._unscaled_flow(self._upsampled(8.0 * step.flow, step, features), features)
 
-    def _full_size(self, step: _Step, features: FrameFeatures) -> Prediction:
+    def _full_size(self, step: _Step, features: SeaRaftFeatures) -> Prediction:
         maps = self._upsampled(torch.cat([8.0 * step.flow, step.info], dim=1), step, features)
         height, width = features.size
         info = maps[:, 2:]
@@ -249,11 +251,11 @@ class SEARAFT(nn.Module):
             info = F.interpolate(info, size=size, mode="area")[..., :height, :width]
         return Prediction(self._unscaled_flow(maps[:, :2], features), info.contiguous())
 
-    def _upsampled(self, maps: Tensor, step: _Step, features: FrameFeatures) -> Tensor:
+    def _upsampled(self, maps: Tensor, step: _Step, features: SeaRaftFeatures) -> Tensor:
         logits = 0.25 * self.upsample_weight(step.hidden)
         return features.padding.unpad(convex_upsample(maps, logits))
 
-    def _unscaled_flow(self, flow: Tensor, features: FrameFeatures) -> Tensor:
+    def _unscaled_flow(self, flow: Tensor, features: SeaRaftFeatures) -> Tensor:
         height, width = features.size
         if self.scale:
             full_height, full_width = _unscaled_size(flow, self.scale)
@@ -291,7 +293,7 @@ class SEARAFT(nn.Module):
         pooled = feature_pyramid(fmap2)
         return lambda coords: correlation_lookup(fmap1, pooled, coords, self.radius)
 
-    def _initial_flow(self, flow_init: Tensor, features: FrameFeatures) -> Tensor:
+    def _initial_flow(self, flow_init: Tensor, features: SeaRaftFeatures) -> Tensor:
         height, width = (_scaled_side(side, self.scale) for side in features.size)
         expected = (len(features), 2, -(-height // 8), -(-width // 8))
         if tuple(flow_init.shape) != expected:
@@ -369,7 +371,7 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(f"images are {images.dtype}; SEA-RAFT takes floats in 0..1: divide bytes by 255")
 
 
-def _check_pair(features1: FrameFeatures, features2: FrameFeatures, iters: int) -> None:
+def _check_pair(features1: SeaRaftFeatures, features2: SeaRaftFeatures, iters: int) -> None:
     if iters < 0:
         raise ValueError(f"iters={iters} must be at least 0 (0 is the regressed flow)")
     if features1.size != features2.size or len(features1) != len(features2):

@@ -9,7 +9,7 @@ from kinema.models.sea_raft import (
     RESNET18,
     RESNET34,
     SEARAFT,
-    FrameFeatures,
+    SeaRaftFeatures,
     configuration_of,
     sea_raft,
     sea_raft_l,
@@ -146,7 +146,7 @@ def test_cached_features_give_the_direct_result(small, fill):
     starts, targets = [0, 1, 3], [1, 2, 0]
     with torch.no_grad():
         direct = small.with_info(video[starts], video[targets], iters=2)
-        features = FrameFeatures.stack([small.encode(frame) for frame in video.split(1)])
+        features = SeaRaftFeatures.stack([small.encode(frame) for frame in video.split(1)])
         cached = small.prediction_from_features(features[starts], features[targets], iters=2)
         flow = small.flow_from_features(features[3:], small.encode(video[:1]), iters=2)
     scale = direct.flow.abs().max()
