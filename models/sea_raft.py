@@ -213,7 +213,7 @@ class SEARAFT(nn.Module):
 
     def _last(
         self, features1: SeaRaftFeatures, features2: SeaRaftFeatures, iters: int | None, flow_init: Tensor | None
-    ):
+    ) -> _Step:
         return deque(self._steps(features1, features2, iters, flow_init), maxlen=1)[0]
 
     def _steps(
