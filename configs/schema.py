@@ -329,7 +329,7 @@ class EvaluateConfig:
     """Run folder, checkpoint, registry URI (models:/...) or a flow network's name (dis, raft, sea_raft_m, ...)."""
     weights: str = ""
     """Weights for a flow network or a FlowFeat variant given by name."""
-    benchmark: Literal["davis", "sintel", "kitti", "middlebury"] = "davis"
+    benchmark: Literal["davis", "sintel", "kitti", "middlebury", "tapvid"] = "davis"
     """Which measures."""
     data: str = ""
     """The benchmark's folder."""
@@ -347,6 +347,11 @@ class EvaluateConfig:
     """Refinement iterations; 0 means the benchmark's usual number (Sintel 32, KITTI 24)."""
     scale: int = 0
     """SEA-RAFT sees the images at 2^scale times their size."""
+    queries: Literal["first", "strided"] = "first"
+    """TAP-Vid: points are given where they are first seen, or in every 5th frame in which they are seen."""
+    single_queries: bool = False
+    """TAP-Vid, cotracker3: each query in a run of its own with a local grid, as in the paper's tables, which takes
+    as many times longer as there are queries; otherwise all queries of a video in one run."""
     run_id: str = ""
     """MLflow run that gets the table; empty: the model's own run if it has one."""
 

@@ -8,7 +8,7 @@ Clips of up to `whole_frames` frames are one pass, as published; longer ones go 
 Source: Karaev et al., arXiv:2410.11831.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,15 @@ from kinema.models.cotracker3_correlation import ClipFeatures, gather
 from kinema.models.cotracker3_windowed import WindowedPass
 
 FRAMES_AT_ONCE = 8
+
+
+@runtime_checkable
+class Frames(Protocol):
+    """What a clip may come as: an array, a tensor, or anything that gives such slices of itself."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, frames: Any, /) -> Any: ...
 
 
 class Tracks(NamedTuple):
@@ -70,7 +79,7 @@ class CoTracker3Predictor:
     @torch.no_grad()
     def __call__(
         self,
-        frames: Tensor | np.ndarray,
+        frames: Frames,
         queries: Tensor | np.ndarray | None = None,
         *,
         grid: int = 0,
@@ -108,10 +117,11 @@ class CoTracker3Predictor:
         found = self._track(clip, points, grid_points(support, clip.height, clip.width).to(points.device), backward)
         return self._finish(clip, points, found)
 
-    def _batch(self, frames: Tensor | np.ndarray, queries: Tensor | np.ndarray | None, **options) -> Tracks:
+    def _batch(self, frames: Frames, queries: Tensor | np.ndarray | None, **options) -> Tracks:
         if queries is not None and (queries.ndim != 3 or len(queries) != len(frames)):
             raise ValueError(f"queries are {list(queries.shape)}; a batch of {len(frames)} clips takes [B, N, 3]")
-        each = [self(clip, None if queries is None else queries[i], **options) for i, clip in enumerate(frames)]
+        clips = [frames[i] for i in range(len(frames))]
+        each = [self(clip, None if queries is None else queries[i], **options) for i, clip in enumerate(clips)]
         return Tracks(*(torch.stack(parts) for parts in zip(*each, strict=True)))
 
     def _grid(self, clip: "_Clip", num: int, frame: int, mask: Tensor | np.ndarray | None) -> Float[Tensor, "N 3"]:
@@ -177,7 +187,7 @@ class CoTracker3Predictor:
 class _Clip:
     """A clip's frames at the model's resolution."""
 
-    def __init__(self, frames: Tensor | np.ndarray, model: CoTracker3) -> None:
+    def __init__(self, frames: Frames, model: CoTracker3) -> None:
         self.frames, self.model, self.num_frames = frames, model, len(frames)
         self.device = model.time_emb.device
         self.height, self.width = model.model_resolution
@@ -250,7 +260,7 @@ class BenchmarkTracker:
         self.local_extent_px, self.visible_above = 50.0, 0.6
 
     def __call__(
-        self, frames: Tensor | np.ndarray, queries: Tensor | np.ndarray
+        self, frames: Frames, queries: Tensor | np.ndarray
     ) -> tuple[Float[Tensor, "T N 2"], Bool[Tensor, "T N"]]:
         """Positions in pixels of the frames, and visible flags; arguments as for `CoTracker3Predictor`."""
         tracks, score = self.scores(frames, queries)
@@ -258,7 +268,7 @@ class BenchmarkTracker:
 
     @torch.no_grad()
     def scores(
-        self, frames: Tensor | np.ndarray, queries: Tensor | np.ndarray
+        self, frames: Frames, queries: Tensor | np.ndarray
     ) -> tuple[Float[Tensor, "T N 2"], Float[Tensor, "T N"]]:
         """Positions in pixels of the frames, and visibility x confidence."""
         clip = _Clip(frames, self.model)

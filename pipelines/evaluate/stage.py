@@ -63,6 +63,8 @@ def run(config: EvaluateConfig, *, report: Callable[[Any], None] | None = None) 
         tracking.open_client(tracking.tracking_uri())  # a server that is down is told before the work
     if config.benchmark in FLOW_BENCHMARKS:
         metrics = _flow(config)
+    elif config.benchmark == "tapvid":
+        metrics = _tapvid(config)
     else:
         metrics = _davis(config)
     run_id = _log(config, metrics)
@@ -137,6 +139,26 @@ def _flow(config: EvaluateConfig) -> dict[str, float]:
     )
     progress.close()
     return {f"{config.benchmark}_{name}": float(value) for name, value in values.items()}
+
+
+def _tapvid(config: EvaluateConfig) -> dict[str, float]:
+    from kinema.pipelines.evaluate.tapvid import SCENES, evaluate_tapvid, load_tracker, scene_videos
+    from kinema.pipelines.evaluate.tapvid_files import TapVidFiles
+
+    videos = scene_videos() if config.data == SCENES else TapVidFiles(config.data)
+    tracker = load_tracker(config.model, config.weights, config.queries, config.single_queries, config.iters)
+    progress = Progress("evaluate", 0, "videos")
+
+    def shown(done: int, name: str) -> None:
+        progress.total = max(done, getattr(videos, "num_known", done))
+        progress.update(done, name)
+
+    scores = evaluate_tapvid(tracker, videos, config.queries, shown)
+    progress.close()
+    if config.out:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        scores.write_csv(Path(config.out) / "videos.csv")
+    return {f"tapvid_{name}": value for name, value in scores.mean.items()}
 
 
 def _davis(config: EvaluateConfig) -> dict[str, float]:

@@ -1,11 +1,18 @@
 """CoTracker3: published numbers, batches, the predictor, long clips, errors."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 
+from kinema.models import cotracker3, cotracker3_layers
 from kinema.models.cotracker3 import CoTracker3, encode_motion
 from kinema.models.cotracker3_correlation import window_correlation, windows
 from kinema.models.cotracker3_predictor import BenchmarkTracker, CoTracker3Predictor, grid_points
+from kinema.models.cotracker3_windowed import window_spans
+from kinema.models.weights import NonCommercialWeightsWarning
+from kinema.pipelines.scenes import Scene
 
 TRACKS_PX, FLAGS, MAPS = 2e-4, 2e-5, 3e-5
 
@@ -146,3 +153,199 @@ def test_benchmark_tracker_equals_the_published_wrapper(name, filled, fill, gold
     reference.check("tracks", tracks[None], atol=TRACKS_PX, rtol=0)
     reference.check("visibility_times_confidence", score[None], atol=FLAGS, rtol=0)
     assert torch.equal(tracker(video, queries)[1], score > 0.6)
+
+
+@pytest.fixture(scope="module")
+def small(filled):
+    """The filled network for tests that only need some numbers, at a resolution that costs little."""
+    return filled(resolution=(48, 64))
+
+
+def test_a_batch_gives_what_its_clips_give(small, fill):
+    video, queries = _video(fill, 3, 2, 5, 40, 48), _queries(fill, 3, 2, 4, 5, 40, 48)
+    with torch.no_grad():
+        together = small(video, queries, iters=2)
+        alone = [small(video[i : i + 1], queries[i : i + 1], iters=2) for i in range(2)]
+    for name, tolerance in (("tracks", TRACKS_PX), ("visibility", FLAGS), ("confidence", FLAGS)):
+        expected = torch.cat([getattr(one, name) for one in alone])
+        assert (getattr(together, name) - expected).abs().max() < tolerance
+    predictor = CoTracker3Predictor(small, iters=1)
+    both = predictor(video / 255, queries, backward=True)
+    second = predictor(video[1] / 255, queries[1], backward=True)
+    assert (both.tracks[1] - second.tracks).abs().max() < TRACKS_PX and both.visible.shape == (2, 5, 4)
+
+
+def test_working_in_small_pieces_changes_nothing(small, fill, monkeypatch):
+    video, queries = _video(fill, 4, 1, 6, 40, 48), _queries(fill, 4, 1, 7, 6, 40, 48)
+    with torch.inference_mode():
+        whole = small(video, queries, iters=2)
+        monkeypatch.setattr(cotracker3, "MAX_TRACK_FRAMES_CPU", 6)
+        monkeypatch.setattr(cotracker3_layers, "TOKENS_AT_ONCE", 80)
+        pieces = small.track(small.encode(video, frames_at_once=1), queries, iters=2)
+    assert (pieces.tracks - whole.tracks).abs().max() < TRACKS_PX
+    assert (pieces.visibility - whole.visibility).abs().max() < FLAGS
+
+
+def test_gradients_reach_every_weight(small, fill):
+    model = copy.deepcopy(small)
+    video, queries = _video(fill, 5, 1, 3, 32, 32), _queries(fill, 5, 1, 2, 3, 32, 32)
+    steps = model.predictions(video, queries, iters=2)
+    sum(step.tracks.sum() + step.visibility.sum() + step.confidence.sum() for step in steps).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not bool((p.grad != 0).any())]
+    # A bias in front of an instance norm without weights is taken out again by it: its gradient is rounding.
+    assert not [name for name in without if not (name.startswith("fnet") and name.endswith("bias"))]
+
+
+def test_bytes_and_floats_are_the_same_clip(small, fill):
+    pixels = _video(fill, 6, 1, 4, 37, 51)[0].round()
+    queries = torch.tensor([[0.0, 10, 12], [3.0, 40.5, 30]])
+    predictor = CoTracker3Predictor(small, iters=2)
+    from_floats = predictor(pixels / 255, queries)
+    from_bytes = predictor(pixels.byte().permute(0, 2, 3, 1).numpy(), queries.numpy())
+    assert (from_bytes.tracks - from_floats.tracks).abs().max() < TRACKS_PX
+    assert from_bytes.tracks.shape == (4, 2, 2) and from_bytes.visible.dtype == torch.bool
+    for i, (t, x, y) in enumerate(queries.tolist()):
+        assert from_bytes.tracks[int(t), i].tolist() == pytest.approx([x, y], abs=1e-4)
+        assert from_bytes.visible[int(t), i]
+
+
+def test_no_queries_give_no_tracks(small, fill):
+    video = _video(fill, 6, 1, 3, 32, 40)[0] / 255
+    found = CoTracker3Predictor(small)(video, torch.zeros(0, 3))
+    assert found.tracks.shape == (3, 0, 2) and found.visible.shape == (3, 0)
+    assert CoTracker3Predictor(small)(video, grid=4, mask=torch.zeros(32, 40)).tracks.shape == (3, 0, 2)
+
+
+def test_groups_of_queries_track_as_each_would_alone_with_its_support(small, fill):
+    video, queries = _video(fill, 7, 1, 4, 48, 64)[0] / 255, _queries(fill, 7, 1, 5, 4, 48, 64)[0]
+    grouped = CoTracker3Predictor(small, iters=2, support_grid=2, max_positions=6 * 4)(video, queries)
+    alone = CoTracker3Predictor(small, iters=2, support_grid=2)
+    for part in ([0, 1], [2, 3], [4]):
+        assert (grouped.tracks[:, part] - alone(video, queries[part]).tracks).abs().max() < TRACKS_PX
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "window", "spans"),
+    [(9, 4, [(0, 4), (2, 6), (4, 8), (5, 9)]), (8, 4, [(0, 4), (2, 6), (4, 8)]), (3, 4, [(0, 3)]), (4, 4, [(0, 4)])],
+)
+def test_windows_cover_the_clip(num_frames, window, spans):
+    assert list(window_spans(num_frames, window)) == spans
+
+
+@pytest.fixture
+def shifting():
+    """A network that moves every position by (0.8, -0.4) pixels a refinement, whatever it sees."""
+    torch.manual_seed(0)
+    model = CoTracker3(model_resolution=(32, 32))
+    heads = model.updateformer
+    with torch.no_grad():
+        for head, bias in ((heads.flow_head, [0.2, -0.1]), (heads.vis_conf_head, [4.0, -1.0])):
+            head.weight.zero_()
+            head.bias.copy_(torch.tensor(bias))
+    return model
+
+
+def test_each_window_goes_on_from_the_last(shifting):
+    """Every window that holds a frame adds one shift; behind the overlap it starts from the last known position."""
+    frames = torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    queries = torch.tensor([[0.0, 10, 20], [4.0, 5, 6], [8.0, 16, 16]])
+    predictor = CoTracker3Predictor(shifting, iters=1, support_grid=2, whole_frames=4, window_frames=4)
+    found = predictor(frames, queries)
+    shifts = torch.tensor([[0, 1, 2, 2, 3, 4, 4, 4, 4], [3, 3, 3, 3, 0, 3, 3, 3, 3], [4, 4, 4, 4, 3, 2, 2, 1, 0]])
+    expected = queries[:, None, 1:] + shifts[..., None] * torch.tensor([0.8, -0.4])
+    assert (found.tracks.transpose(0, 1) - expected).abs().max() < 1e-4
+    assert bool(found.visible.all())
+    confidence = torch.sigmoid(-shifts[0, 1:].float())
+    assert (found.confidence[1:, 0] - confidence).abs().max() < 1e-5
+
+
+def test_one_window_over_the_whole_clip_is_the_published_pass(small, fill):
+    video, queries = _video(fill, 8, 1, 7, 48, 64)[0] / 255, _queries(fill, 8, 1, 4, 7, 48, 64)[0]
+    queries[:, 0] = 0  # with later queries the reversed pass leaves those of frame 0 out
+    published = CoTracker3Predictor(small, iters=2)(video, queries)
+    windowed = CoTracker3Predictor(small, iters=2, whole_frames=3, window_frames=60)(video, queries)
+    assert (windowed.tracks - published.tracks).abs().max() < TRACKS_PX
+
+
+def test_a_long_clip_is_tracked_to_both_ends_without_jumps(small):
+    scene = Scene(3, 48, 64, num_frames=50, num_objects=2)
+    frames = np.stack(list(scene.frames()))
+    queries = torch.tensor([[0.0, 20, 20], [24.0, 40, 25], [49.0, 30, 30]])
+    reads = []
+
+    class Lazy:
+        def __len__(self):
+            return len(frames)
+
+        def __getitem__(self, rows):
+            reads.append(rows.stop - rows.start if rows.start is not None else rows.stop)
+            return frames[rows]
+
+    found = CoTracker3Predictor(small, iters=2, support_grid=2, whole_frames=20, window_frames=16)(Lazy(), queries)
+    assert max(reads) <= 8  # never the whole clip
+    assert found.tracks.shape == (50, 3, 2) and bool(found.tracks.isfinite().all())
+    steps = (found.tracks[1:] - found.tracks[:-1]).norm(dim=-1)
+    assert float(steps.max()) < 6.0, steps.max(dim=0)
+    again = CoTracker3Predictor(small, iters=2, support_grid=2, whole_frames=20, window_frames=16)(frames, queries)
+    assert torch.equal(again.tracks, found.tracks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (lambda v, q: (v[:, :, :2], q), r"\[B, T, 3, H, W\]"),
+        (lambda v, q: (v[..., :30], q), "multiples of 4"),
+        (lambda v, q: (v[..., :28], q), "32 or more"),
+        (lambda v, q: (v, q[..., :2]), r"\[1, N, 3\]"),
+        (lambda v, q: (v, q + 3), "frames 0..2"),
+        (lambda v, q: (v, q - 1), "frames 0..2"),
+        (lambda v, q: (v, q * float("nan")), "not finite"),
+        (lambda v, q: (v, q, 0), "iters=0"),
+    ],
+)
+def test_wrong_calls_of_the_network_say_the_rule(arguments, words, small):
+    video, queries = torch.zeros(1, 3, 3, 32, 32), torch.zeros(1, 2, 3)
+    with pytest.raises(ValueError, match=words):
+        small(*arguments(video, queries))
+
+
+@pytest.mark.parametrize(
+    ("frames", "options", "words"),
+    [
+        (torch.zeros(2, 32, 32, 3), {"grid": 2}, "uint8"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.int64), {"grid": 2}, "int64"),
+        (torch.full((2, 3, 32, 32), 200.0), {"grid": 2}, "0..1"),
+        (torch.zeros(0, 3, 32, 32), {"grid": 2}, "no frames"),
+        (torch.zeros(2, 3, 32, 32), {}, "not both"),
+        (torch.zeros(2, 3, 32, 32), {"grid": 2, "queries": torch.zeros(1, 3)}, "not both"),
+        (torch.zeros(2, 3, 32, 32), {"grid": 2, "grid_frame": 2}, "frames 0..1"),
+        (torch.zeros(2, 3, 32, 32), {"grid": 2, "mask": torch.ones(8, 8)}, "mask"),
+        (torch.zeros(2, 3, 32, 32), {"queries": torch.zeros(1, 2)}, r"\[N, 3\]"),
+        (torch.zeros(2, 3, 32, 32), {"queries": torch.zeros(1, 3), "mask": torch.ones(32, 32)}, "grid"),
+        (torch.zeros(2, 2, 3, 32, 32), {"queries": torch.zeros(1, 3)}, r"\[B, N, 3\]"),
+    ],
+)
+def test_wrong_calls_of_the_predictor_say_the_rule(frames, options, words, small):
+    with pytest.raises(ValueError, match=words):
+        CoTracker3Predictor(small)(frames, **options)
+
+
+def test_wrong_settings_say_the_rule(small):
+    with pytest.raises(ValueError, match="window_frames=1"):
+        CoTracker3Predictor(small, window_frames=1)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        CoTracker3(model_resolution=(50, 64))
+
+
+def test_hub_entry_loads_released_files_strictly(small, tmp_path):
+    torch.save(small.state_dict(), tmp_path / "released.pth")
+    with pytest.warns(NonCommercialWeightsWarning, match="CC BY-NC"):
+        loaded = cotracker3.cotracker3(weights=tmp_path / "released.pth")
+    assert not loaded.training
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), small.state_dict().values(), strict=True)
+    )
+    state = {k: v for k, v in small.state_dict().items() if k != "corr_mlp.fc1.bias"}
+    torch.save({"model": state}, tmp_path / "short.pth")
+    with pytest.raises(ValueError, match="missing: corr_mlp.fc1.bias"):
+        cotracker3.cotracker3(weights=tmp_path / "short.pth")
