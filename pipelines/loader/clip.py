@@ -1,7 +1,8 @@
 """One clip of an artifact: the frames and flow pairs that are asked for, and only their bytes.
 
 A frame costs one ranged read of its group of pictures, up to the last packet it needs, and decoding those packets
-with a bare decoder; no container is opened. A flow pair costs one ranged read, after the blob's index was read once.
+with a bare decoder; no container is opened. A flow pair costs one ranged read, after the blob's index was read once;
+all point tracks together cost one, and another for their header and queries.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jaxtyping import Bool, Float32, UInt8
 from kinema.pipelines.artifacts import read_range
 from kinema.pipelines.flow_codec import FlowBlob, FlowPair
 from kinema.pipelines.loader._h264 import is_unreferenced, length_size
+from kinema.pipelines.tracks_codec import Tracks, TracksBlob
 from kinema.pipelines.video.packets import DECODERS, PacketTable, decode_gop, packet_table
 
 # Two ranges closer than this are read as one: a request costs more than these bytes, on disks and on buckets.
@@ -43,15 +45,23 @@ class ReadCounter:
 class Clip:
     """A clip, its frames as uint8 RGB, and what belongs to it.
 
-    Args: row, the clip's row of the index; shard_url and flow_shard_url, where its tars are; counter, what adds up
-        the cost of reads.
+    Args: row, the clip's row of the index; shard_url, flow_shard_url and tracks_shard_url, where its tars are;
+        counter, what adds up the cost of reads.
     Every reader raises DamagedClip when stored bytes are damaged, ValueError or KeyError for a request that the
     clip cannot meet.
     """
 
-    def __init__(self, row: Mapping[str, Any], shard_url: str, flow_shard_url: str | None, counter: ReadCounter):
+    def __init__(
+        self,
+        row: Mapping[str, Any],
+        shard_url: str,
+        flow_shard_url: str | None,
+        counter: ReadCounter,
+        tracks_shard_url: str | None = None,
+    ):
         self.row = row
         self._shard_url, self._flow_shard_url, self._counter = shard_url, flow_shard_url, counter
+        self._tracks_shard_url = tracks_shard_url
         self.key: str = row["key"]
         self.num_frames: int = row["num_frames"]
         self.height: int = row["height"]
@@ -103,6 +113,17 @@ class Clip:
         with self._damage_named("flow"):
             return blob.pair(t, gap)
 
+    def tracks(self) -> Tracks:
+        """All stored point tracks: positions in pixels of their `size`, visibility, queries."""
+        blob = self._tracks_blob
+        with self._damage_named("tracks"):
+            return blob.tracks()
+
+    @property
+    def track_queries(self) -> Float32[np.ndarray, "N 3"]:
+        """(t, x, y) that each stored track was started from, without reading the tracks."""
+        return self._tracks_blob.queries
+
     def masks(self) -> UInt8[np.ndarray, "T H W"] | None:
         """Object masks that came with the frames (0 is background), or None."""
         if not self.row.get("masks_size"):
@@ -120,6 +141,18 @@ class Clip:
                 lambda offset, size: self._range(url, start + offset, size),
                 size=self.row["flow_size"],
                 num_pairs=self.row["num_pairs"],
+            )
+
+    @cached_property
+    def _tracks_blob(self) -> TracksBlob:
+        if self._tracks_shard_url is None:
+            raise ValueError(f"clip {self.key} was opened without tracks; give the index a tracks artifact")
+        url, start = self._tracks_shard_url, self.row["tracks_offset"]
+        with self._damage_named("tracks"):
+            return TracksBlob(
+                lambda offset, size: self._range(url, start + offset, size),
+                size=self.row["tracks_size"],
+                num_tracks=self.row["num_tracks"],
             )
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Which clips can be trained on: clips joined with their flow by key, the rest counted by reason."""
+"""Which clips can be trained on: clips joined with their flow and tracks by key, the rest counted by reason."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.artifacts.layout import MAKERS
 from kinema.pipelines.loader.clip import Clip, ReadCounter
 
 _CACHED_CLIPS = 256
@@ -19,6 +20,7 @@ _MEMBER_COLUMNS = ("mp4_offset", "mp4_size", "json_offset", "json_size", "masks_
 _PACKET_COLUMNS = ("extradata", "packet_offset", "packet_size", "packet_frame", "packet_keyframe")
 _JUDGED_COLUMNS = ("key", "num_frames", "motion_score", "duplicate_of")
 _FLOW_COLUMNS = ("flow_shard", "flow_offset", "flow_size", "num_pairs")
+_TRACKS_COLUMNS = ("tracks_shard", "tracks_offset", "tracks_size", "num_tracks")
 
 
 class ClipIndex:
@@ -34,12 +36,14 @@ class ClipIndex:
         shard_urls: dict[int, str],
         flow_shard_urls: dict[int, str],
         left_out: dict[str, int],
+        tracks_shard_urls: dict[int, str] | None = None,
     ):
         self._table: pa.Table | None = table
         self._file: str | None = None
         self._length = table.num_rows
         self.clips_url = clips_url
         self._shard_urls, self._flow_shard_urls = shard_urls, flow_shard_urls
+        self._tracks_shard_urls = tracks_shard_urls or {}
         self.left_out = left_out
         self.counter = ReadCounter()
         self._cache: OrderedDict[int, Clip] = OrderedDict()
@@ -49,12 +53,13 @@ class ClipIndex:
         cls,
         clips_url: str | Path,
         flow_url: str | Path | None = None,
+        tracks_url: str | Path | None = None,
         *,
         min_motion: float = 0.0,
         skip_duplicates: bool = True,
         min_frames: int = 1,
     ) -> ClipIndex:
-        """Join clips and flow; leave out what cannot or should not be used.
+        """Join clips, flow and tracks; leave out what cannot or should not be used.
 
         Args: min_motion, lowest motion score; skip_duplicates, without clips that equal an earlier one; min_frames,
             without shorter clips.
@@ -80,15 +85,20 @@ class ClipIndex:
         flow = None if flow_url is None else Artifact.read(flow_url)
         if flow is not None:
             judged = _with_flow(judged, flow, left_out)
+        tracks = None if tracks_url is None else Artifact.read(tracks_url)
+        if tracks is not None:
+            judged = _with_sidecar(judged, tracks, "tracks", _TRACKS_COLUMNS, left_out)
         if not judged.num_rows:
-            raise ValueError(_nothing_left(clips, flow, left_out))
+            raise ValueError(_nothing_left(clips, flow, tracks, left_out))
 
         wanted = [*_PLAIN_COLUMNS, *_MEMBER_COLUMNS, *_PACKET_COLUMNS]
         table = samples.select([name for name in wanted if name in samples.column_names])
         table = table.take(judged["row"]).combine_chunks()
-        for name in _FLOW_COLUMNS if flow is not None else ():
-            table = table.append_column(name, judged[name].combine_chunks())
-        return cls(table, clips.url, _shard_urls(clips, table["shard"]), _flow_shard_urls(flow, table), left_out)
+        for name in (*_FLOW_COLUMNS, *_TRACKS_COLUMNS):
+            if name in judged.column_names:
+                table = table.append_column(name, judged[name].combine_chunks())
+        urls = [{} if a is None else _shard_urls(a, table[f"{a.kind}_shard"]) for a in (flow, tracks)]
+        return cls(table, clips.url, _shard_urls(clips, table["shard"]), urls[0], left_out, urls[1])
 
     def __len__(self) -> int:
         return self._length
@@ -113,9 +123,11 @@ class ClipIndex:
             if not 0 <= number < len(self):
                 raise IndexError(f"clip {number} of {len(self)}")
             row = self.table.slice(number, 1).to_pylist()[0]
-            flow_shard = row.get("flow_shard")
-            flow_url = None if flow_shard is None else self._flow_shard_urls[flow_shard]
-            clip = self._cache[number] = Clip(row, self._shard_urls[row["shard"]], flow_url, self.counter)
+            # A shard number that an index without the sidecar lacks is None, which no mapping holds.
+            flow_url = self._flow_shard_urls.get(row.get("flow_shard"))
+            tracks_url = self._tracks_shard_urls.get(row.get("tracks_shard"))
+            clip = Clip(row, self._shard_urls[row["shard"]], flow_url, self.counter, tracks_url)
+            self._cache[number] = clip
             if len(self._cache) > _CACHED_CLIPS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(number)
@@ -129,7 +141,8 @@ class ClipIndex:
         path = Path(folder) / "clip_index.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, self.table.schema) as writer:
             writer.write_table(self.table)
-        copy = ClipIndex(self.table, self.clips_url, self._shard_urls, self._flow_shard_urls, self.left_out)
+        urls = (self._shard_urls, self._flow_shard_urls)
+        copy = ClipIndex(self.table, self.clips_url, *urls, self.left_out, self._tracks_shard_urls)
         copy._file = str(path)
         return copy
 
@@ -165,42 +178,52 @@ def _with_motion(table: pa.Table, min_motion: float, left_out: dict[str, int]) -
 
 def _with_flow(table: pa.Table, flow: Artifact, left_out: dict[str, int]) -> pa.Table:
     """Rows that have a flow blob with at least one pair, with the columns that say where it lies."""
-    if flow.kind != "flow":
-        raise ValueError(f"{flow.url} holds {flow.kind}, not flow; give flow= the output of `kinema teach`")
-    blobs = flow.samples(["key", "shard", "flow_offset", "flow_size", "num_pairs"]).combine_chunks()
-    blobs = blobs.rename_columns(["key", *_FLOW_COLUMNS])
-    place = pc.index_in(table["key"], value_set=blobs["key"].combine_chunks())
-    quarantined = pc.is_in(table["key"], value_set=flow.quarantined()["key"].combine_chunks())
-    table = table.append_column("place", place).append_column("quarantined", quarantined)
-    by_teacher = pc.and_(pc.is_null(table["place"]), table["quarantined"])
-    table = _keep(table, pc.invert(by_teacher), left_out, "quarantined by teach")
-    table = _keep(table, pc.is_valid(table["place"]), left_out, "without flow")
-    joined = blobs.take(table["place"])
-    for name in _FLOW_COLUMNS:
-        table = table.append_column(name, joined[name])
+    table = _with_sidecar(table, flow, "flow", _FLOW_COLUMNS, left_out)
     return _keep(table, pc.greater(table["num_pairs"], 0), left_out, "without a flow pair")
+
+
+def _with_sidecar(
+    table: pa.Table, sidecar: Artifact, kind: str, columns: tuple[str, ...], left_out: dict[str, int]
+) -> pa.Table:
+    """Rows that have a blob, with the columns that say where it lies; the first of them is the blob's shard."""
+    maker = MAKERS[kind]
+    if sidecar.kind != kind:
+        raise ValueError(f"{sidecar.url} holds {sidecar.kind}, not {kind}; give {kind}= the output of `kinema {maker}`")
+    blobs = sidecar.samples(["key", "shard", *columns[1:]]).combine_chunks()
+    blobs = blobs.rename_columns(["key", *columns])
+    place = pc.index_in(table["key"], value_set=blobs["key"].combine_chunks())
+    quarantined = pc.is_in(table["key"], value_set=sidecar.quarantined()["key"].combine_chunks())
+    judged = table.append_column("place", place).append_column("quarantined", quarantined)
+    by_maker = pc.and_(pc.is_null(judged["place"]), judged["quarantined"])
+    judged = _keep(judged, pc.invert(by_maker), left_out, f"quarantined by {maker}")
+    judged = _keep(judged, pc.is_valid(judged["place"]), left_out, f"without {kind}")
+    joined = blobs.take(judged["place"])
+    judged = judged.drop_columns(["place", "quarantined"])
+    for name in columns:
+        judged = judged.append_column(name, joined[name])
+    return judged
 
 
 def _shard_urls(artifact: Artifact, shards: pa.ChunkedArray) -> dict[int, str]:
     return {shard: artifact.shard_url(shard) for shard in pc.unique(shards).to_pylist()}
 
 
-def _flow_shard_urls(flow: Artifact | None, table: pa.Table) -> dict[int, str]:
-    return {} if flow is None else _shard_urls(flow, table["flow_shard"])
-
-
 def _listed(left_out: dict[str, int]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in left_out.items())
 
 
-def _nothing_left(clips: Artifact, flow: Artifact | None, left_out: dict[str, int]) -> str:
-    places = clips.url if flow is None else f"{clips.url} with flow {flow.url}"
+def _nothing_left(clips: Artifact, flow: Artifact | None, tracks: Artifact | None, left_out: dict[str, int]) -> str:
+    sidecars = [artifact for artifact in (flow, tracks) if artifact is not None]
+    places = " and ".join(f"{artifact.kind} {artifact.url}" for artifact in sidecars)
+    places = f"{clips.url} with {places}" if sidecars else clips.url
     sources = clips.quarantined().filter(pc.is_null(clips.quarantined()["key"])).num_rows
     text = f"no usable sample in {places}: {clips.plan.num_rows} clips planned"
     if left_out:
         text += f", left out: {_listed(left_out)}"
     if sources:
         text += f"; {sources} sources were quarantined before they gave a clip (see quarantine.parquet)"
-    if "without flow" in left_out and "quarantined by teach" not in left_out:
-        text += "; was the flow made from these clips?"
+    for artifact in sidecars:
+        if f"without {artifact.kind}" in left_out and f"quarantined by {MAKERS[artifact.kind]}" not in left_out:
+            was = "were" if artifact.kind == "tracks" else "was"
+            text += f"; {was} the {artifact.kind} made from these clips?"
     return text
