@@ -11,6 +11,7 @@ from kinema.configs.schema import (
     RegisterConfig,
     ShardConfig,
     TeachConfig,
+    TrackConfig,
     TrainConfig,
     WorkflowConfig,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "RegisterConfig",
     "ShardConfig",
     "TeachConfig",
+    "TrackConfig",
     "TrainConfig",
     "WorkflowConfig",
     "build",

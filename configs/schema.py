@@ -171,6 +171,53 @@ class TeachConfig:
 
 
 @dataclass(frozen=True)
+class TrackConfig:
+    """`kinema track`: clips/ (and flow/) in, tracks/TRACKER out."""
+
+    clips: str = ""
+    """The clips artifact."""
+    flow: str = ""
+    """The flow artifact that `chain` follows (gap 1 in both directions; longer gaps bridge occlusions)."""
+    out: str = ""
+    """Folder or URL of the tracks artifact; empty: tracks/TRACKER beside clips."""
+    tracker: Literal["chain", "cotracker3"] = "chain"
+    """`chain` follows stored flow and needs no weights; `cotracker3` looks at the frames."""
+    weights: str = ""
+    """Checkpoint file or URL of the tracker; empty: the published weights of the ledger."""
+    grid: int = 16
+    """Tracks are started on grid x grid points of a frame."""
+    start_frames: tuple[int, ...] = (0,)
+    """Frames in which grids are started; negative ones count from the clip's end. Tracked forwards and backwards."""
+    spread_starts: int = 0
+    """Instead of start_frames: grids in this many frames, spread evenly from the first to the last; 0: off."""
+    iters: int = 0
+    """Refinements of cotracker3; 0 means the published 6."""
+    num_actors: int = 0
+    """Tracker actors; 0 means one per GPU or, without a GPU, as many as CPUs and memory allow."""
+    threads_per_actor: int = 1
+    """CPU threads each actor uses."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the tracker runs; `chain` always runs on the CPU."""
+    allowed_quarantine: float = 0.05
+    """Exit status 3 when more than this share of the clips was quarantined."""
+
+    def __post_init__(self) -> None:
+        _require(self.grid >= 1, "grid", self.grid, "use 1 or more points a side")
+        _require(self.spread_starts >= 0, "spread_starts", self.spread_starts, "use 1 or more frames, or 0 for none")
+        listed = bool(self.start_frames) or self.spread_starts > 0
+        _require(listed, "start_frames", list(self.start_frames), "name at least one frame, or set spread_starts")
+        _require(self.iters >= 0, "iters", self.iters, "use 1 or more, or 0 for the published number")
+        _require(self.num_actors >= 0, "num_actors", self.num_actors, "use 1 or more, or 0 for what fits")
+        _require(self.threads_per_actor >= 1, "threads_per_actor", self.threads_per_actor, "use 1 or more")
+        _require(
+            0 <= self.allowed_quarantine <= 1,
+            "allowed_quarantine",
+            self.allowed_quarantine,
+            "use a share, 0 to 1",
+        )
+
+
+@dataclass(frozen=True)
 class FlowFeatConfig:
     """The FlowFeat model and its loss (recipes: NeurIPS 2025, section 3 and supplement)."""
 
@@ -217,6 +264,47 @@ class FlowFeatConfig:
 
 
 @dataclass(frozen=True)
+class FlowNetworkConfig:
+    """Training of RAFT, SEA-RAFT (on stored flow) and SMURF (on frames alone)."""
+
+    crop: tuple[int, int] = (368, 496)
+    """Height and width of the training crops, in pixels of the stored flow."""
+    gap: int = 1
+    """Largest distance between the frames of a pair; all stored pairs up to it are drawn."""
+    iters: int = 12
+    """Refinements in training."""
+    gamma: float = 0.8
+    """Weight of a refinement relative to the next one (RAFT 0.8, SEA-RAFT 0.85)."""
+    flip: float = 0.5
+    """Probability of a left-right flip."""
+    jitter: float = 0.2
+    """Largest relative change of brightness and contrast."""
+    visible_only: bool = False
+    """Learn only from pixels that the stored occlusion calls visible (for flow of another teacher)."""
+    freeze_batch_norm: bool = True
+    """Keep the statistics of batch norms, as the published fine-tuning stages do."""
+    smoothness: float = 2.0
+    """SMURF: weight of second-order smoothness."""
+    edge_constant: float = 150.0
+    """SMURF: how fast image edges weaken smoothness."""
+    self_supervision: float = 0.0
+    """SMURF: weight of the loss against its own flow of the uncropped images (published: 0.3, ramped in late)."""
+    self_supervision_crop: int = 64
+    """SMURF: pixels cut off each side for that."""
+
+    def __post_init__(self) -> None:
+        _require(min(self.crop) >= 128, "flow_network.crop", list(self.crop), "use sides of 128 pixels or more")
+        _require(self.gap >= 1, "flow_network.gap", self.gap, "use 1 or more")
+        _require(self.iters >= 1, "flow_network.iters", self.iters, "use 1 or more")
+        _require(0 < self.gamma <= 1, "flow_network.gamma", self.gamma, "use 0 < gamma <= 1")
+        _require(0 <= self.jitter < 1, "flow_network.jitter", self.jitter, "use 0 <= jitter < 1")
+        if self.self_supervision:
+            inner = min(self.crop) - 2 * self.self_supervision_crop
+            rule = f"leaves {inner} pixels of the crop; it must leave 128"
+            _require(inner >= 128, "flow_network.self_supervision_crop", self.self_supervision_crop, rule)
+
+
+@dataclass(frozen=True)
 class LoaderConfig:
     """How training samples are drawn. Order and content follow from the seed alone, not from the workers."""
 
@@ -250,12 +338,14 @@ class TrainConfig:
     """The flow artifact (one teacher)."""
     out: str = ""
     """Folder of the run: checkpoints and logs."""
-    model: Literal["flowfeat"] = "flowfeat"
-    """Which recipe trains."""
+    model: Literal["flowfeat", "raft", "raft_small", "sea_raft_s", "sea_raft_m", "sea_raft_l", "smurf"] = "flowfeat"
+    """Which model trains."""
     weights: str = ""
     """Checkpoint to start the model from (file or URL); empty: from initialisation."""
     flowfeat: FlowFeatConfig = field(default_factory=FlowFeatConfig)
     """Settings of the FlowFeat recipe."""
+    flow_network: FlowNetworkConfig = field(default_factory=FlowNetworkConfig)
+    """Settings of the flow networks' recipe."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How samples are drawn."""
     steps: int = 1000
@@ -413,7 +503,7 @@ class WorkflowConfig:
     """Name of the parent MLflow run."""
     workspace: str = "workspace"
     """Folder under which stages write unless told otherwise."""
-    stages: tuple[Literal["shard", "teach", "train", "evaluate", "register", "embed"], ...] = (
+    stages: tuple[Literal["shard", "teach", "track", "train", "evaluate", "register", "embed"], ...] = (
         "shard",
         "teach",
         "train",
@@ -425,6 +515,8 @@ class WorkflowConfig:
     """Section of `kinema shard`."""
     teach: TeachConfig = field(default_factory=TeachConfig)
     """Section of `kinema teach`."""
+    track: TrackConfig = field(default_factory=TrackConfig)
+    """Section of `kinema track`."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Section of `kinema train`."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -438,6 +530,7 @@ class WorkflowConfig:
 STAGES: dict[str, Any] = {
     "shard": ShardConfig,
     "teach": TeachConfig,
+    "track": TrackConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "register": RegisterConfig,

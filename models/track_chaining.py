@@ -59,8 +59,9 @@ def chain_tracks(
     Raises: ValueError when a query lies outside of the clip, or neighbouring frames lack flow in either direction.
     """
     queries = np.asarray(queries, np.float64).reshape(-1, 3)
+    _check_queries(queries, num_frames, height, width)
+    check_pairs(pairs, num_frames)
     start = queries[:, 0].astype(np.int64)
-    _check(pairs, num_frames, queries, height, width)
     points = np.empty((num_frames, len(queries), 2), np.float32)
     visible = np.zeros((num_frames, len(queries)), bool)
     frames = np.arange(num_frames)[:, None]
@@ -80,24 +81,25 @@ def grid_queries(num_per_side: int, height: int, width: int, frames: Collection[
     return np.stack([t, x, y], axis=-1).reshape(-1, 3).astype(np.float32)
 
 
-def _check(pairs: Collection[tuple[int, int]], num_frames: int, queries: np.ndarray, height: int, width: int) -> None:
+def check_pairs(pairs: Collection[tuple[int, int]], num_frames: int) -> None:
+    """Raises: ValueError when neighbouring frames lack flow in either direction."""
+    known = set(pairs)
+    for t in range(num_frames - 1):
+        for start, gap in ((t, 1), (t + 1, -1)):
+            if (start, gap) not in known:
+                raise ValueError(
+                    f"no flow from frame {start} to {start + gap}: chaining needs gap 1 forward and backward for every "
+                    "frame; teach with gaps=[1,...], both directions and stride=1"
+                )
+
+
+def _check_queries(queries: Float[np.ndarray, "N 3"], num_frames: int, height: int, width: int) -> None:
     t, x, y = queries.T
     inside = (x >= -0.5) & (y >= -0.5) & (x <= width - 0.5) & (y <= height - 0.5)
     bad = ~(inside & (t >= 0) & (t < num_frames))  # also where not finite
     if bad.any():
-        raise ValueError(
-            f"query (t, x, y) = {tuple(queries[bad][0].tolist())} lies outside of {num_frames} frames of "
-            f"{width}x{height}"
-        )
-    known = set(pairs)
-    steps = [(t, 1) for t in range(num_frames - 1)] + [(t + 1, -1) for t in range(num_frames - 1)]
-    missing = [step for step in steps if step not in known]
-    if missing:
-        t, gap = missing[0]
-        raise ValueError(
-            f"no flow from frame {t} to {t + gap}: chaining needs gap 1 forward and backward for every frame; teach "
-            "with gaps=[1,...], both directions and stride=1"
-        )
+        place = tuple(queries[bad][0].tolist())
+        raise ValueError(f"query (t, x, y) = {place} lies outside of {num_frames} frames of {width}x{height}")
 
 
 @dataclass

@@ -30,6 +30,7 @@ from kinema.pipelines.errors import StageError
 STAGE_MODULES = {
     "shard": "kinema.pipelines.shard",
     "teach": "kinema.pipelines.teach",
+    "track": "kinema.pipelines.track",
     "train": "kinema.pipelines.train",
     "evaluate": "kinema.pipelines.evaluate.stage",
     "register": "kinema.pipelines.registry",
@@ -39,6 +40,7 @@ STAGE_MODULES = {
 PURPOSE = {
     "shard": "videos -> clips/: probe, cut, resample, encode, pack",
     "teach": "clips/ -> flow/TEACHER/: optical flow between frames",
+    "track": "clips/ (+ flow/) -> tracks/TRACKER/: point tracks",
     "train": "clips/ + flow/ -> a run: checkpoints, metrics, pictures",
     "evaluate": "a model + a benchmark folder -> one table",
     "register": "a run -> a version in the MLflow registry",

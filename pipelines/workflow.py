@@ -24,6 +24,7 @@ from kinema.pipelines.cli import stage_module, summary_fields
 UPSTREAM: dict[str, tuple[str, ...]] = {
     "shard": (),
     "teach": ("shard",),
+    "track": ("shard", "teach"),
     "train": ("shard", "teach"),
     "evaluate": ("train",),
     "register": ("train", "evaluate"),
@@ -116,6 +117,10 @@ def resolve_stage(config: WorkflowConfig, stage: str, workspace: Path, outputs: 
         return dataclasses.replace(section, out=section.out or clips)
     if stage == "teach":
         return dataclasses.replace(section, clips=section.clips or clips, out=section.out or flow)
+    if stage == "track":
+        out = section.out or str(workspace / "tracks" / section.tracker)
+        needed = (section.flow or flow) if section.tracker == "chain" else section.flow
+        return dataclasses.replace(section, clips=section.clips or clips, flow=needed, out=out)
     if stage == "train":
         section = dataclasses.replace(section, clips=section.clips or clips, flow=section.flow or flow)
         return dataclasses.replace(section, out=section.out or str(_run_folder(section, workspace)))
