@@ -72,8 +72,8 @@ def _attend(
         return F.scaled_dot_product_attention(q, k, v, is_causal=pattern.kind == "causal", scale=1.0)
     parts = []
     if P > 0:
-        pokes = (x[:, :, :P] for x in (q, k, v))
-        parts.append(F.scaled_dot_product_attention(*pokes, is_causal=True, scale=1.0))
+        poke_q, poke_k, poke_v = q[:, :, :P], k[:, :, :P], v[:, :, :P]
+        parts.append(F.scaled_dot_product_attention(poke_q, poke_k, poke_v, is_causal=True, scale=1.0))
     if pattern.kind == "query_inference" and N > P:
         parts.append(_attend_pokes_and_self(q, k, v, slice(P, N), P, None))
     if pattern.kind == "query_causal" and N > P:
