@@ -1,5 +1,6 @@
 """`correlation_lookup`: windows of the correlation between two feature maps, formed on demand."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from kinema.kernels.correlation_lookup.volume import (
     volume_lookup,
 )
 from kinema.kernels.correlation_lookup.window import WindowOrder, check_lookup
-from kinema.kernels.dispatch import check_impl
+from kinema.kernels.dispatch import check_impl, use_triton, why_no_triton
 
 __all__ = [
     "LookupPlan",
@@ -25,7 +26,12 @@ __all__ = [
     "plan_lookup",
     "volume_bytes",
     "volume_lookup",
+    "why_not_triton",
 ]
+
+KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_GRID = 65535
+"""Programs along the second and third axis of a launch: CUDA programming guide."""
 
 
 def correlation_lookup(
@@ -47,4 +53,33 @@ def correlation_lookup(
     """
     check_impl(impl)
     check_lookup(fmap1, fmap2_pyramid, coords, radius, window_order)
+    if use_triton(impl, why_not_triton(fmap1, fmap2_pyramid, coords, radius)):
+        from kinema.kernels.correlation_lookup.triton_impl import lookup_forward
+
+        return lookup_forward(fmap1, fmap2_pyramid, coords, radius, window_order)
     return correlation_lookup_reference(fmap1, fmap2_pyramid, coords, radius, window_order)
+
+
+def why_not_triton(
+    fmap1: Float[Tensor, "B C H W"],
+    fmap2_pyramid: list[Float[Tensor, "_ _ _ _"]],
+    coords: Float[Tensor, "_ 2 _ _"],
+    radius: int,
+    window_order: WindowOrder = "x_major",
+) -> str | None:
+    """A sentence that says why the Triton kernels cannot take these arguments, or None."""
+    reason = why_no_triton(fmap1, *fmap2_pyramid, coords)
+    if reason is not None:
+        return reason
+    if fmap1.dtype not in KERNEL_TYPES:
+        return f"the maps are {fmap1.dtype}; the kernels take float32, float16 and bfloat16"
+    B, C, H, W = fmap1.shape
+    if 0 in fmap1.shape:
+        return f"fmap1 is {list(fmap1.shape)}, without elements; a kernel needs at least one"
+    per_pixel = max(C, (2 * radius + 2) ** 2, len(fmap2_pyramid) * (2 * radius + 1) ** 2)
+    largest = max(per_pixel * H * W, *(C * fmap2.shape[2] * fmap2.shape[3] for fmap2 in fmap2_pyramid))
+    if largest >= 2**31:
+        return f"one image has {largest} elements in a map; the kernels count to 2^31 within an image"
+    if B > LARGEST_GRID:
+        return f"the batch of {B} is larger than {LARGEST_GRID}; split it"
+    return None

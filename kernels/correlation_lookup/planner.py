@@ -7,7 +7,7 @@ small maps and over many iterations, as long as it fits. `plan_lookup` says whic
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -21,16 +21,25 @@ UNKNOWN_FREE_BYTES = 4 * 2**30
 
 # Measured on a 2-core AMD EPYC, torch 2.13, fp32, one thread, C 128 and 256, r 4 (`make bench`).
 # Only their ratios matter, and those move little between machines.
-BUILD_NS_PER_PRODUCT = 0.031
-"""Volume: one multiply-add of the matrix product."""
-BUILD_NS_PER_ENTRY = 2.0
-"""Volume: writing and pooling one entry of level 0."""
-READ_NS_PER_POINT = 17.0
-"""Volume: gathering and blending one lattice point."""
 FORM_NS_PER_PRODUCT = 0.09
 """On demand: one multiply-add of a window."""
 FORM_NS_PER_POINT = 17.0
 """On demand: gathering and blending one lattice point."""
+
+
+class VolumeCosts(NamedTuple):
+    """What a volume costs, in nanoseconds."""
+
+    per_product: float
+    """Building: one multiply-add of the matrix product."""
+    per_entry: float
+    """Building: writing and pooling one entry of level 0."""
+    per_point: float
+    """Gathering and blending one lattice point."""
+
+
+GATHERED = VolumeCosts(per_product=0.031, per_entry=2.0, per_point=17.0)
+"""`correlation_pyramid` and `volume_lookup`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ def plan_lookup(
     radius: int = 4,
     num_levels: int = NUM_LEVELS,
     training: bool = False,
+    costs: VolumeCosts = GATHERED,
 ) -> LookupPlan:
     """Choose between `correlation_pyramid` + `volume_lookup` and `correlation_lookup`.
 
@@ -69,6 +79,7 @@ def plan_lookup(
         iters: lookups made in one pair of maps.
         free_bytes: memory that is free on the device (`free_memory`).
         training: the backward pass holds a gradient of the volume beside it.
+        costs: of the volume that would be built.
 
     Raises: ValueError for sizes or iters below 1.
     """
@@ -86,9 +97,7 @@ def plan_lookup(
     volume = volume_bytes(batch, height, width, num_levels)
     needed = volume * (TRAINING_COPIES if training else 1)
     entries = queries * height * width
-    volume_s = 1e-9 * (
-        entries * (channels * BUILD_NS_PER_PRODUCT + BUILD_NS_PER_ENTRY) + iters * points * READ_NS_PER_POINT
-    )
+    volume_s = 1e-9 * (entries * (channels * costs.per_product + costs.per_entry) + iters * points * costs.per_point)
     on_demand_s = 1e-9 * iters * points * (channels * FORM_NS_PER_PRODUCT + FORM_NS_PER_POINT)
     kind, reason = _choose(needed, free_bytes, volume_s, on_demand_s, iters, (height, width), device_type)
     pooled = volume_bytes(1, height, width, num_levels) // (height * width) * batch * channels
