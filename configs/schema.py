@@ -416,13 +416,14 @@ class EvaluateConfig:
     """`kinema evaluate`: a model and a benchmark folder in, one table out."""
 
     model: str = ""
-    """Run folder, checkpoint, registry URI (models:/...) or a flow network's name (dis, raft, sea_raft_m, ...)."""
+    """Run folder, checkpoint, registry URI (models:/...) or a flow network's name (dis, raft, sea_raft_m, ...)
+    or a tracker's (chain, cotracker3)."""
     weights: str = ""
-    """Weights for a flow network or a FlowFeat variant given by name."""
+    """Weights for a flow network, tracker or FlowFeat variant given by name; for chain, those of its teacher."""
     benchmark: Literal["davis", "sintel", "kitti", "middlebury", "tapvid"] = "davis"
     """Which measures."""
     data: str = ""
-    """The benchmark's folder."""
+    """The benchmark's folder; TAP-Vid: also a file, or `scenes` for rendered scenes with known tracks."""
     out: str = ""
     """Folder for the table (JSON, CSV) and pictures; empty: nothing is written."""
     protocols: tuple[Literal["mlp", "propagation", "attention"], ...] = ("mlp",)
@@ -434,11 +435,13 @@ class EvaluateConfig:
     short_side: int = 480
     """Shorter side of the frames that label propagation compares."""
     iters: int = 0
-    """Refinement iterations; 0 means the benchmark's usual number (Sintel 32, KITTI 24)."""
+    """Refinement iterations; 0 means the benchmark's usual number (Sintel 32, KITTI 24, CoTracker3 6)."""
     scale: int = 0
     """SEA-RAFT sees the images at 2^scale times their size."""
     queries: Literal["first", "strided"] = "first"
     """TAP-Vid: points are given where they are first seen, or in every 5th frame in which they are seen."""
+    teacher: Literal["dis", "raft", "raft_small", "sea_raft_s", "sea_raft_m", "sea_raft_l", "smurf"] = "dis"
+    """TAP-Vid: the flow network that chain follows."""
     single_queries: bool = False
     """TAP-Vid, cotracker3: each query in a run of its own with a local grid, as in the paper's tables, which takes
     as many times longer as there are queries; otherwise all queries of a video in one run."""

@@ -126,12 +126,18 @@ def _flow(config: EvaluateConfig) -> dict[str, float]:
     from kinema.models.flow_networks import FLOW_NETWORKS, flow_network
     from kinema.pipelines.evaluate.flow import evaluate_flow, find_samples
 
-    if config.model not in FLOW_NETWORKS:
-        raise ValueError(f"model={config.model}: {config.benchmark} takes flow networks: {', '.join(FLOW_NETWORKS)}")
+    if Path(config.model).is_dir():
+        network = _trained_flow_network(config.model)
+    elif config.model in FLOW_NETWORKS:
+        given = config.weights or None
+        network = flow_network(config.model, pretrained=given is None, weights=given, scale=config.scale)
+    else:
+        names = ", ".join(FLOW_NETWORKS)
+        raise ValueError(f"model={config.model}: {config.benchmark} takes a run of a flow network, or one of {names}")
     total = len(find_samples(config.data, config.benchmark))  # type: ignore[arg-type]
     progress = Progress("evaluate", total, "pairs")
     values = evaluate_flow(
-        flow_network(config.model, pretrained=not config.weights, weights=config.weights or None, scale=config.scale),
+        network,
         config.data,
         config.benchmark,  # type: ignore[arg-type]
         iters=config.iters or None,
@@ -141,12 +147,25 @@ def _flow(config: EvaluateConfig) -> dict[str, float]:
     return {f"{config.benchmark}_{name}": float(value) for name, value in values.items()}
 
 
+def _trained_flow_network(run: str) -> Any:
+    from kinema.models.flow_networks import FLOW_NETWORKS
+    from kinema.pipelines.train.checkpoint import load_model, read_meta, resolve_checkpoint
+
+    name = read_meta(resolve_checkpoint(run))["train_config"]["model"]
+    if name not in FLOW_NETWORKS:
+        raise ValueError(f"model={run} is a run of {name}, which gives no flow; use a run of a flow network")
+    return load_model(run)
+
+
 def _tapvid(config: EvaluateConfig) -> dict[str, float]:
-    from kinema.pipelines.evaluate.tapvid import SCENES, evaluate_tapvid, load_tracker, scene_videos
+    from kinema.pipelines.evaluate.tapvid import SCENES, evaluate_tapvid, scene_videos
     from kinema.pipelines.evaluate.tapvid_files import TapVidFiles
+    from kinema.pipelines.evaluate.tapvid_trackers import load_tracker
 
     videos = scene_videos() if config.data == SCENES else TapVidFiles(config.data)
-    tracker = load_tracker(config.model, config.weights, config.queries, config.single_queries, config.iters)
+    tracker = load_tracker(
+        config.model, config.weights, config.teacher, config.queries, config.single_queries, config.iters
+    )
     progress = Progress("evaluate", 0, "videos")
 
     def shown(done: int, name: str) -> None:

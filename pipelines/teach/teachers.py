@@ -25,6 +25,7 @@ from kinema.models.sea_raft import SEARAFT, SeaRaftFeatures
 from kinema.models.weights import download, file_sha256, published_file
 from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
 from kinema.pipelines.teach.tiling import TiledTeacher
+from kinema.pipelines.train.checkpoint import MODEL_FILE, resolve_checkpoint
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def use_threads(threads: int) -> Iterator[None]:
 def locate_weights(name: str, weights: str) -> tuple[str, str]:
     """Local file and sha256 of a teacher's weights; both empty for dis.
 
-    Args: weights, a path or http(s) URL; empty means the published file.
+    Args: weights, a path or http(s) URL, or a training run of the network; empty means the published file.
     Raises: ValueError, one line that names weights=, when there is none or it does not fit the network.
     """
     if name == "dis":
@@ -102,11 +103,16 @@ def locate_weights(name: str, weights: str) -> tuple[str, str]:
     if not weights:
         path = published_file(name)
     else:
-        path = download(weights) if "://" in weights else Path(weights).expanduser().absolute()
+        path = download(weights) if "://" in weights else _of_run(Path(weights).expanduser().absolute())
     if not path.is_file():
         raise ValueError(f"weights={weights}: the file does not exist; give a .pth or .safetensors file of {name}")
     flow_network(name, weights=path)  # a wrong file is refused before an artifact is tied to its hash
     return str(path), file_sha256(path)
+
+
+def _of_run(path: Path) -> Path:
+    """The weights in the newest checkpoint of a run; any other path as it is."""
+    return resolve_checkpoint(path) / MODEL_FILE if path.is_dir() else path
 
 
 def reduced_size(height: int, width: int, short_side: int) -> tuple[int, int]:

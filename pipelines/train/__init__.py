@@ -124,7 +124,7 @@ def build_model(config: TrainConfig) -> Any:
     """The model as it is before the first step, in eval mode."""
     recipe = make_recipe(config)
     seed_step(config.seed, 0, 0)
-    return recipe.build().student(ema=True)
+    return recipe.published_model(recipe.build().state_dict())
 
 
 @dataclass(frozen=True)

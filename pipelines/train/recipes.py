@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kinema.configs.schema import TrainConfig
+from kinema.pipelines.train.flow_recipe import FlowRecipe
 from kinema.pipelines.train.flowfeat_recipe import FlowFeatRecipe
 
 
-def make_recipe(config: TrainConfig) -> FlowFeatRecipe:
-    """The recipe of `config.model`."""
-    assert config.model == "flowfeat"
-    return FlowFeatRecipe(config.flowfeat, config.weights)
-
-
-def recipe_settings(config: TrainConfig) -> dict[str, object]:
-    """The section of the config that belongs to the recipe."""
-    return {"flowfeat": config.flowfeat}
+def make_recipe(config: TrainConfig) -> Any:
+    """The recipe of `config.model`, see `recipe.Recipe`."""
+    if config.model == "flowfeat":
+        return FlowFeatRecipe(config.flowfeat, config.weights)
+    return FlowRecipe(config.model, config.flow_network, config.weights)
