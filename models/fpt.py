@@ -134,7 +134,7 @@ class FlowPokeTransformer(nn.Module):
         self,
         poke_pos: Float[Tensor, "B P 2"],
         poke_flow: Float[Tensor, "B P 2"],
-        query_pos: Float[Tensor, "B P n 2"],
+        query_pos: Float[Tensor, "B groups n 2"],
         camera_static: Bool[Tensor, "B"] | bool,
         d_img: Mapping[str, Tensor],
     ) -> GaussianMixture:
