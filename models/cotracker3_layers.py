@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from kinema.models.inference_linear import Linear
 from kinema.models.raft_layers import ResidualBlock
 
-TOKENS_AT_ONCE = 2**15
-"""Without gradient, blocks run on at most about this many tokens at a time, which bounds their hidden layers."""
+TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA = 2**13, 2**17
+"""Without gradient, blocks run on about this many tokens at a time, which bounds their hidden layers."""
 
 
 class FrameEncoder(nn.Module):
@@ -159,7 +159,8 @@ class TrackTransformer(nn.Module):
 
 def _by_rows(block: Callable[..., Tensor], inputs: Sequence[Float[Tensor, "B _ D"]]) -> Float[Tensor, "B N D"]:
     """`block(*inputs)`, for a few rows of the batch at a time where memory would grow with their number."""
-    rows = max(TOKENS_AT_ONCE // max(x.shape[1] for x in inputs), 1)
+    limit = TOKENS_AT_ONCE_CUDA if inputs[0].is_cuda else TOKENS_AT_ONCE_CPU
+    rows = max(limit // max(x.shape[1] for x in inputs), 1)
     if rows >= inputs[0].shape[0] or torch.is_grad_enabled():
         return block(*inputs)
     return torch.cat([block(*parts) for parts in zip(*(x.split(rows) for x in inputs), strict=True)])

@@ -20,7 +20,6 @@ from kinema.pipelines.evaluate.tapvid_files import TapVidFiles, TapVidVideo
 from kinema.pipelines.evaluate.tapvid_metrics import QueryMode, mean_metrics, tapvid_metrics
 from kinema.pipelines.scenes import Scene
 
-TRACKERS = ("cotracker3",)
 SIDE_PX = 256
 QUERY_STRIDE = 5
 SCENES = "scenes"
@@ -88,23 +87,6 @@ def evaluate_tapvid(
     if not videos:
         raise ValueError("no video with a visible point to evaluate")
     return TapVidScores(mean_metrics(list(videos.values())), videos)
-
-
-def load_tracker(
-    name: str, weights: str = "", mode: QueryMode = "first", single_queries: bool = False, iters: int = 0
-) -> Tracker:
-    """A tracker by name, as the benchmark asks for it; without `weights` the published ones of the ledger.
-
-    Raises: ValueError for another name or weights that cannot be had.
-    """
-    if name not in TRACKERS:
-        raise ValueError(f"model={name} is no tracker; tapvid takes {', '.join(TRACKERS)}")
-    from kinema.models.cotracker3 import cotracker3
-    from kinema.models.cotracker3_predictor import BenchmarkTracker
-
-    model = cotracker3(pretrained=not weights, weights=weights or None)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return BenchmarkTracker(model, single_queries, mode == "strided", iters=iters or 6)
 
 
 def at_benchmark_size(

@@ -180,7 +180,7 @@ def test_working_in_small_pieces_changes_nothing(small, fill, monkeypatch):
     with torch.inference_mode():
         whole = small(video, queries, iters=2)
         monkeypatch.setattr(cotracker3, "MAX_TRACK_FRAMES_CPU", 6)
-        monkeypatch.setattr(cotracker3_layers, "TOKENS_AT_ONCE", 80)
+        monkeypatch.setattr(cotracker3_layers, "TOKENS_AT_ONCE_CPU", 80)
         pieces = small.track(small.encode(video, frames_at_once=1), queries, iters=2)
     assert (pieces.tracks - whole.tracks).abs().max() < TRACKS_PX
     assert (pieces.visibility - whole.visibility).abs().max() < FLAGS

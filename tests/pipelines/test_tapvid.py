@@ -1,5 +1,6 @@
 """TAP-Vid: measures against their goldens, the files (pickles that run nothing), the evaluation of trackers."""
 
+import functools
 import io
 import json
 import os
@@ -12,10 +13,14 @@ from PIL import Image
 
 from kinema.configs import EvaluateConfig
 from kinema.models.cotracker3 import CoTracker3
+from kinema.pipelines.evaluate import tapvid_trackers
 from kinema.pipelines.evaluate.stage import run
 from kinema.pipelines.evaluate.tapvid import evaluate_tapvid, sample_queries, scene_videos
 from kinema.pipelines.evaluate.tapvid_files import TapVidFiles, TapVidVideo, read_arrays, write_npz
 from kinema.pipelines.evaluate.tapvid_metrics import mean_metrics, tapvid_metrics
+from kinema.pipelines.evaluate.tapvid_trackers import FlowChain
+from kinema.pipelines.scenes import Scene
+from kinema.pipelines.teach.protocol import FlowEstimate
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +255,49 @@ def test_a_tracker_that_gives_another_shape_is_told():
         evaluate_tapvid(lambda frames, queries: (None, None), [])
 
 
-def test_command_evaluates_cotracker3(tmp_path, monkeypatch):
+class _TrueFlow:
+    """A teacher that knows the scene; features are frame numbers."""
+
+    def __init__(self, scene):
+        self.scene, self.numbers, self.asked = scene, iter(range(scene.num_frames)), []
+
+    def features(self, frame):
+        return next(self.numbers)
+
+    def flow(self, pairs):
+        self.asked += pairs
+        return FlowEstimate(torch.from_numpy(np.stack([self.scene.flow_px(*pair) for pair in pairs])))
+
+
+@pytest.mark.parametrize("mode", ["first", "strided"])
+def test_chain_on_true_flow_is_close_to_the_truth(mode):
+    (video,) = scene_videos(1, num_frames=8, num_points=24, seed=5)
+    teacher = _TrueFlow(Scene(5, 256, 256, 8))
+    scores = evaluate_tapvid(FlowChain(teacher), [video], mode).mean
+    assert scores["pts_within_1"] > 0.9 and scores["occlusion_accuracy"] > 0.9
+    assert len(set(teacher.asked)) == len(teacher.asked)  # each flow is computed once
+
+
+@pytest.fixture(scope="module")
+def tracking_store(tmp_path_factory):
+    """One database for the tests of the command: making it takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+        yield
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_command_evaluates_chain_on_rendered_scenes(monkeypatch):
+    monkeypatch.setattr(tapvid_trackers, "CHAIN_GAPS", (1,))
+    short = functools.partial(scene_videos, 1, num_frames=5, num_points=16)
+    monkeypatch.setattr("kinema.pipelines.evaluate.tapvid.scene_videos", short)
+    metrics = run(EvaluateConfig(model="chain", benchmark="tapvid", data="scenes")).metrics
+    assert metrics["tapvid_pts_within_2"] > 0.8 and metrics["tapvid_occlusion_accuracy"] > 0.7
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_command_evaluates_cotracker3(tmp_path):
     """Points that hardly move, and a network that leaves every point where it was given."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     torch.manual_seed(0)
     model = CoTracker3(model_resolution=(32, 32))
     with torch.no_grad():
