@@ -19,6 +19,7 @@ BENCHMARKS = {
     "loader": "groups of pictures by ranged reads against decoding each clip from its start",
     "teacher": "RAFT-small with per-frame features cached against pairwise",
     "train_step": "FlowFeat step with stored flow against the same step with RAFT inside",
+    "local_correlation": "local correlation and its gradients on the CPU against unfolding the windows",
 }
 
 
