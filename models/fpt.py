@@ -305,8 +305,10 @@ def pattern_of(mask: PatternLike | Tensor | None, is_query: Bool[Tensor, "B L"])
     """
     if mask is None:
         return AttentionPattern("full")
-    if not isinstance(mask, Tensor):
+    if isinstance(mask, str | tuple | AttentionPattern):
         return as_pattern(mask)
+    if not isinstance(mask, Tensor):
+        raise ValueError(f'mask is a {type(mask).__name__}; name a pattern instead, such as ("query-causal", P)')
     length = is_query.shape[1]
     if mask.dtype != torch.bool or mask.shape[-2:] != (length, length):
         raise ValueError(

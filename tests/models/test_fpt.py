@@ -1,6 +1,8 @@
 """Flow Poke Transformer: the published network's numbers, and what its users rely on."""
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -460,3 +462,25 @@ def test_hub_entry(monkeypatch):
     repo = Path(__file__).resolve().parents[2]
     built = torch.hub.load(str(repo), "fpt_base", source="local", weights="some.pt")
     assert built == (("fpt_base",), {"pretrained": False, "weights": "some.pt"})
+
+
+COMPILED = """
+import torch
+from kinema.models.fpt import FlowPokeTransformer
+torch.manual_seed(0)
+model = FlowPokeTransformer(64, 1, 32, "tiny_vit8", 48)
+for parameter in model.out_mlp.parameters():
+    torch.nn.init.normal_(parameter, std=0.1)
+batch = torch.rand(2, 3, 2), torch.rand(2, 3, 2), torch.rand(2, 3, 4, 2), torch.rand(2, 3, 4, 2)
+arguments = (*batch, torch.tensor([True, False]), torch.rand(2, 3, 48, 48))
+compiled = torch.compile(model.negative_log_likelihood, backend="aot_eager", fullgraph=True)(*arguments)
+compiled.mean().backward()
+assert model.input_mlp.query_token.grad.abs().max() > 0
+torch.testing.assert_close(compiled, model.negative_log_likelihood(*arguments))
+"""
+
+
+def test_the_training_step_compiles_as_one_graph():
+    """In a process without the shape checks of the tests, which the compiler cannot see through."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
