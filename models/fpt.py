@@ -30,7 +30,9 @@ SMALLEST_SCALE = 1e-4
 NUMBERS_PER_COMPONENT = 6  # a logit, two means, three entries of the Cholesky factor
 
 # An encoder that trains from scratch on a CPU within minutes.
-TINY_ENCODER = ViTConfig(8, 192, 4, 3, "antialias_table", table_side=12, floor_grid=False)
+TINY_ENCODER = ViTConfig(
+    patch_size=8, width=192, depth=4, num_heads=3, positions="antialias_table", table_side=12, floor_grid=False
+)
 ENCODERS: dict[str, ViTConfig] = {**CONFIGS, "tiny_vit8": TINY_ENCODER}
 
 PRESETS: dict[str, dict[str, int | str]] = {

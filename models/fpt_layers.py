@@ -48,7 +48,7 @@ class ImageEncoder(nn.Module):
                 f"image_size={image_size} is not a multiple of the encoder's patch, {config.patch_size}; "
                 f"use {max(1, round(image_size / config.patch_size)) * config.patch_size}"
             )
-        self.model = VisionTransformer(config)
+        self.model = VisionTransformer(config, image_size=(image_size, image_size))
         self.image_size = image_size
 
     @property

@@ -480,6 +480,7 @@ torch.testing.assert_close(compiled, model.negative_log_likelihood(*arguments))
 """
 
 
+@pytest.mark.slow
 def test_the_training_step_compiles_as_one_graph():
     """In a process without the shape checks of the tests, which the compiler cannot see through."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=200)
