@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int, Real
 
 ReadFlow = Callable[[int, int], Float32[np.ndarray, "2 H W"]]
 """(t, gap) -> flow from frame t to frame t + gap in pixels; gap is signed."""
 
 _FIT_RADIUS_PX = 24
 _FIT_SIGMA_PX = 10.0
+_EDGE_RADIUS_PX = 4
 _ONSET_SIGMA_PX = 4.0
 _FIT_CHUNK = 512
 _FEWEST_PIXELS = 6
@@ -48,7 +49,7 @@ def chain_tracks(
     read_flow: ReadFlow,
     pairs: Collection[tuple[int, int]],
     num_frames: int,
-    queries: Float[np.ndarray, "N 3"],
+    queries: Real[np.ndarray, "N 3"],
     height: int,
     width: int,
 ) -> ChainedTracks:
@@ -93,7 +94,7 @@ def check_pairs(pairs: Collection[tuple[int, int]], num_frames: int) -> None:
                 )
 
 
-def _check_queries(queries: Float[np.ndarray, "N 3"], num_frames: int, height: int, width: int) -> None:
+def _check_queries(queries: Real[np.ndarray, "N 3"], num_frames: int, height: int, width: int) -> None:
     t, x, y = queries.T
     inside = (x >= -0.5) & (y >= -0.5) & (x <= width - 0.5) & (y <= height - 0.5)
     bad = ~(inside & (t >= 0) & (t < num_frames))  # also where not finite
@@ -218,9 +219,29 @@ class _Walk:
 
     def _carried(self, t: int, rows: Int[np.ndarray, "M"], there: np.ndarray) -> Float[np.ndarray, "M 2"]:
         """Flow of the tracks' surface at their places in frame t."""
-        corners = _Corners.around(self.points[t, rows], *self.size)
-        weight = corners.weight * self.own[t, rows]
-        return (corners.flow(there) * weight[..., None]).sum(1) / weight.sum(1, keepdims=True)
+        points, own = self.points[t, rows], self.own[t, rows]
+        corners = _Corners.around(points, *self.size)
+        weight = corners.weight * own
+        moved = (corners.flow(there) * weight[..., None]).sum(1) / weight.sum(1, keepdims=True)
+        edge = ~own.all(1)
+        if edge.any():
+            moved[edge] = self._carried_beside_edge(points[edge], moved[edge], there)
+        return moved
+
+    def _carried_beside_edge(
+        self, points: Float[np.ndarray, "M 2"], rough: Float[np.ndarray, "M 2"], there: np.ndarray
+    ) -> Float[np.ndarray, "M 2"]:
+        """Flow of one side of a motion edge, extrapolated to points from that side's pixels, those that move alike."""
+        around = _Around(points, self.size, _EDGE_RADIUS_PX, far=False)
+        flow = around.flow(there)
+        speed, slope = rough, np.zeros((len(points), 2, 2))
+        tolerance = (0.25 + 0.02 * np.linalg.norm(rough, axis=1))[:, None]
+        for sigma_px in (1.0, 2.0):
+            differs = flow - _affine(speed, slope, around.away)
+            member = (np.linalg.norm(differs, axis=2) < tolerance) & around.inside
+            change = _affine_fit(around.away, differs, member, sigma_px, far_weight=0.0)
+            speed, slope = speed + change[0], slope + change[1]
+        return speed
 
     def _seen(
         self, target: Float[np.ndarray, "M 2"], source: Float[np.ndarray, "M 2"], step: _Step, slack_px: float = 0.0
@@ -306,7 +327,7 @@ class _Walk:
 
     def _expected(self, rows: Int[np.ndarray, "M"], away: Float[np.ndarray, "M K 2"]) -> Float[np.ndarray, "M K 2"]:
         """Motion of the surface at some distance from the track."""
-        return self.speed[rows, None] + away @ self.slope[rows].transpose(0, 2, 1)
+        return _affine(self.speed[rows], self.slope[rows], away)
 
     def _fit(
         self,
@@ -316,30 +337,50 @@ class _Walk:
         member: Bool[np.ndarray, "M K"],
         sigma_px: float,
     ) -> None:
-        """Correct speed and slope by an affine fit to what members differ by; with too few of them nothing changes.
+        """Correct speed and slope by an affine fit to what members differ by."""
+        speed, slope = _affine_fit(around.away, differs, member & around.inside, sigma_px, _FAR_WEIGHT)
+        self.speed[rows] += speed
+        self.slope[rows] += slope
 
-        Near pixels decide; far ones matter only where there are none. The slope has a small ridge.
-        """
-        distance2 = (around.away**2).sum(2) / sigma_px**2
-        weight = (np.exp(-distance2 / 2) + _FAR_WEIGHT / (1 + distance2) ** 2) * (member & around.inside)
-        weight /= np.maximum(weight.sum(1, keepdims=True), 1e-12)
-        design = np.concatenate([np.ones_like(distance2)[..., None], around.away / sigma_px], axis=2)  # [M, K, 3]
-        weighted = design * weight[..., None]
-        normal = weighted.transpose(0, 2, 1) @ design + np.diag([1e-9, _RIDGE, _RIDGE])
-        change = np.linalg.solve(normal, weighted.transpose(0, 2, 1) @ differs)  # [M, 3, 2]
-        change *= ((member & around.inside).sum(1) >= _FEWEST_PIXELS)[:, None, None]
-        self.speed[rows] += change[:, 0]
-        self.slope[rows] += change[:, 1:].transpose(0, 2, 1) / sigma_px
+
+def _affine(
+    speed: Float[np.ndarray, "M 2"], slope: Float[np.ndarray, "M 2 2"], away: Float[np.ndarray, "M K 2"]
+) -> Float[np.ndarray, "M K 2"]:
+    return speed[:, None] + away @ slope.transpose(0, 2, 1)
+
+
+def _affine_fit(
+    away: Float[np.ndarray, "M K 2"],
+    values: Float[np.ndarray, "M K 2"],
+    member: Bool[np.ndarray, "M K"],
+    sigma_px: float,
+    far_weight: float,
+) -> tuple[Float[np.ndarray, "M 2"], Float[np.ndarray, "M 2 2"]]:
+    """Affine fit to the members' values: that at the middle, and the slope; both 0 where members are too few.
+
+    Near pixels decide; with `far_weight` far ones matter too, where there are no near ones. The slope has a ridge.
+    """
+    distance2 = (away**2).sum(2) / sigma_px**2
+    weight = (np.exp(-distance2 / 2) + far_weight / (1 + distance2) ** 2) * member
+    weight /= np.maximum(weight.sum(1, keepdims=True), 1e-12)
+    design = np.concatenate([np.ones_like(distance2)[..., None], away / sigma_px], axis=2)  # [M, K, 3]
+    weighted = (design * weight[..., None]).transpose(0, 2, 1)
+    solution = np.linalg.solve(weighted @ design + np.diag([1e-9, _RIDGE, _RIDGE]), weighted @ values)  # [M, 3, 2]
+    solution *= (member.sum(1) >= _FEWEST_PIXELS)[:, None, None]
+    return solution[:, 0], solution[:, 1:].transpose(0, 2, 1) / sigma_px
 
 
 class _Around:
-    """Pixels around tracks: all that are close, fewer farther away, and a thin grid over the whole picture."""
+    """Pixels around tracks: all that are close, fewer farther away, and (`far`) a thin grid over the whole picture."""
 
-    def __init__(self, centre: Float[np.ndarray, "M 2"], size: tuple[int, int]):
+    def __init__(
+        self, centre: Float[np.ndarray, "M 2"], size: tuple[int, int], radius_px: int = _FIT_RADIUS_PX, far: bool = True
+    ):
         height, width = size
-        near = np.rint(centre)[:, None] + _disc(_FIT_RADIUS_PX)
-        far = np.broadcast_to(_thin_grid(height, width), (len(centre), *_thin_grid(height, width).shape))
-        pixels = np.concatenate([near, far], axis=1)  # [M, K, 2]
+        pixels = np.rint(centre)[:, None] + _disc(radius_px)  # [M, K, 2]
+        if far:
+            grid = _thin_grid(height, width)
+            pixels = np.concatenate([pixels, np.broadcast_to(grid, (len(centre), *grid.shape))], axis=1)
         x, y = pixels[..., 0], pixels[..., 1]
         self.inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
         self.away = pixels - centre[:, None]
@@ -363,9 +404,9 @@ def _thin_grid(height: int, width: int) -> Float[np.ndarray, "K 2"]:
 
 @lru_cache
 def _disc(radius: int) -> Float[np.ndarray, "K 2"]:
-    """Offsets of every third pixel within a radius, and of all pixels within a fifth of it."""
+    """Offsets of all pixels within five pixels, and of every third one within a radius."""
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
-    kept = (x**2 + y**2 <= radius**2) & (((x % 3 == 0) & (y % 3 == 0)) | (x**2 + y**2 <= (radius / 5) ** 2))
+    kept = (x**2 + y**2 <= radius**2) & (((x % 3 == 0) & (y % 3 == 0)) | (x**2 + y**2 <= 25))
     return np.stack([x[kept], y[kept]], axis=1).astype(np.float64)
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import pyarrow.compute as pc
-
 from kinema.configs.schema import TrackConfig
 from kinema.models.track_chaining import check_pairs
 from kinema.pipelines import engine
