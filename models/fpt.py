@@ -31,7 +31,7 @@ NUMBERS_PER_COMPONENT = 6  # a logit, two means, three entries of the Cholesky f
 
 # An encoder that trains from scratch on a CPU within minutes.
 TINY_ENCODER = ViTConfig(
-    patch_size=8, width=192, depth=4, num_heads=3, positions="antialias_table", table_side=12, floor_grid=False
+    patch_size=8, width=128, depth=4, num_heads=4, positions="antialias_table", table_side=12, floor_grid=False
 )
 ENCODERS: dict[str, ViTConfig] = {**CONFIGS, "tiny_vit8": TINY_ENCODER}
 
