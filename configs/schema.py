@@ -305,6 +305,30 @@ class FlowNetworkConfig:
 
 
 @dataclass(frozen=True)
+class PairFilterConfig:
+    """Which flow pairs are learned from, by the quality signals of `kinema teach`; -1 sets no limit."""
+
+    min_motion_px: float = -1.0
+    """Smallest mean motion of a pair, in pixels of the stored flow."""
+    max_motion_px: float = -1.0
+    """Largest mean motion."""
+    max_consistency_px: float = -1.0
+    """Largest median distance between a pixel and where it comes back to, forward and backward."""
+    max_occluded_share: float = -1.0
+    """Largest share of pixels that fail the forward-backward check."""
+    max_photometric: float = -1.0
+    """Largest mean difference of grey values (0..1) after warping."""
+    max_uncertainty_px: float = -1.0
+    """Largest mean error that the teacher itself expects."""
+    max_disagreement_px: float = -1.0
+    """Largest mean distance to the other teacher (`teach compare=`)."""
+    skip_static: bool = False
+    """Leave out pairs of equal pictures."""
+    skip_cuts: bool = False
+    """Leave out pairs whose flow explains nothing: cuts that were not found, or failures of the teacher."""
+
+
+@dataclass(frozen=True)
 class LoaderConfig:
     """How training samples are drawn. Order and content follow from the seed alone, not from the workers."""
 
@@ -320,6 +344,8 @@ class LoaderConfig:
     """Clips with a lower motion score are left out and counted."""
     skip_duplicates: bool = True
     """Clips marked as exact duplicates are left out and counted."""
+    pairs: PairFilterConfig = field(default_factory=PairFilterConfig)
+    """Which flow pairs are learned from."""
 
     def __post_init__(self) -> None:
         _require(self.num_workers >= 0, "loader.num_workers", self.num_workers, "use 0 or more")
@@ -335,7 +361,11 @@ class TrainConfig:
     clips: str = ""
     """The clips artifact."""
     flow: str = ""
-    """The flow artifact (one teacher)."""
+    """The flow artifact of one teacher."""
+    other_flow: tuple[str, ...] = ()
+    """Flow artifacts of further teachers over the same clips; a clip is used when all have it."""
+    flow_use: Literal["choose", "average"] = "choose"
+    """With several teachers: draw one for every sample, or average their flow."""
     out: str = ""
     """Folder of the run: checkpoints and logs."""
     model: Literal["flowfeat", "raft", "raft_small", "sea_raft_s", "sea_raft_m", "sea_raft_l", "smurf"] = "flowfeat"

@@ -7,6 +7,7 @@ all point tracks together cost one, and another for their header and queries.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import zipfile
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -23,11 +24,13 @@ from jaxtyping import Bool, Float32, UInt8
 from kinema.pipelines.artifacts import read_range
 from kinema.pipelines.flow_codec import FlowBlob, FlowPair
 from kinema.pipelines.loader._h264 import is_unreferenced, length_size
+from kinema.pipelines.loader.flows import AveragedFlow
 from kinema.pipelines.tracks_codec import Tracks, TracksBlob
 from kinema.pipelines.video.packets import DECODERS, PacketTable, decode_gop, packet_table
 
 # Two ranges closer than this are read as one: a request costs more than these bytes, on disks and on buckets.
 _MERGE_GAP_BYTES = 32768
+_AVERAGE = -1
 
 
 class DamagedClip(ValueError):
@@ -62,6 +65,9 @@ class Clip:
         self.row = row
         self._shard_url, self._flow_shard_url, self._counter = shard_url, flow_shard_url, counter
         self._tracks_shard_url = tracks_shard_url
+        self._other_flows: Sequence[tuple[Mapping[str, Any], str]] = ()
+        self._flow_use = 0
+        self._blobs: dict[int, FlowBlob | AveragedFlow] = {}
         self.key: str = row["key"]
         self.num_frames: int = row["num_frames"]
         self.height: int = row["height"]
@@ -85,10 +91,36 @@ class Clip:
             pictures = self._decode({int(index) for index in indices})
             return np.stack([pictures[int(index)] for index in indices])
 
+    def add_flows(self, flows: Sequence[tuple[Mapping[str, Any], str]]) -> None:
+        """Flow of further teachers: the columns of the clip's row that say where it lies, and the tar."""
+        self._other_flows = flows
+
+    @property
+    def num_flows(self) -> int:
+        """Teachers whose flow is at hand."""
+        return 0 if self._flow_shard_url is None else 1 + len(self._other_flows)
+
+    def with_flow(self, teacher: int | Literal["average"]) -> Clip:
+        """The same clip, with the flow of another teacher (the index's order), or the mean of all."""
+        if teacher != "average" and not 0 <= teacher < self.num_flows:
+            raise ValueError(f"clip {self.key} has the flow of {self.num_flows} teachers, not number {teacher}")
+        clip = copy.copy(self)
+        clip._flow_use = _AVERAGE if teacher == "average" else teacher
+        return clip
+
     @property
     def flow_pairs(self) -> list[tuple[int, int]]:
-        """Stored pairs (t, gap), ordered; empty when the index was opened without flow."""
-        return [] if self._flow_shard_url is None else self._flow_blob.pairs
+        """Stored pairs (t, gap) that passed the index's filter, ordered; empty when it was opened without flow."""
+        if self._flow_shard_url is None:
+            return []
+        pairs = self._flow_blob.pairs
+        for number in range(self.num_flows) if self._flow_use == _AVERAGE else [self._flow_use]:
+            usable = self._flow_places[number][0].get("flow_usable")
+            if usable is not None:
+                stored = self._blob(number).pairs
+                fit = {pair for pair, kept in zip(stored, usable, strict=True) if kept}
+                pairs = [pair for pair in pairs if pair in fit]
+        return pairs
 
     @property
     def flow_size(self) -> tuple[int, int]:
@@ -131,17 +163,35 @@ class Clip:
         with self._damage_named("masks"), np.load(io.BytesIO(self._read("masks_offset", "masks_size"))) as arrays:
             return arrays["masks"]
 
-    @cached_property
-    def _flow_blob(self) -> FlowBlob:
+    @property
+    def _flow_places(self) -> list[tuple[Mapping[str, Any], str]]:
+        assert self._flow_shard_url is not None
+        return [(self.row, self._flow_shard_url), *self._other_flows]
+
+    @property
+    def _flow_blob(self) -> FlowBlob | AveragedFlow:
         if self._flow_shard_url is None:
             raise ValueError(f"clip {self.key} was opened without flow; give the index a flow artifact")
-        url, start = self._flow_shard_url, self.row["flow_offset"]
-        with self._damage_named("flow"):
-            return FlowBlob(
-                lambda offset, size: self._range(url, start + offset, size),
-                size=self.row["flow_size"],
-                num_pairs=self.row["num_pairs"],
-            )
+        if self._flow_use != _AVERAGE:
+            return self._blob(self._flow_use)
+        if _AVERAGE not in self._blobs:
+            self._blobs[_AVERAGE] = AveragedFlow([self._blob(number) for number in range(self.num_flows)])
+        return self._blobs[_AVERAGE]
+
+    def _blob(self, number: int) -> FlowBlob:
+        """The blob of one teacher; its index is read once, for all views of the clip."""
+        found = self._blobs.get(number)
+        if found is None:
+            place, url = self._flow_places[number]
+            start = place["flow_offset"]
+            with self._damage_named("flow"):
+                found = self._blobs[number] = FlowBlob(
+                    lambda offset, size: self._range(url, start + offset, size),
+                    size=place["flow_size"],
+                    num_pairs=place["num_pairs"],
+                )
+        assert isinstance(found, FlowBlob)
+        return found
 
     @cached_property
     def _tracks_blob(self) -> TracksBlob:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kinema.configs.schema import PairFilterConfig
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts.layout import MAKERS
 from kinema.pipelines.loader.clip import Clip, ReadCounter
+from kinema.pipelines.loader.flows import signal_columns, usable_pairs
+
+FlowUse = Literal["choose", "average"]
 
 _CACHED_CLIPS = 256
 
@@ -20,6 +26,7 @@ _MEMBER_COLUMNS = ("mp4_offset", "mp4_size", "json_offset", "json_size", "masks_
 _PACKET_COLUMNS = ("extradata", "packet_offset", "packet_size", "packet_frame", "packet_keyframe")
 _JUDGED_COLUMNS = ("key", "num_frames", "motion_score", "duplicate_of")
 _FLOW_COLUMNS = ("flow_shard", "flow_offset", "flow_size", "num_pairs")
+_USABLE = "flow_usable"
 _TRACKS_COLUMNS = ("tracks_shard", "tracks_offset", "tracks_size", "num_tracks")
 
 
@@ -37,6 +44,8 @@ class ClipIndex:
         flow_shard_urls: dict[int, str],
         left_out: dict[str, int],
         tracks_shard_urls: dict[int, str] | None = None,
+        other_flow_urls: Sequence[dict[int, str]] = (),
+        flow_use: FlowUse = "choose",
     ):
         self._table: pa.Table | None = table
         self._file: str | None = None
@@ -44,6 +53,7 @@ class ClipIndex:
         self.clips_url = clips_url
         self._shard_urls, self._flow_shard_urls = shard_urls, flow_shard_urls
         self._tracks_shard_urls = tracks_shard_urls or {}
+        self._other_flow_urls, self.flow_use = tuple(other_flow_urls), flow_use
         self.left_out = left_out
         self.counter = ReadCounter()
         self._cache: OrderedDict[int, Clip] = OrderedDict()
@@ -58,11 +68,15 @@ class ClipIndex:
         min_motion: float = 0.0,
         skip_duplicates: bool = True,
         min_frames: int = 1,
+        other_flows: Sequence[str | Path] = (),
+        flow_use: FlowUse = "choose",
+        pairs: PairFilterConfig | None = None,
     ) -> ClipIndex:
         """Join clips, flow and tracks; leave out what cannot or should not be used.
 
         Args: min_motion, lowest motion score; skip_duplicates, without clips that equal an earlier one; min_frames,
-            without shorter clips.
+            without shorter clips; other_flows, further teachers, and flow_use, whether `drawn` chooses one of all
+            teachers or averages them; pairs, limits on the quality of flow pairs.
         Raises: ValueError when an artifact is missing or unfinished, or no clip is left: it names the reasons with
             counts.
         """
@@ -84,7 +98,10 @@ class ClipIndex:
             judged = _with_motion(judged, min_motion, left_out)
         flow = None if flow_url is None else Artifact.read(flow_url)
         if flow is not None:
-            judged = _with_flow(judged, flow, left_out)
+            judged = _with_flow(judged, flow, left_out, pairs)
+        others = [Artifact.read(url) for url in other_flows]
+        for number, other in enumerate(others, start=1):
+            judged = _with_flow(judged, other, left_out, pairs, f"_{number}")
         tracks = None if tracks_url is None else Artifact.read(tracks_url)
         if tracks is not None:
             judged = _with_sidecar(judged, tracks, "tracks", _TRACKS_COLUMNS, left_out)
@@ -94,11 +111,15 @@ class ClipIndex:
         wanted = [*_PLAIN_COLUMNS, *_MEMBER_COLUMNS, *_PACKET_COLUMNS]
         table = samples.select([name for name in wanted if name in samples.column_names])
         table = table.take(judged["row"]).combine_chunks()
-        for name in (*_FLOW_COLUMNS, *_TRACKS_COLUMNS):
+        suffixes = ["", *(f"_{number}" for number in range(1, len(others) + 1))]
+        flow_columns = [f"{name}{suffix}" for suffix in suffixes for name in (*_FLOW_COLUMNS, _USABLE)]
+        for name in (*flow_columns, *_TRACKS_COLUMNS):
             if name in judged.column_names:
                 table = table.append_column(name, judged[name].combine_chunks())
         urls = [{} if a is None else _shard_urls(a, table[f"{a.kind}_shard"]) for a in (flow, tracks)]
-        return cls(table, clips.url, _shard_urls(clips, table["shard"]), urls[0], left_out, urls[1])
+        other_urls = [_shard_urls(a, table[f"flow_shard_{i}"]) for i, a in enumerate(others, start=1)]
+        shard_urls = _shard_urls(clips, table["shard"])
+        return cls(table, clips.url, shard_urls, urls[0], left_out, urls[1], other_urls, flow_use)
 
     def __len__(self) -> int:
         return self._length
@@ -127,11 +148,26 @@ class ClipIndex:
             flow_url = self._flow_shard_urls.get(row.get("flow_shard"))
             tracks_url = self._tracks_shard_urls.get(row.get("tracks_shard"))
             clip = Clip(row, self._shard_urls[row["shard"]], flow_url, self.counter, tracks_url)
+            clip.add_flows([self._other_flow(row, number) for number in range(1, len(self._other_flow_urls) + 1)])
             self._cache[number] = clip
             if len(self._cache) > _CACHED_CLIPS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(number)
         return clip
+
+    def drawn(self, number: int, rng: np.random.Generator) -> Clip:
+        """Clip `number` with the flow it is learned from this time: one teacher's, drawn by `rng`, or their mean.
+
+        With a single teacher nothing is drawn.
+        """
+        clip = self.clip(number)
+        if clip.num_flows < 2:
+            return clip
+        return clip.with_flow("average" if self.flow_use == "average" else int(rng.integers(clip.num_flows)))
+
+    def _other_flow(self, row: dict[str, Any], number: int) -> tuple[dict[str, Any], str]:
+        place = {name: row.get(f"{name}_{number}") for name in (*_FLOW_COLUMNS, _USABLE)}
+        return place, self._other_flow_urls[number - 1][row[f"flow_shard_{number}"]]
 
     def on_disk(self, folder: str | Path) -> ClipIndex:
         """The same index, whose pickles carry the name of a file in `folder` instead of the rows.
@@ -142,7 +178,8 @@ class ClipIndex:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, self.table.schema) as writer:
             writer.write_table(self.table)
         urls = (self._shard_urls, self._flow_shard_urls)
-        copy = ClipIndex(self.table, self.clips_url, *urls, self.left_out, self._tracks_shard_urls)
+        tracks_urls, others = self._tracks_shard_urls, self._other_flow_urls
+        copy = ClipIndex(self.table, self.clips_url, *urls, self.left_out, tracks_urls, others, self.flow_use)
         copy._file = str(path)
         return copy
 
@@ -176,14 +213,32 @@ def _with_motion(table: pa.Table, min_motion: float, left_out: dict[str, int]) -
     return _keep(table, pc.greater_equal(table["motion_score"], min_motion), left_out, reason)
 
 
-def _with_flow(table: pa.Table, flow: Artifact, left_out: dict[str, int]) -> pa.Table:
-    """Rows that have a flow blob with at least one pair, with the columns that say where it lies."""
-    table = _with_sidecar(table, flow, "flow", _FLOW_COLUMNS, left_out)
-    return _keep(table, pc.greater(table["num_pairs"], 0), left_out, "without a flow pair")
+def _with_flow(
+    table: pa.Table, flow: Artifact, left_out: dict[str, int], pairs: PairFilterConfig | None, suffix: str = ""
+) -> pa.Table:
+    """Rows that have a flow blob with at least one usable pair, with the columns that say where it lies."""
+    table = _with_sidecar(table, flow, "flow", _FLOW_COLUMNS, left_out, suffix)
+    table = _keep(table, pc.greater(table[f"num_pairs{suffix}"], 0), left_out, "without a flow pair")
+    columns = () if pairs is None else signal_columns(pairs)
+    if pairs is None or not columns:
+        return table
+    samples = flow.samples()
+    missing = [name for name in columns if name not in samples.column_names]
+    if missing:
+        raise ValueError(f"{flow.url} has no column {missing[0]}, on which pairs are to be filtered; teach it anew")
+    rows = {row["key"]: row for row in samples.select(["key", "num_pairs", *columns]).to_pylist()}
+    usable = [usable_pairs(pairs, rows[key]) for key in table["key"].to_pylist()]
+    table = table.append_column(f"{_USABLE}{suffix}", pa.array(usable, pa.list_(pa.bool_())))
+    return _keep(table, pa.array([any(kept) for kept in usable], pa.bool_()), left_out, "without a usable flow pair")
 
 
 def _with_sidecar(
-    table: pa.Table, sidecar: Artifact, kind: str, columns: tuple[str, ...], left_out: dict[str, int]
+    table: pa.Table,
+    sidecar: Artifact,
+    kind: str,
+    columns: tuple[str, ...],
+    left_out: dict[str, int],
+    suffix: str = "",
 ) -> pa.Table:
     """Rows that have a blob, with the columns that say where it lies; the first of them is the blob's shard."""
     maker = MAKERS[kind]
@@ -200,7 +255,7 @@ def _with_sidecar(
     joined = blobs.take(judged["place"])
     judged = judged.drop_columns(["place", "quarantined"])
     for name in columns:
-        judged = judged.append_column(name, joined[name])
+        judged = judged.append_column(f"{name}{suffix}", joined[name])
     return judged
 
 

@@ -84,8 +84,9 @@ class BatchReader(Dataset[Reading]):
         visit = self.order.visit(sample)
         for attempt in range(1, MAX_FAILED_TRIES + 1):
             clip = self.index.clip(visit.clip)
+            rng = self.order.rng(visit, clip.key)
             try:
-                found = self.read_sample(clip, self.order.rng(visit, clip.key))
+                found = self.read_sample(self.index.drawn(visit.clip, rng), rng)
             except DamagedClip as error:
                 account.damaged[clip.key] = str(error)
                 found = Skip("damaged")

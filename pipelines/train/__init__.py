@@ -33,7 +33,7 @@ __all__ = ["Stopped", "TrainSummary", "build_model", "load_model", "run"]
 
 # Settings that change how a run is carried out or watched, not what it computes. `steps` may grow.
 _FREE = frozenset(
-    "clips flow out steps num_workers use_gpu cpus_per_worker checkpoint_every keep_checkpoints "
+    "clips flow other_flow out steps num_workers use_gpu cpus_per_worker checkpoint_every keep_checkpoints "
     "log_every pictures_every max_failures experiment run_name loader.num_workers loader.prefetch".split()
 )
 
@@ -149,11 +149,15 @@ class ClipLoader:
 
     def index(self) -> ClipIndex:
         """The clips to train on; ValueError with reasons and counts if there are none."""
+        config, with_flow = self.config, "flow" in self.recipe.needs
         return ClipIndex.open(
-            self.config.clips,
-            self.config.flow if "flow" in self.recipe.needs else None,
-            min_motion=self.config.loader.min_motion,
-            skip_duplicates=self.config.loader.skip_duplicates,
+            config.clips,
+            config.flow if with_flow else None,
+            min_motion=config.loader.min_motion,
+            skip_duplicates=config.loader.skip_duplicates,
+            other_flows=config.other_flow if with_flow else (),
+            flow_use=config.flow_use,
+            pairs=config.loader.pairs,
         )
 
 
@@ -178,6 +182,7 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
         config,
         clips=absolute(config.clips),
         flow=absolute(config.flow),
+        other_flow=tuple(absolute(url) for url in config.other_flow),
         out=absolute(config.out),
         weights=absolute(config.weights),
     )
@@ -198,10 +203,10 @@ def _check(config: TrainConfig, recipe: Any) -> None:
 
 def _inputs(config: TrainConfig, needs: tuple[str, ...]) -> dict[str, tuple[str, str]]:
     """{name: (url, hash of the content)} of the artifacts that training reads."""
-    return {
-        name: (getattr(config, name), Artifact.read(getattr(config, name)).manifest_hash())
-        for name in ("clips", *needs)
-    }
+    urls = {name: getattr(config, name) for name in ("clips", *needs)}
+    if "flow" in needs:
+        urls |= {f"flow_{number}": url for number, url in enumerate(config.other_flow, start=1)}
+    return {name: (url, Artifact.read(url).manifest_hash()) for name, url in urls.items()}
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kinema.configs.schema import LoaderConfig
+from kinema.configs.schema import LoaderConfig, PairFilterConfig
 from kinema.pipelines.artifacts import Artifact, sample_key
 from kinema.pipelines.flow_codec import FlowPair, encode_clip_flow
 from kinema.pipelines.loader import ClipIndex, Loader
@@ -201,3 +201,57 @@ def test_random_numbers_depend_on_seed_epoch_key_and_draw_only():
 
     assert number() == number()
     assert len({number(), number(seed=1), number(sample=1), number(key="b" * 32)}) == 4
+
+
+def write_scored_flow(url, clips: Artifact, value: float, consistency: dict[str, list[float | None]]) -> Artifact:
+    """Two pairs for every clip of `consistency`, whose flow is `value` everywhere and whose signals are given."""
+    keys = list(consistency)
+    artifact = Artifact.open(url, kind="flow", config={"teacher": str(value)}, inputs={"clips": clips.plan8})
+    artifact.append_plan(plan(keys))
+    samples = {}
+    for key, signals in consistency.items():
+        hidden = np.zeros((4, 6), bool)
+        hidden[0, int(value) % 6] = True
+        pairs = [FlowPair(t, 1, np.full((2, 4, 6), value, np.float32), hidden) for t in (0, 1)]
+        blob = encode_clip_flow(pairs, height=4, width=6, teacher="x", weights_hash="none", frames=10)
+        row = {"height": 4, "width": 6, "num_pairs": 2, "pair_consistency_px": signals, "pair_static": [False, True]}
+        samples[key] = ({"flow": blob}, row)
+    return write(artifact, samples)
+
+
+def test_pairs_are_filtered_by_their_signals_and_clips_without_a_pair_counted(tmp_path):
+    clips = write_clips(tmp_path / "clips")
+    signals = {KEYS[0]: [0.1, 0.2], KEYS[1]: [0.1, 3.0], KEYS[2]: [5.0, 3.0], KEYS[3]: [None, 9.0]}
+    flow = write_scored_flow(tmp_path / "flow", clips, 1.0, signals)
+    index = ClipIndex.open(clips.url, flow.url, pairs=PairFilterConfig(max_consistency_px=1.0))
+    assert index.keys == [KEYS[0], KEYS[1], KEYS[3]] and index.left_out["without a usable flow pair"] == 1
+    assert [index.clip(i).flow_pairs for i in range(3)] == [[(0, 1), (1, 1)], [(0, 1)], [(0, 1)]]
+    still = ClipIndex.open(clips.url, flow.url, pairs=PairFilterConfig(skip_static=True))
+    assert all(still.clip(i).flow_pairs == [(0, 1)] for i in range(4))
+    travelled = pickle.loads(pickle.dumps(index.on_disk(tmp_path)))
+    assert travelled.clip(1).flow_pairs == [(0, 1)]
+    with pytest.raises(ValueError, match="no column pair_photometric.*teach it anew"):
+        ClipIndex.open(clips.url, flow.url, pairs=PairFilterConfig(max_photometric=0.1))
+
+
+def test_one_of_two_teachers_is_drawn_or_both_are_averaged(tmp_path):
+    clips = write_clips(tmp_path / "clips")
+    first = write_scored_flow(tmp_path / "a", clips, 1.0, {key: [0.1, 0.1] for key in KEYS[:4]})
+    second = write_scored_flow(tmp_path / "b", clips, 2.0, {key: [0.1, 9.0] for key in KEYS[1:6]})
+    index = ClipIndex.open(clips.url, first.url, other_flows=[second.url])
+    assert index.keys == KEYS[1:4]
+    drawn = [float(index.drawn(0, np.random.default_rng(seed)).flow(0, 1)[0, 0, 0]) for seed in range(40)]
+    assert set(drawn) == {1.0, 2.0} and 8 < drawn.count(1.0) < 32
+    again = [float(index.drawn(0, np.random.default_rng(seed)).flow(0, 1)[0, 0, 0]) for seed in range(40)]
+    assert drawn == again
+    limits = PairFilterConfig(max_consistency_px=1.0)
+    mean = ClipIndex.open(clips.url, first.url, other_flows=[second.url], flow_use="average", pairs=limits)
+    clip = pickle.loads(pickle.dumps(mean)).drawn(0, np.random.default_rng(0))
+    assert (clip.flow(0, 1) == 1.5).all() and clip.flow_pairs == [(0, 1)]
+    assert clip.flow_pair(0, 1).occlusion.sum() == 2 and clip.flow_size == (4, 6)
+    single = ClipIndex.open(clips.url, first.url)
+    rng = np.random.default_rng(0)
+    assert single.drawn(0, rng).flow(0, 1)[0, 0, 0] == 1.0
+    assert rng.random() == np.random.default_rng(0).random(), "nothing is drawn for a single teacher"
+    with pytest.raises(ValueError, match="flow of 1 teachers, not number 1"):
+        single.clip(0).with_flow(1)
