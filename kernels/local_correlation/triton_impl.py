@@ -2,7 +2,7 @@
 
 A program takes a block of 8x8 pixels of frame 1 and a strip of the rectangle of (8 + 2r)^2 pixels of frame 2 that
 the block's windows cover, multiplies all against all on the tensor cores and stores the products that are
-displacements: with r = 4, 81 of 256, where a row of 64 pixels against its windows would use 81 of 576. Features
+displacements: with r = 4, 81 of 256, where a row of 64 pixels against its windows would use 81 of 648. Features
 are read where they lie, with any strides; nothing is padded, unfolded or transposed.
 
 The gradients are the same product the other way: weights per displacement, gathered into a [64, strip] matrix with
@@ -10,8 +10,8 @@ The gradients are the same product the other way: weights per displacement, gath
 reached (`mirrored`), so each gradient element is summed by one program in one order: no atomics, same bytes each time.
 
 Rounding: float16 and bfloat16 products are exact, sums are float32. float32 products take three TF32 passes. In the
-gradients float16 and bfloat16 features meet float32 weights in TF32, which holds both exactly and has the range that
-unscaled gradients need.
+gradients of float16 and bfloat16 maps the float32 weights are rounded to TF32, which holds such features exactly and
+has the range that unscaled gradients need.
 """
 
 from dataclasses import dataclass

@@ -16,6 +16,7 @@ from kinema.kernels import local_correlation
 from kinema.kernels.correlation_lookup import correlation_lookup
 from kinema.kernels.local_correlation import why_not_triton
 from kinema.kernels.local_correlation.reference import local_correlation_plain
+from kinema.pipelines.bench import local_correlation as bench
 from tests.kernels.local_correlation_interpreted import (
     DTYPES,
     LAYOUTS,
@@ -214,6 +215,15 @@ def test_a_forced_kernel_that_cannot_run_says_why():
     assert reason in str(caught.value)
     assert "float64" in why_not_triton(fmap1.double(), fmap2.double(), 2)
     assert "radius=29" in why_not_triton(fmap1, fmap2, 29)
+
+
+def test_the_benchmark_compares_equals():
+    fmap1, fmap2 = maps((2, 5, 7, 9), torch.float32, "contiguous")
+    assert torch.allclose(
+        bench.local_correlation_unfolded(fmap1, fmap2, 3), local_correlation(fmap1, fmap2, 3), atol=1e-5
+    )
+    rows = bench.run(channels=4, height=5, width=6, radius=1, rounds=1)
+    assert len(rows) == 4 and all(row["ratio"] == pytest.approx(row["baseline"] / row["value"]) for row in rows)
 
 
 @pytest.fixture(scope="module")
