@@ -23,7 +23,7 @@ from kinema.pipelines.scenes import Scene
 SIDE_PX = 256
 QUERY_STRIDE = 5
 SCENES = "scenes"
-"""`data=scenes` asks for rendered scenes instead of files."""
+"""`data=scenes` asks for rendered scenes instead of files (a folder of that name is `data=./scenes`)."""
 
 
 class Tracker(Protocol):
