@@ -10,8 +10,9 @@ Source: Teed and Deng, ECCV 2020, arXiv:2003.12039. Deviation: sides below 128 p
 128, where the published code divides by zero at the coarsest level.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +21,18 @@ from torch import Tensor, nn
 
 from kinema.kernels import correlation_lookup as lookup_on_demand
 from kinema.kernels.correlation_lookup import (
+    LookupPlan,
     correlation_pyramid,
     feature_pyramid,
-    volume_bytes,
+    free_memory,
+    plan_lookup,
     volume_lookup,
 )
+from kinema.kernels.correlation_lookup.padded_volume import PADDED
+from kinema.kernels.correlation_lookup.planner import GATHERED
+from kinema.kernels.correlation_lookup.window import WindowOrder
 from kinema.models.padding import Padding, grid_padding, padding_for
+from kinema.models.raft_inference import PairRefiner, can_refine
 from kinema.models.raft_layers import (
     BottleneckBlock,
     Encoder,
@@ -36,7 +43,10 @@ from kinema.models.raft_layers import (
 from kinema.models.weights import resolve_weights
 
 DEFAULT_ITERS = 12
-MAX_VOLUME_BYTES_CPU = 4 * 2**30
+FREE_BYTES_CPU = 8 * 2**30
+"""Memory that lookups on a CPU are planned for. Fixed: the last bits of a result must not depend on what else runs."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,13 @@ class FrameFeatures:
     def __len__(self) -> int:
         return self.fmap.shape[0]
 
+    @staticmethod
+    def stack(frames: Sequence["FrameFeatures"]) -> "FrameFeatures":
+        """The rows of several frames of one size as one batch; without context where one of them has none."""
+        contexts = [frame.context for frame in frames if frame.context is not None]
+        context = torch.cat(contexts) if len(contexts) == len(frames) else None
+        return replace(frames[0], fmap=torch.cat([frame.fmap for frame in frames]), context=context)
+
 
 class RAFT(nn.Module):
     """`model(image1, image2)` gives the flow from image1 to image2; see `forward`.
@@ -73,11 +90,13 @@ class RAFT(nn.Module):
         padding: "sintel" splits the padding over both sides, "kitti" puts all rows below; each network
             of the paper was evaluated with the mode of that benchmark.
         lookup: "volume" keeps all correlations in memory, "on_demand" forms the windows at each step;
-            "auto" takes the volume while it fits (4 GiB on a CPU, half of the free memory on a GPU).
+            "auto" takes what `lookup_plan` says.
     """
 
     benchmark_iters = {"sintel": 32, "kitti": 24, "middlebury": 32}
     """Refinements of the published figures; Middlebury is not among them and follows Sintel."""
+    window_order: WindowOrder = "x_major"
+    """Which axis of a lookup window is the outer one in the weights."""
 
     def __init__(
         self,
@@ -174,14 +193,29 @@ class RAFT(nn.Module):
         """The refinement loop; upsamples after every step, or only after the last."""
         iters = DEFAULT_ITERS if iters is None else iters
         _check_pair(features1, features2, iters)
-        fmap1 = features1.fmap
-        look_up = self._lookup(fmap1, features2.fmap)
-        block = self.update_block
-        assert features1.context is not None  # checked with a message above
-        hidden, context = features1.context.split([block.hidden_channels, block.context_channels], dim=1)
-        hidden, passes = torch.tanh(hidden), block.gru.prepare(torch.relu(context))
-        start = _pixel_grid(fmap1)
+        start = _pixel_grid(features1.fmap)
         target = start if flow_init is None else start + self._initial_flow(flow_init, features1)
+        in_place = can_refine(features1.fmap) and not _has_hooks(self.update_block)
+        refine = self._refine_in_place if in_place else self._refine_maps
+        flows = refine(features1, features2, start, target, iters, all_steps)
+        return [features1.padding.unpad(flow).contiguous() for flow in flows]
+
+    def _refine_maps(
+        self,
+        features1: FrameFeatures,
+        features2: FrameFeatures,
+        start: Tensor,
+        target: Tensor,
+        iters: int,
+        all_steps: bool,
+    ) -> list[Tensor]:
+        """Flows of padded size, all pairs together; any device, with gradients."""
+        fmap1, context = features1.fmap, features1.context
+        assert context is not None  # checked with a message above
+        look_up = self._lookup(fmap1, features2.fmap, iters)
+        block = self.update_block
+        hidden, context = context.split([block.hidden_channels, block.context_channels], dim=1)
+        hidden, passes = torch.tanh(hidden), block.gru.prepare(torch.relu(context))
         flows = []
         for step in range(iters):
             target = target.detach()  # as published: no gradient through the positions of the lookup
@@ -190,18 +224,76 @@ class RAFT(nn.Module):
                 hidden = gru_pass.step(hidden, motion)
             target = target + block.flow_head(hidden).float()
             if all_steps or step == iters - 1:
-                flow = block.upsample((target - start).contiguous(), hidden)
-                flows.append(features1.padding.unpad(flow).contiguous())
+                flows.append(block.upsample((target - start).contiguous(), hidden))
         return flows
 
-    def _lookup(self, fmap1: Tensor, fmap2: Tensor):
+    def _refine_in_place(
+        self,
+        features1: FrameFeatures,
+        features2: FrameFeatures,
+        start: Tensor,
+        target: Tensor,
+        iters: int,
+        all_steps: bool,
+    ) -> list[Tensor]:
+        """The same without gradient on a CPU, pair by pair."""
+        fmap1, context = features1.fmap, features1.context
+        assert context is not None
+        keep_volume = self._plan(fmap1.shape, iters, fmap1.device, in_place=True).kind == "volume"
+        H, W = fmap1.shape[2:]
+        refiner = PairRefiner(self.update_block, H, W, self.radius, self.window_order, keep_volume)
+        flows: list[list[Tensor]] = []
+        for b in range(len(features1)):
+            pair = slice(b, b + 1)
+            steps = refiner.refine(fmap1[pair], features2.fmap[pair], context[pair], start[pair], target[pair], iters)
+            of_pair = [
+                self.update_block.upsample(flow.contiguous(), hidden)
+                for step, (flow, hidden) in enumerate(steps, start=1)
+                if all_steps or step == iters
+            ]
+            flows.append(of_pair)
+        return [torch.cat(of_step) for of_step in zip(*flows, strict=True)]
+
+    def lookup_plan(self, height: int, width: int, batch: int = 1, iters: int = DEFAULT_ITERS) -> LookupPlan:
+        """How images of this size are correlated without gradient where the weights are, and why (`reason`).
+
+        Raises: ValueError for sizes or iters below 1.
+        """
+        padding = padding_for(height, width, mode=self.padding)
+        H, W = (height + padding.top + padding.bottom) // 8, (width + padding.left + padding.right) // 8
+        weight = self.fnet.conv2.weight
+        with torch.no_grad():
+            return self._plan((batch, len(weight), H, W), iters, weight.device, in_place=can_refine(weight))
+
+    def _plan(self, shape: Sequence[int], iters: int, device: torch.device, in_place: bool) -> LookupPlan:
+        """Plan for feature maps of `shape`; `in_place` is for `_refine_in_place`, which takes one pair at a time."""
+        batch, channels, H, W = shape
+        plan = plan_lookup(
+            1 if in_place else batch,
+            H,
+            W,
+            channels,
+            iters,
+            free_bytes=FREE_BYTES_CPU if device.type == "cpu" else free_memory(device),
+            device_type="cpu (taken as fixed)" if device.type == "cpu" else device.type,
+            radius=self.radius,
+            training=torch.is_grad_enabled(),
+            costs=PADDED if in_place else GATHERED,
+        )
+        if self.lookup == "volume":
+            plan = replace(plan, kind="volume", reason="volume: lookup='volume' was asked for")
+        elif self.lookup == "on_demand":
+            plan = replace(plan, kind="on_demand", reason="on demand: lookup='on_demand' was asked for")
+        _log.debug("%s", plan.reason)
+        return plan
+
+    def _lookup(self, fmap1: Tensor, fmap2: Tensor, iters: int) -> Callable[[Tensor], Tensor]:
         """A function from target positions [B, 2, H, W] to correlation windows."""
-        B, _, H, W = fmap1.shape
-        if self.lookup == "volume" or (self.lookup == "auto" and volume_bytes(B, H, W) <= _volume_budget(fmap1)):
+        if self._plan(fmap1.shape, iters, fmap1.device, in_place=False).kind == "volume":
             pyramid = correlation_pyramid(fmap1, fmap2)
-            return lambda coords: volume_lookup(pyramid, coords, self.radius)
+            return lambda coords: volume_lookup(pyramid, coords, self.radius, self.window_order)
         pooled = feature_pyramid(fmap2.float())
-        return lambda coords: lookup_on_demand(fmap1, pooled, coords, self.radius)
+        return lambda coords: lookup_on_demand(fmap1, pooled, coords, self.radius, window_order=self.window_order)
 
     def _initial_flow(self, flow_init: Tensor, features: FrameFeatures) -> Tensor:
         height, width = features.size
@@ -240,10 +332,9 @@ def _pixel_grid(fmap: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 2 H W"]:
     return torch.stack([x, y]).expand(B, 2, H, W)
 
 
-def _volume_budget(fmap: Tensor) -> int:
-    if fmap.device.type == "cuda":
-        return torch.cuda.mem_get_info(fmap.device)[0] // 2
-    return MAX_VOLUME_BYTES_CPU
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to see the layers being called."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _check_images(images: Tensor) -> None:

@@ -12,11 +12,10 @@ no multiple of 8 or below 128 are padded as by RAFT, where the port refuses them
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from kinema.models.raft import RAFT
 from kinema.models.raft_layers import Encoder, ResidualBlock
@@ -41,6 +40,8 @@ _NAMES = (
 class SMURF(RAFT):
     """`model(image1, image2)` gives the flow from image1 to image2; calls and arguments are those of `RAFT`."""
 
+    window_order = "y_major"
+
     def __init__(self, padding: str = "sintel", lookup: str = "auto") -> None:
         super().__init__("large", padding, lookup)
         self.cnet = Encoder(ResidualBlock, (64, 96, 128), 256, "instance")
@@ -49,20 +50,10 @@ class SMURF(RAFT):
         self.register_state_dict_post_hook(_to_published)
         self.register_load_state_dict_pre_hook(_from_published)
 
-    def _lookup(self, fmap1: Tensor, fmap2: Tensor) -> Callable[[Tensor], Tensor]:
-        look_up = super()._lookup(fmap1, fmap2)
-        return lambda coords: _rows_outside(look_up(coords), 2 * self.radius + 1)
-
 
 def smurf(pretrained: bool = False, weights: str | Path | None = None) -> SMURF:
     """SMURF; `weights` is a file or URL of the port's state dict. There are no published weights to download."""
     return resolve_weights(SMURF(), "smurf", pretrained, weights).eval()
-
-
-def _rows_outside(windows: Tensor, side: int) -> Tensor:
-    """Window channels [B, L side side, H, W] from x as the outer axis to y as the outer axis."""
-    B, _, H, W = windows.shape
-    return windows.view(B, -1, side, side, H, W).transpose(2, 3).reshape(windows.shape)
 
 
 def _published(name: str) -> str:

@@ -20,7 +20,7 @@ from kinema.kernels.correlation_lookup.planner import VolumeCosts
 from kinema.kernels.correlation_lookup.volume import NUM_LEVELS, feature_pyramid
 from kinema.kernels.correlation_lookup.window import WindowOrder, check_maps, check_window, pixel_rows
 
-COSTS = VolumeCosts(per_product=0.015, per_entry=2.0, per_point=3.0)
+PADDED = VolumeCosts(per_product=0.015, per_entry=2.0, per_point=3.0)
 """For `plan_lookup`; measured as those of the other volume."""
 FILL_BYTES = 4 * 2**20
 """Products formed at once: they are copied to their places while they are still in the cache."""

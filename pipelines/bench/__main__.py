@@ -17,9 +17,10 @@ BENCHMARKS = {
     "shard": "clips artifact against plain copying of the source bytes",
     "flow_codec": "flow sidecar against fp16 npz",
     "loader": "groups of pictures by ranged reads against decoding each clip from its start",
-    "teacher": "RAFT-small with per-frame features cached against pairwise",
+    "teacher": "RAFT and RAFT-small against the plain pairwise network; memory at 1080p",
     "train_step": "FlowFeat step with stored flow against the same step with RAFT inside",
     "local_correlation": "local correlation and its gradients on the CPU against unfolding the windows",
+    "cosine_attention": "attention of pokes and queries on the CPU against a dense boolean mask",
 }
 
 

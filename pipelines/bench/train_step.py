@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kinema.configs.schema import FlowFeatConfig, LoaderConfig, TrainConfig
-from kinema.kernels.correlation_lookup import correlation_pyramid
 from kinema.models.flowfeat import encoder_maps
 from kinema.models.flowfeat_training import FlowFeatTraining, edge_loss, sample_crop, standardise_flow
-from kinema.models.raft import RAFT, raft
+from kinema.models.raft import raft
+from kinema.pipelines.bench.plain_raft import plain_predictions
 from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.loader.clip import Clip
 from kinema.pipelines.loader.reader import Skip, stack
@@ -42,7 +41,7 @@ def run(variant: str = "dinov2_vits14_yt", crop: int = 224, batch_size: int = 2)
     recipe = FlowFeatRecipe(config)
     module = recipe.build()
     optimizer = make_optimizer(module, TrainConfig(batch_size=batch_size, loader=LoaderConfig(num_workers=0)))
-    ours, published = raft().eval(), published_raft()
+    network = raft()
     with tempfile.TemporaryDirectory(prefix="kinema-bench-") as folder:
         index = _data(Path(folder), 2 * crop)
 
@@ -54,9 +53,12 @@ def run(variant: str = "dinov2_vits14_yt", crop: int = 224, batch_size: int = 2)
         frames = torch.rand(batch_size, 2, 3, crop, crop)
 
         def teach(as_published: bool) -> None:
+            first, second = frames[:, 0], frames[:, 1]
             with torch.no_grad():
-                network = published.predictions if as_published else ours
-                network(frames[:, 0], frames[:, 1], iters=RAFT_ITERS)
+                if as_published:
+                    plain_predictions(network, first, second, RAFT_ITERS)
+                else:
+                    network(first, second, RAFT_ITERS)
 
         def step(loss: Callable[[FlowFeatTraining, dict[str, Any]], Tensor]) -> Tensor:
             optimizer.zero_grad(set_to_none=True)
@@ -115,35 +117,6 @@ def published_loss(module: FlowFeatTraining, batch: dict[str, Any]) -> Tensor:
     predicted = predicted.transpose(1, 2).unflatten(2, size)
     edge, _ = edge_loss(predicted, flows[1], config.edge_sigma)
     return config.flow_weight * (predicted - flows[1]).abs().sum(1).mean() + config.edge_weight * edge.mean()
-
-
-class _PublishedRAFT(RAFT):
-    def _lookup(self, fmap1: Tensor, fmap2: Tensor) -> Callable[[Tensor], Tensor]:
-        return _sampled_lookup(correlation_pyramid(fmap1, fmap2), self.radius)
-
-
-def published_raft() -> RAFT:
-    """RAFT whose lookup is written as published; its `predictions` enlarge the flow after every iteration, as well."""
-    return _PublishedRAFT().eval()
-
-
-def _sampled_lookup(pyramid: list[Tensor], radius: int) -> Callable[[Tensor], Tensor]:
-    """Every pixel's correlations are a small image of their own, sampled on a grid of points."""
-    steps = torch.arange(-radius, radius + 1.0)
-    window = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=-1)  # x outside, y inside
-
-    def look_up(coords: Tensor) -> Tensor:
-        b, _, h, w = coords.shape
-        centres = coords.permute(0, 2, 3, 1).reshape(-1, 1, 1, 2)
-        found = []
-        for level, volume in enumerate(pyramid):
-            size = torch.tensor([volume.shape[-1], volume.shape[-2]])
-            grid = (centres / 2**level + window) * 2 / (size - 1) - 1
-            maps = volume.reshape(b * h * w, 1, *volume.shape[-2:])
-            found.append(F.grid_sample(maps, grid, align_corners=True).view(b, h, w, -1))
-        return torch.cat(found, dim=-1).permute(0, 3, 1, 2).contiguous()
-
-    return look_up
 
 
 def _with_ones(features: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ class RAFTTeacher(_NetworkTeacher):
     @torch.inference_mode()
     def flow(self, pairs: Sequence[tuple[FrameFeatures, FrameFeatures]]) -> FlowEstimate:
         """All pairs in one network call."""
-        first, second = (_stack(features) for features in zip(*pairs, strict=True))
+        first, second = (FrameFeatures.stack(features) for features in zip(*pairs, strict=True))
         with self._autocast():
             return FlowEstimate(self.network.flow_from_features(first, second, iters=self.spec.iters).float())
 
@@ -204,10 +204,3 @@ class SeaRaftTeacher(_NetworkTeacher):
                 return FlowEstimate(self.network.flow_from_features(first, second, iters=self.spec.iters).float())
             flow, info = self.network.prediction_from_features(first, second, iters=self.spec.iters)
         return FlowEstimate(flow.float(), self.network.uncertainty(info.float())[:, 0])
-
-
-def _stack(features: Sequence[FrameFeatures]) -> FrameFeatures:
-    """Rows of several frames as one batch."""
-    fmap = torch.cat([f.fmap for f in features])
-    context = torch.cat([f.context for f in features if f.context is not None])
-    return FrameFeatures(fmap, context, features[0].size, features[0].padding)

@@ -1,5 +1,8 @@
 """RAFT and RAFT-small: published numbers, the feature cache, sizes, padding, errors."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -36,12 +39,14 @@ def test_flow_equals_the_published_network(name, lookup, filled, fill, golden):
     network.lookup = lookup
     first = fill.image(0, "img", 1, 128, 160)
     second = fill.image(0, "img", 1, 128, 160, shift=(2.0, -1.5), zoom=1.03)
-    windows = []
-    network.update_block.encoder.convc1.register_forward_pre_hook(lambda _, args: windows.append(args[0]))
     with torch.no_grad():
         features = network.encode(first)
         reference.check("fmap1", features.fmap, atol=0, rtol=2e-5)
         reference.check("context_raw", features.context, atol=0, rtol=2e-5)
+        reference.check("flow", network(first, second, iters=4), atol=0, rtol=2e-5)
+    windows = []  # a hook makes the layers themselves run, which they do not otherwise without gradient
+    network.update_block.encoder.convc1.register_forward_pre_hook(lambda _, args: windows.append(args[0]))
+    with torch.no_grad():
         reference.check("flow", network(first, second, iters=4), atol=0, rtol=2e-5)
     reference.check("corr_iter1", windows[0], atol=0, rtol=2e-5)
 
@@ -165,6 +170,62 @@ def test_an_initial_flow_reaches_the_motion_encoder(filled, fill):
     with torch.no_grad():
         network(first, second, 1, start)
     assert torch.allclose(seen[0], start, atol=1e-5)
+
+
+@pytest.mark.parametrize("lookup", ["volume", "on_demand"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_without_gradient_every_step_is_that_with_gradient(name, lookup, filled, fill):
+    """Two ways through the update: at odd sizes, from a first guess that leads out of the image, for two pairs."""
+    network, (first, second) = filled(name), _pair(fill, 2, 131, 150)
+    network.lookup = lookup
+    guess = fill.smooth_flow(0, "guess", 2, 17, 19, amplitude=30.0)
+    wanted = network.predictions(first, second, 3, guess)
+    with torch.no_grad():
+        found = network.predictions(first, second, 3, guess)
+    assert len(found) == 3 and guess.abs().max() > 19
+    for flow, of_layers in zip(found, wanted, strict=True):
+        assert not flow.requires_grad
+        assert (flow - of_layers).abs().max() < 2e-5 * of_layers.abs().max()
+
+
+def test_changed_weights_change_the_next_result(filled, fill):
+    """The fast path keeps no copy of the weights between calls."""
+    network, (first, second) = filled("raft_small"), _pair(fill, 1, 128, 128)
+    with torch.no_grad():
+        network(first, second, iters=2)
+        for module in (network.update_block.flow_head.conv2, network.update_block.gru.convq):
+            module.weight.mul_(1.5)
+        found = network(first, second, iters=2)
+    wanted = network(first, second, iters=2)
+    assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
+
+
+def test_the_plan_says_how_and_why(filled):
+    network = filled("raft")
+    small, large = network.lookup_plan(448, 448), network.lookup_plan(1080, 1920)
+    assert (small.kind, large.kind) == ("volume", "on_demand")
+    assert "56x56 maps" in small.reason and "135x240 maps needs 5.18 GiB" in large.reason
+    network.lookup = "volume"
+    assert network.lookup_plan(1080, 1920).kind == "volume"
+    with pytest.raises(ValueError, match="iters=0"):
+        network.lookup_plan(448, 448, iters=0)
+
+
+@pytest.mark.slow
+def test_full_hd_takes_less_than_2_gigabytes():
+    """A fresh process, from the images to the flow; the volume of all products alone would take 5.2 GiB."""
+    script = """
+import torch
+from pathlib import Path
+from kinema.models.raft import RAFT
+torch.set_num_threads(1)
+with torch.inference_mode():
+    RAFT().eval()(*torch.rand(2, 1, 3, 1080, 1920), iters=2)
+peak = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(int(peak[0].split()[1]) * 1024)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 2e9
 
 
 @pytest.mark.parametrize("name", VARIANTS)
