@@ -1,10 +1,9 @@
 """Which keys a row may see: the four patterns that the models attend with."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
-Kind: TypeAlias = Literal["full", "causal", "query_causal", "query_inference"]
-KINDS: tuple[Kind, ...] = ("full", "causal", "query_causal", "query_inference")
+KINDS = ("full", "causal", "query_causal", "query_inference")
 POKE_KINDS = ("query_causal", "query_inference")
 
 
@@ -22,7 +21,7 @@ class AttentionPattern:
     - query_inference: limit(r) = r for pokes and P for queries.
     """
 
-    kind: Kind
+    kind: str
     """One of `KINDS`."""
     num_pokes: int = 0
     """P, the length of the poke prefix; only for the two query patterns."""
@@ -70,4 +69,4 @@ def as_pattern(pattern: PatternLike) -> AttentionPattern:
     if isinstance(pattern, AttentionPattern):
         return pattern
     name, num_pokes = (pattern, 0) if isinstance(pattern, str) else pattern
-    return AttentionPattern(name.replace("-", "_"), num_pokes)  # type: ignore[arg-type]  # checked on construction
+    return AttentionPattern(name.replace("-", "_"), num_pokes)

@@ -44,16 +44,17 @@ def cosine_attention_reference(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
         strength = (scale.to(dtype).abs() + EPS).sqrt()[:, None, None]
-        rotated_q = _rotate(_unit(q.to(dtype)) * strength, theta_q)
-        rotated_k = _rotate(_unit(k.to(dtype)) * strength, theta_k)
+        rotated_q = rotate(unit(q.to(dtype)) * strength, theta_q)
+        rotated_k = rotate(unit(k.to(dtype)) * strength, theta_k)
         return _attend(rotated_q, rotated_k, v.to(dtype), pattern).to(q.dtype)
 
 
-def _unit(x: Float[Tensor, "B H N D"]) -> Float[Tensor, "B H N D"]:
+def unit(x: Float[Tensor, "B H N D"]) -> Float[Tensor, "B H N D"]:
+    """x / sqrt(sum x^2 + 1e-6), over the last dimension."""
     return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + EPS)
 
 
-def _rotate(x: Float[Tensor, "B H N D"], theta: Float[Tensor, "_ _ N R"] | None) -> Float[Tensor, "B H N D"]:
+def rotate(x: Float[Tensor, "B H N D"], theta: Float[Tensor, "_ _ N R"] | None) -> Float[Tensor, "B H N D"]:
     """Dims (i, i + R) turned by angle i."""
     if theta is None:
         return x

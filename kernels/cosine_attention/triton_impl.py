@@ -519,21 +519,22 @@ class Config:
     num_stages: int = 2
 
 
-# By kernel, whether operands are 16 bits wide, and whether a head is padded to more than 64 columns. The first of each
-# is what runs; the others are for tuning on a device.
-CONFIGS: dict[tuple[str, bool, bool], tuple[Config, ...]] = {
-    ("forward", True, False): (Config(128, 64, 8), Config(64, 64, 4)),
-    ("forward", True, True): (Config(128, 64, 8), Config(64, 32, 4)),
-    ("forward", False, False): (Config(64, 32, 4),),
-    ("forward", False, True): (Config(32, 32, 4),),
-    ("rows", True, False): (Config(128, 64, 8),),
-    ("rows", True, True): (Config(64, 64, 8),),
-    ("rows", False, False): (Config(32, 32, 4),),
-    ("rows", False, True): (Config(32, 32, 4),),
-    ("keys", True, False): (Config(64, 64, 8),),
-    ("keys", True, True): (Config(64, 64, 8),),
-    ("keys", False, False): (Config(32, 32, 4),),
-    ("keys", False, True): (Config(32, 32, 4),),
+# By kernel, whether operands are 16 bits wide, and whether a head is padded to more than 64 columns: the largest tiles
+# that keep everything in registers on compute capability 8.0 and 9.0, where rows of "full" have no own key to handle.
+CONFIGS = {
+    ("forward", True, False): Config(128, 64, 8),
+    ("forward", True, True): Config(128, 64, 8),
+    ("forward", False, False): Config(32, 32, 4),
+    ("forward", False, True): Config(32, 32, 4, 1),
+    ("rows", True, False): Config(128, 64, 8),
+    ("rows", True, True): Config(32, 32, 8, 1),
+    ("rows full", True, True): Config(128, 32, 8),
+    ("rows", False, False): Config(32, 16, 4, 1),
+    ("rows", False, True): Config(16, 16, 8, 1),
+    ("keys", True, False): Config(32, 64, 4),
+    ("keys", True, True): Config(32, 32, 4),
+    ("keys", False, False): Config(32, 16, 4, 1),
+    ("keys", False, True): Config(16, 16, 8, 1),
 }
 
 
@@ -542,14 +543,15 @@ def padded_head(D: int) -> tuple[int, int]:
     return max(16, triton.next_power_of_2(D // 2)), max(16, triton.next_power_of_2(D))
 
 
-def configs(kernel: str, dtype: torch.dtype, D: int) -> tuple[Config, ...]:
-    """What a kernel may run with; the first is what it does run with."""
-    return CONFIGS[kernel, dtype != torch.float32, padded_head(D)[1] > 64]
+def choose_config(kernel: str, dtype: torch.dtype, kind: str, D: int) -> Config:
+    """What a kernel runs with."""
+    size = (dtype != torch.float32, padded_head(D)[1] > 64)
+    return CONFIGS.get((f"{kernel} {kind}", *size)) or CONFIGS[kernel, *size]
 
 
 def _constants(kernel: str, dtype: torch.dtype, pattern: AttentionPattern, D: int, R: int) -> dict[str, Any]:
     """Compile-time arguments and launch options."""
-    config = configs(kernel, dtype, D)[0]
+    config = choose_config(kernel, dtype, pattern.kind, D)
     half, width = padded_head(D)
     # The interpreter multiplies the bits of bfloat16 numbers as if they were integers.
     operand = torch.float32 if INTERPRETING and dtype == torch.bfloat16 else dtype
@@ -592,7 +594,7 @@ def _as_pattern(kind: str, num_pokes: int, N: int) -> AttentionPattern:
     """Pokes alone are a causal sequence; without this, their groups would have no queries to divide by."""
     if kind in ("query_causal", "query_inference") and N == num_pokes:
         return AttentionPattern("causal")
-    return AttentionPattern(kind, num_pokes)  # type: ignore[arg-type]  # checked on construction
+    return AttentionPattern(kind, num_pokes)
 
 
 def _sizes(q: Tensor, k: Tensor, pattern: AttentionPattern) -> tuple[int, int, int, int, int]:
@@ -719,40 +721,37 @@ _UNIT_STRIDES = ("tq_r", "tk_r", "scale_h", "q_d", "k_d", "v_d", "o_d", "do_d", 
 
 
 def ahead_of_time_cases() -> list[Case]:
-    """Every configuration of every kernel: training on pokes in 16 bits and 32 bits, head sizes 64 and 72."""
-    cases = []
-    kernels = {"forward": _forward_kernel, "rows": _backward_rows_kernel, "keys": _backward_keys_kernel}
-    for name, kernel in kernels.items():
-        for dtype, D, R in (
-            *((torch.float16, 64, 32), (torch.bfloat16, 64, 32), (torch.float32, 64, 32)),
-            *((torch.bfloat16, 72, 18), (torch.float32, 72, 18)),
-        ):
-            for number, config in enumerate(configs(name, dtype, D)):
-                cases.append(_case(name, kernel, dtype, D, R, config, number == 0))
-    return cases
+    """Every configuration: training on pokes with head size 64, and 72, which pads to 128 and is read in short runs."""
+    pokes, full = AttentionPattern("query_causal", 128), AttentionPattern("full")
+    small = [(dtype, 64, 32, pokes) for dtype in _TRITON_DTYPES]
+    large = [(dtype, 72, 18, pokes) for dtype in (torch.bfloat16, torch.float32)]
+    cases = [_case(name, *variant) for name in _KERNELS for variant in (*small, *large)]
+    return [*cases, _case("rows", torch.bfloat16, 72, 18, full)]
 
 
-def _case(name: str, kernel: Any, dtype: torch.dtype, D: int, R: int, config: Config, chosen: bool) -> Case:
-    constexprs = _constants(name, dtype, AttentionPattern("query_causal", 128), D, R)
-    constexprs |= {"BLOCK_ROWS": config.block_rows, "BLOCK_KEYS": config.block_keys}
+_KERNELS = {"forward": _forward_kernel, "rows": _backward_rows_kernel, "keys": _backward_keys_kernel}
+
+
+def _case(name: str, dtype: torch.dtype, D: int, R: int, pattern: AttentionPattern) -> Case:
+    kernel = _KERNELS[name]
+    constexprs = _constants(name, dtype, pattern, D, R)
+    num_warps, num_stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
     constexprs |= {argument: 1 for argument in _UNIT_STRIDES if argument in kernel.arg_names}
-    for option in ("num_warps", "num_stages"):
-        del constexprs[option]
-    short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    element = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     signature = {}
     for argument in kernel.arg_names:
         if argument.endswith("_ptr"):
-            signature[argument] = "*fp32" if argument in _FLOAT_POINTERS else f"*{short}"
+            signature[argument] = "*fp32" if argument in _FLOAT_POINTERS else element
         elif argument not in constexprs:
             signature[argument] = "i32"
+    tile = f"{constexprs['BLOCK_ROWS']}x{constexprs['BLOCK_KEYS']}"
     return Case(
-        name=f"{name} {short} D{D} R{R} {config.block_rows}x{config.block_keys}",
+        name=f"{name} {element[1:]} D{D} R{R} {pattern.kind} {tile}",
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_warps=num_warps,
+        num_stages=num_stages,
         has_dot=True,
-        chosen=chosen,
         divisible=tuple(a for a in signature if a.endswith(("_ptr", "_b", "_h", "_n"))),
     )
