@@ -1,6 +1,6 @@
 """CoTracker3 through a clip of any length: overlapping windows, each going on where the last one ended.
 
-The policy follows the published online variant (Karaev et al., arXiv:2410.11831, section 3.4): a window starts
+The policy follows the published online variant (Karaev et al., arXiv:2410.11831): a window starts
 half its length after the one before; in the overlap a point starts from its positions and logits there, behind it
 from the last of them; a query joins with the first window that holds its frame. A query keeps the template of its
 own frame throughout. Different here: the last window is moved back to end with the clip instead of repeating
