@@ -69,10 +69,10 @@ def unblend(grad: Float[Tensor, "n P"], y: Axis, x: Axis, window_order: WindowOr
     if window_order == "x_major":
         window = window.transpose(1, 2)
     rows = grad.new_zeros(n, k + 1, k)
-    torch.mul(window, y.left.unsqueeze(2), out=rows[:, :-1])
+    rows[:, :-1] = window * y.left.unsqueeze(2)
     rows[:, 1:].addcmul_(window, y.right.unsqueeze(2))
     lattice = grad.new_zeros(n, k + 1, k + 1)
-    torch.mul(rows, x.left.unsqueeze(1), out=lattice[:, :, :-1])
+    lattice[:, :, :-1] = rows * x.left.unsqueeze(1)
     lattice[:, :, 1:].addcmul_(rows, x.right.unsqueeze(1))
     return lattice
 

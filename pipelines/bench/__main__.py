@@ -21,6 +21,7 @@ BENCHMARKS = {
     "train_step": "FlowFeat step with stored flow against the same step with RAFT inside",
     "local_correlation": "local correlation and its gradients on the CPU against unfolding the windows",
     "cosine_attention": "attention of pokes and queries on the CPU against a dense boolean mask",
+    "correlation_lookup": "windows formed on demand against the all-pairs volume",
 }
 
 
