@@ -117,6 +117,8 @@ class TeachConfig:
     """Refinements; 0 means the network's usual number (RAFT and RAFT-small 20, SEA-RAFT 4, L 12, SMURF 12)."""
     scale: int = 0
     """SEA-RAFT sees the frames at 2^scale times their size; its Spring weights are meant for -1 on 1080p."""
+    padding: Literal["sintel", "kitti"] = "sintel"
+    """RAFT pads frames to multiples of 8: evenly on all sides, or (kitti) all rows below, as for its benchmark."""
     short_side: int = 0
     """Shorter side of the frames the teacher sees (never enlarged); flow is stored at that size; 0: original size."""
     max_megapixels: float = 0.0

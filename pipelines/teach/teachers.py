@@ -42,6 +42,8 @@ class TeacherSpec:
     """Refinement iterations; 0 for the preset of dis."""
     scale: int = 0
     """The network sees frames at 2^scale times their size (SEA-RAFT)."""
+    padding: str = "sintel"
+    """How RAFT and SMURF pad frames to multiples of 8: `sintel` or `kitti`."""
     short_side: int = 0
     """Shorter side the frames are reduced to; 0 keeps them."""
     max_pixels: int = 0
@@ -169,6 +171,10 @@ class RAFTTeacher(_NetworkTeacher):
     """RAFT, RAFT-small or SMURF; each frame passes through both encoders once."""
 
     network: RAFT
+
+    def __init__(self, spec: TeacherSpec):
+        super().__init__(spec)
+        self.network.padding = spec.padding
 
     @torch.inference_mode()
     def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> FrameFeatures:
