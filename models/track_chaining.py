@@ -105,7 +105,7 @@ def _check_queries(queries: Real[np.ndarray, "N 3"], num_frames: int, height: in
 
 @dataclass
 class _Corners:
-    """The four pixels around each point: flat indices, bilinear weights, places. Outside the frame: its border."""
+    """The four pixels around each point: flat indices and bilinear weights. Outside the frame: its border."""
 
     index: Int[np.ndarray, "N 4"]
     weight: Float[np.ndarray, "N 4"]
@@ -268,8 +268,8 @@ class _Walk:
             self._follow_surface(previous, part, steps[1])
         here = self.points[previous, rows]
         height, width = self.size
-        # Far outside nothing is known any more; bounded, so that a track never runs away.
-        target = np.clip(here + self.speed[rows], [-width, -height], [2 * width, 2 * height])
+        # More than a frame outside nothing is known; bounded, so that a track never runs away.
+        target = np.clip(here + self.speed[rows], [1 - width, 1 - height], [2 * (width - 1), 2 * (height - 1)])
         self.points[t, rows] = target
         share, error, own = self._seen(target, here, steps[1], slack_px=0.1)
         found = share >= 0.5

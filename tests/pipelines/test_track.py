@@ -403,3 +403,16 @@ def test_the_command_prints_one_json_object(data, tmp_path, capfd):
     summary = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert summary.keys() >= {"clips", "tracks", "quarantined", "seconds"}
     assert (summary["clips"], summary["tracks"], summary["quarantined"]) == (3, 24, 0)
+
+
+def test_a_workflow_tracks_after_teaching(tmp_path):
+    from kinema.configs import WorkflowConfig
+    from kinema.pipelines.workflow import UPSTREAM, resolve_stage
+
+    assert list(UPSTREAM).index("track") > list(UPSTREAM).index("teach")
+    outputs = {"shard": "CLIPS", "teach": "FLOW"}
+    chain = resolve_stage(WorkflowConfig(), "track", tmp_path, outputs)
+    assert (chain.clips, chain.flow, chain.out) == ("CLIPS", "FLOW", str(tmp_path / "tracks" / "chain"))
+    settings = WorkflowConfig(track=TrackConfig(tracker="cotracker3"))
+    cotracker = resolve_stage(settings, "track", tmp_path, outputs)
+    assert (cotracker.clips, cotracker.flow) == ("CLIPS", "")
