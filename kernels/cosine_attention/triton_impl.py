@@ -36,7 +36,7 @@ HALF_PI_INVERSE = tl.constexpr(0.6366197723675814)
 # pi / 2 in three parts; the first two have so few bits that their products with a quadrant number are exact.
 HALF_PI_1 = tl.constexpr(1.5703125)
 HALF_PI_2 = tl.constexpr(4.837512969970703e-4)
-HALF_PI_3 = tl.constexpr(7.549789954891882e-8)
+HALF_PI_3 = tl.constexpr(7.549789948768648e-8)
 
 
 @triton.jit

@@ -169,6 +169,20 @@ def one_sided_angles() -> dict:
     }
 
 
+def compiled_kernel() -> dict:
+    """torch.compile without graph breaks around the kernels, forward and backward."""
+    case = inputs(("query-causal", 3), 12, 12, 32, 16, "float32", "heads last")
+    plain = results(case, "auto")
+    whole = torch.compile(cosine_attention, fullgraph=True, backend="aot_eager")
+    leaves = [case[name].detach().requires_grad_() for name in ("q", "k", "v", "scale")]
+    out = whole(*leaves[:3], *case["angles"], leaves[3], case["pattern"])
+    compiled = [out, *torch.autograd.grad(out, leaves, case["dout"])]
+    return {
+        "case": "same bytes compiled",
+        "same": all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True)),
+    }
+
+
 def operator_checks() -> dict:
     """torch.library's own tests of schema, fake tensors and autograd registration."""
     from kinema.kernels.cosine_attention import triton_impl
@@ -231,6 +245,7 @@ def wrong_arguments() -> Iterator[dict]:
 
 def all_cases() -> Iterator[dict]:
     yield operator_checks() if DEVICE == "cpu" else {"case": "opcheck", "forward": {}, "backward": {}}
+    yield compiled_kernel()
     yield from refusals()
     yield from wrong_arguments()
     poison()
