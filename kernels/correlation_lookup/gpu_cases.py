@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ def _backward_case(B: int, H: int, W: int, dtype: torch.dtype) -> GpuCase:
         return torch.autograd.grad(_ours(leaves[0], leaves[1:], coords), leaves, weight)
 
     def published() -> Any:
-        return torch.autograd.grad(grid_sampled(correlation_pyramid(*maps), coords), maps, weight)
+        return torch.autograd.grad(grid_sampled(correlation_pyramid(maps[0], maps[1]), coords), maps, weight)
 
     feature_bytes = sum(t.nbytes for t in leaves)
     return GpuCase(

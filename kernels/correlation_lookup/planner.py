@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from kinema.kernels.correlation_lookup.products import box_side
 from kinema.kernels.correlation_lookup.volume import NUM_LEVELS, volume_bytes
 
 VOLUME_SHARE = 0.5
@@ -19,12 +20,12 @@ TRAINING_COPIES = 3
 """With gradients there are the volume, its summed gradient, and the gradient of one lookup."""
 UNKNOWN_FREE_BYTES = 4 * 2**30
 
-# Measured on a 2-core AMD EPYC, torch 2.13, fp32, one thread, C 128 and 256, r 4 (`make bench`).
+# Measured on one core of a 2-core AMD EPYC, torch 2.13, fp32, C 128 and 256, r 3 and 4 (`make bench`).
 # Only their ratios matter, and those move little between machines.
-FORM_NS_PER_PRODUCT = 0.09
-"""On demand: one multiply-add of a window."""
+FORM_NS_PER_PRODUCT = 0.028
+"""On demand: one multiply-add of a query with a pixel of its tile's box."""
 FORM_NS_PER_POINT = 17.0
-"""On demand: gathering and blending one lattice point."""
+"""On demand: gathering and blending one lattice point, and fetching its share of the box."""
 
 
 class VolumeCosts(NamedTuple):
@@ -38,7 +39,7 @@ class VolumeCosts(NamedTuple):
     """Gathering and blending one lattice point."""
 
 
-GATHERED = VolumeCosts(per_product=0.031, per_entry=2.0, per_point=17.0)
+GATHERED = VolumeCosts(per_product=0.026, per_entry=2.0, per_point=9.0)
 """`correlation_pyramid` and `volume_lookup`."""
 
 
@@ -81,6 +82,8 @@ def plan_lookup(
         training: the backward pass holds a gradient of the volume beside it.
         costs: of the volume that would be built.
 
+    The estimates are those of a CPU. On another device they weigh the same arithmetic, and memory decides first.
+
     Raises: ValueError for sizes or iters below 1.
     """
     for name, value in (
@@ -92,13 +95,13 @@ def plan_lookup(
     ):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    queries = batch * height * width
+    queries, entries = batch * height * width, batch * (height * width) ** 2
     points = queries * num_levels * (2 * radius + 2) ** 2
+    boxed = queries * sum(box_side(2 * radius + 2, level) ** 2 for level in range(num_levels))
     volume = volume_bytes(batch, height, width, num_levels)
     needed = volume * (TRAINING_COPIES if training else 1)
-    entries = queries * height * width
     volume_s = 1e-9 * (entries * (channels * costs.per_product + costs.per_entry) + iters * points * costs.per_point)
-    on_demand_s = 1e-9 * iters * points * (channels * FORM_NS_PER_PRODUCT + FORM_NS_PER_POINT)
+    on_demand_s = 1e-9 * iters * (boxed * channels * FORM_NS_PER_PRODUCT + points * FORM_NS_PER_POINT)
     kind, reason = _choose(needed, free_bytes, volume_s, on_demand_s, iters, (height, width), device_type)
     pooled = volume_bytes(1, height, width, num_levels) // (height * width) * batch * channels
     return LookupPlan(kind, reason, volume, pooled, free_bytes, volume_s, on_demand_s)
@@ -161,6 +164,9 @@ def _group_bytes() -> int | None:
     try:
         limit = (root / "memory.max").read_text().strip()
         used = int((root / "memory.current").read_text())
+        lines = (root / "memory.stat").read_text().splitlines()
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(0, int(limit) - used)
+    # File pages that nobody reads any more are given up as soon as memory is asked for.
+    cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    return None if limit == "max" else max(0, int(limit) - used + cached)

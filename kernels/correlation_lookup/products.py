@@ -48,11 +48,13 @@ class Target:
     boxed: bool
     """Whether boxes may be used: their outliers make shapes depend on the data."""
 
-    def box_side(self, side: int) -> int:
-        return side + -(-(TILE - 1 + BOX_SLACK) // 2**self.level)
-
     def is_whole(self, side: int) -> bool:
-        return self.boxed and self.height * self.width <= WHOLE_MAP_BOXES * self.box_side(side) ** 2
+        return self.boxed and self.height * self.width <= WHOLE_MAP_BOXES * box_side(side, self.level) ** 2
+
+
+def box_side(side: int, level: int) -> int:
+    """Side of the box of target pixels that a tile of queries fetches, given that of a lattice."""
+    return side + -(-(TILE - 1 + BOX_SLACK) // 2**level)
 
 
 def lattice_products(queries: Float[Tensor, "t n C"], target: Target, lattice: Lattice) -> Float[Tensor, "t n KK"]:
@@ -116,17 +118,17 @@ class _Box:
     """The box of each tile: its pixels, its features, and where in it the windows lie."""
 
     def __init__(self, target: Target, lattice: Lattice) -> None:
-        side, box_side = lattice.side, target.box_side(lattice.side)
-        room = box_side - side
+        side, extent = lattice.side, box_side(lattice.side, target.level)
+        room = extent - side
         # Around the median motion: one stray query does not move the box away from the others.
         top = lattice.y.median(dim=1, keepdim=True).values - room // 2
         left = lattice.x.median(dim=1, keepdim=True).values - room // 2
         y, x = lattice.y - top, lattice.x - left
         self.outliers = ((y < 0) | (y > room) | (x < 0) | (x > room)).flatten().nonzero().squeeze(1)
         rows, columns = positions(y.clamp(0, room), side), positions(x.clamp(0, room), side)
-        self.index = (rows.unsqueeze(3) * box_side + columns.unsqueeze(2)).flatten(2)  # [t, n, KK]
+        self.index = (rows.unsqueeze(3) * extent + columns.unsqueeze(2)).flatten(2)  # [t, n, KK]
         self.pixels = clamped_index(
-            positions(top.squeeze(1), box_side), positions(left.squeeze(1), box_side), target.height, target.width
+            positions(top.squeeze(1), extent), positions(left.squeeze(1), extent), target.height, target.width
         )  # [t, SS]
         self.features = target.rows.index_select(0, self.pixels.flatten()).view(*self.pixels.shape, -1)
 

@@ -34,8 +34,8 @@ from kinema.kernels.correlation_lookup.window import (
     window_axis,
 )
 
-TILES_AT_ONCE = 4
-"""Tiles whose boxes fit in a core's cache together."""
+TILES_AT_ONCE = 8
+"""Tiles that share the cost of starting an operation; their boxes should stay in the cache."""
 GATHER_BYTES = 64 * 2**20
 """Features that are gathered at once where tiles have no boxes."""
 
