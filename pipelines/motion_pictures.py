@@ -7,6 +7,7 @@ integers. What belongs to another size must be resized first (`models.flow_geome
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -106,32 +107,42 @@ def track_trails(
         yield picture
 
 
-def write_mp4(path: str | Path, frames: Iterable[UInt8[np.ndarray, "H W 3"]], fps: float) -> None:
-    """Write a film that browsers play (H.264, 4:2:0); the file appears whole or not at all.
+def encode_mp4(frames: Iterable[UInt8[np.ndarray, "H W 3"]], fps: float) -> bytes:
+    """A film that browsers play (H.264, 4:2:0). An odd last row or column is repeated once, as 4:2:0 needs even sides.
 
-    An odd last row or column is repeated once, as 4:2:0 needs even sides. Raises: ValueError without frames.
+    Raises: ValueError without frames.
     """
-    path = Path(path)
+    # A file, not memory: to put the index in front, the muxer opens what it wrote once more.
+    with tempfile.TemporaryDirectory(prefix="kinema-film-") as folder:
+        path = Path(folder) / "film.mp4"
+        with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            _encode(container, frames, fps)
+        return path.read_bytes()
+
+
+def _encode(container: av.container.OutputContainer, frames: Iterable[UInt8[np.ndarray, "H W 3"]], fps: float) -> None:
+    stream = None
+    for frame in frames:
+        height, width = frame.shape[:2]
+        even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if stream is None:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.height, stream.width, stream.pix_fmt = *even.shape[:2], "yuv420p"
+            stream.options = {"crf": "20", "preset": "fast"}
+            stream.codec_context.thread_count = 1
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+    if stream is None:
+        raise ValueError("a film needs at least one frame, and there was none")
+    container.mux(stream.encode(None))
+
+
+def write_mp4(path: str | Path, frames: Iterable[UInt8[np.ndarray, "H W 3"]], fps: float) -> None:
+    """Write `encode_mp4` of the frames; the file appears whole or not at all."""
+    film, path = encode_mp4(frames, fps), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = None
-            for frame in frames:
-                height, width = frame.shape[:2]
-                even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-                if stream is None:
-                    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-                    stream.height, stream.width, stream.pix_fmt = *even.shape[:2], "yuv420p"
-                    stream.options = {"crf": "20", "preset": "fast"}
-                    stream.codec_context.thread_count = 1
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
-            if stream is None:
-                raise ValueError(f"{path}: a film needs at least one frame, and there was none")
-            container.mux(stream.encode(None))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_bytes(film)
+    os.replace(temporary, path)
 
 
 def _fixed(x: float, y: float) -> tuple[int, int]:

@@ -17,7 +17,7 @@ class InspectSummary:
     page: str
     """Path of the HTML file."""
     kind: str
-    """`clips`, `flow`, `features` or `run`."""
+    """`clips`, `flow`, `tracks`, `features` or `run`."""
 
 
 def inspect(target: str, out: str | None = None) -> InspectSummary:
@@ -46,11 +46,12 @@ def _artifact(page: Page, artifact: Artifact) -> None:
     page.section("Contents")
     if artifact.kind == "clips":
         sections.add_clips(page, artifact.url)
-    elif artifact.kind == "flow":
+    elif artifact.kind in ("flow", "tracks"):
         clips = _clips_beside(artifact)
         if clips is None:
             page.text("The clips were not found beside this artifact (../../clips), so no pictures are shown.")
-        sections.add_flow(page, artifact.url, clips)
+        add = sections.add_flow if artifact.kind == "flow" else sections.add_tracks
+        add(page, artifact.url, clips)
     else:
         samples = artifact.samples()
         page.numbers({"samples": samples.num_rows, "shards": len(artifact.commits())})
@@ -60,14 +61,14 @@ def _artifact(page: Page, artifact: Artifact) -> None:
     page.table([{"key": k, "value": str(v)} for k, v in _flat(artifact.manifest["config"])])
 
 
-def _clips_beside(flow: Artifact) -> str | None:
-    """The clips artifact at the usual place, if it is the one this flow belongs to."""
-    if "://" in flow.url:
+def _clips_beside(sidecar: Artifact) -> str | None:
+    """The clips artifact at the usual place, if it is the one this sidecar belongs to."""
+    if "://" in sidecar.url:
         return None
-    for candidate in (Path(flow.url).parent.parent / "clips", Path(flow.url).parent / "clips"):
+    for candidate in (Path(sidecar.url).parent.parent / "clips", Path(sidecar.url).parent / "clips"):
         if (candidate / "manifest.json").is_file():
             clips = Artifact.read(str(candidate))
-            if flow.manifest["inputs"].get("clips") in (None, clips.plan8):
+            if sidecar.manifest["inputs"].get("clips") in (None, clips.plan8):
                 return str(candidate)
     return None
 

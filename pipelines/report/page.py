@@ -27,7 +27,8 @@ p.lead, figcaption, .note { color: var(--soft); }
 .numbers b { display: block; font-size: 20px; font-variant-numeric: tabular-nums; }
 .numbers span { color: var(--soft); font-size: 13px; }
 .row { display: flex; flex-wrap: wrap; gap: 12px; } figure { margin: 0; max-width: 100%; }
-figure img { display: block; max-width: 100%; border-radius: 6px; } figcaption { font-size: 13px; margin-top: 4px; }
+figure img, figure video { display: block; max-width: 100%; border-radius: 6px; }
+figcaption { font-size: 13px; margin-top: 4px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; } td.n { text-align: right; }
@@ -93,6 +94,15 @@ class Page:
                 f"<figcaption>{html.escape(caption)}</figcaption></figure>"
             )
         self._parts.append(f'<div class="row">{"".join(figures)}</div>')
+
+    def film(self, mp4: bytes, caption: str, width: int = 0) -> None:
+        """A film that plays in a loop, without sound; `width` as in `pictures`."""
+        size = f' style="width:{width}px"' if width else ""
+        source = f"data:video/mp4;base64,{base64.b64encode(mp4).decode()}"
+        self._parts.append(
+            f'<figure><video{size} src="{source}" autoplay loop muted playsinline controls></video>'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
 
     def line_chart(self, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> None:
         """Curves {name: (x values, y values)}."""

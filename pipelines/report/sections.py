@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from PIL import Image
 
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.loader import Clip, ClipIndex
-from kinema.pipelines.motion_pictures import arrows_picture, warped_difference, wheel_picture
+from kinema.pipelines.motion_pictures import (
+    arrows_picture,
+    encode_mp4,
+    track_trails,
+    warped_difference,
+    wheel_picture,
+)
 from kinema.pipelines.pictures import flow_picture
 from kinema.pipelines.report.page import Page
 
@@ -23,6 +29,9 @@ SHOWN_HEIGHT = 150
 MAX_QUARANTINE_ROWS = 200
 RUN_PICTURE_WIDTH = 512
 PAIR_PICTURE_WIDTH = 250
+FILM_WIDTH, FILM_HEIGHT = 480, 360
+MAX_FILM_FRAMES = 96
+MAX_TRAILS = 256
 
 
 def add_clips(page: Page, clips_url: str, max_clips: int = 6) -> None:
@@ -55,6 +64,49 @@ def add_clips(page: Page, clips_url: str, max_clips: int = 6) -> None:
     page.pictures(pictures)
     page.histogram(columns["num_frames"], "frames per clip")
     page.histogram([m for m in columns["motion_score"] if m is not None], "motion score (share of the diagonal)")
+
+
+def add_tracks(page: Page, tracks_url: str, clips_url: str | None, max_clips: int = 3) -> None:
+    """Figures of a tracks artifact, and films of the longest moving tracks of some clips."""
+    artifact = Artifact.read(tracks_url)
+    samples = artifact.samples()
+    rows = samples.to_pylist()
+    page.numbers(
+        {
+            "clips": samples.num_rows,
+            "tracks": sum(row["num_tracks"] for row in rows),
+            "visible share": _mean([row["visible_share"] for row in rows]),
+            "mean motion, px a frame": _mean([row["mean_step_px"] for row in rows]),
+            "clipped coordinates": sum(row["num_saturated"] for row in rows),
+            "MB": round(sum(record["bytes"] for record in artifact.commits().values()) / 1e6, 1),
+        }
+    )
+    if clips_url and rows:
+        index = ClipIndex.open(clips_url, tracks_url=tracks_url, skip_duplicates=False)
+        for number in spread(len(index), max_clips):
+            clip = index.clip(number)
+            caption = f"{clip.meta['source']} {clip.meta['start_s']:.2f}-{clip.meta['end_s']:.2f} s"
+            page.film(encode_mp4(_trails(clip), clip.fps), caption, width=FILM_WIDTH)
+        page.text("A track keeps the colour of where it began; it is hollow while the tracker takes it to be hidden.")
+    for column, label in {
+        "visible_share": "visible share of a clip",
+        "mean_step_px": "motion of a clip, px a frame",
+    }.items():
+        page.histogram([row[column] for row in rows if row[column] is not None], label)
+
+
+def _trails(clip: Clip) -> Iterator[np.ndarray]:
+    """The first frames of a clip with at most `MAX_TRAILS` of its tracks, small."""
+    tracks = clip.tracks()
+    shown = spread(tracks.points_px.shape[1], MAX_TRAILS)
+    num_frames = min(clip.num_frames, MAX_FILM_FRAMES)
+    height = min(tracks.size[0], FILM_HEIGHT)
+    frames = (shrink(_at_size(frame, tracks.size), height) for frame in clip.frames(range(num_frames)))
+    scale = np.array(
+        [shrink(np.zeros((*tracks.size, 3), np.uint8), height).shape[1] / tracks.size[1], height / tracks.size[0]]
+    )
+    points = (tracks.points_px[:num_frames, shown] + 0.5) * scale - 0.5
+    return track_trails(frames, points, tracks.visible[:num_frames, shown])
 
 
 SIGNALS = {

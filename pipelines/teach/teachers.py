@@ -25,7 +25,6 @@ from kinema.models.sea_raft import SEARAFT, SeaRaftFeatures
 from kinema.models.weights import download, file_sha256, published_file
 from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
 from kinema.pipelines.teach.tiling import TiledTeacher
-from kinema.pipelines.train.checkpoint import MODEL_FILE, resolve_checkpoint
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,8 @@ def locate_weights(name: str, weights: str) -> tuple[str, str]:
 
 def _of_run(path: Path) -> Path:
     """The weights in the newest checkpoint of a run; any other path as it is."""
+    from kinema.pipelines.train.checkpoint import MODEL_FILE, resolve_checkpoint
+
     return resolve_checkpoint(path) / MODEL_FILE if path.is_dir() else path
 
 

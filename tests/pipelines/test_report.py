@@ -4,11 +4,12 @@ import base64
 import io
 import re
 
+import av
 import numpy as np
 from PIL import Image
 
-from kinema.configs import TeachConfig
-from kinema.pipelines import teach
+from kinema.configs import TeachConfig, TrackConfig
+from kinema.pipelines import teach, track
 from kinema.pipelines.report import Page
 from kinema.pipelines.report.inspect import inspect
 from kinema.pipelines.report.sections import ranked_pairs
@@ -60,5 +61,11 @@ def test_page_about_flow_has_histograms_and_pictures_of_pairs(tmp_path, monkeypa
     assert summary.kind == "flow" and text.count("<svg") == 4
     assert "Best pairs" in text and "Worst pairs" in text and "photometric error" in text
     assert text.count("difference after warping") >= 4
+    track.run(TrackConfig(clips=str(tmp_path / "clips"), flow=str(tmp_path / "flow" / "dis"), grid=4))
+    film = open(inspect(str(tmp_path / "tracks" / "chain")).page).read()
+    mp4 = base64.b64decode(re.search(r"video/mp4;base64,([^\"]+)", film)[1])
+    with av.open(io.BytesIO(mp4)) as container:
+        decoded = list(container.decode(video=0))
+    assert (len(decoded), decoded[0].height, decoded[0].width) == (3, 64, 96)
     (tmp_path / "clips").rename(tmp_path / "elsewhere")
     assert "no pictures" in open(inspect(str(tmp_path / "flow" / "dis")).page).read()
