@@ -307,6 +307,49 @@ class FlowNetworkConfig:
 
 
 @dataclass(frozen=True)
+class FPTConfig:
+    """The Flow Poke Transformer: what it is shown, and its size (ICCV 2025, section 3 and supplement)."""
+
+    preset: Literal["fpt_base", "fpt_tiny"] = "fpt_base"
+    """The published model, or one that trains on a CPU."""
+    encoder_weights: str = ""
+    """Checkpoint the image encoder starts from: file, URL, `published` (ledger) or empty (untrained, said aloud)."""
+    image_px: int = 512
+    """Side of the square that the loader hands over; the encoder resizes it to its own."""
+    gap_s: float = 1.0
+    """Time from the shown frame to the end of the motion, in seconds (published: 25 frames)."""
+    num_pokes: int = 128
+    """Pokes of a sample; its queries are predicted from 0 to num_pokes - 1 of them."""
+    queries_per_poke: int = 15
+    """Queries predicted from each number of pokes."""
+    min_tracks: int = 128
+    """Fewest usable tracks of a start frame; num_pokes + queries_per_poke are needed in any case."""
+    queries: Literal["unbiased", "published"] = "unbiased"
+    """How queries are drawn: evenly from all tracks, or by the published rule, whose late ones are mostly known."""
+    allow_overlap: bool = True
+    """Whether a query may ask for a point whose motion is already known."""
+    allow_invisible_ends: bool = True
+    """Whether tracks count that are hidden at the end of the motion."""
+    allow_out_of_frame_ends: bool = True
+    """Whether tracks count that have left the square at the end of the motion."""
+    static_flow: float = 0.01
+    """Tracks that move less stand still, in units of the square's side."""
+    static_share: float = 0.4
+    """The camera is called static when more than this share of the tracks stands still."""
+    pck_thresholds: tuple[float, float, float] = (0.01, 0.05, 0.1)
+    """Errors up to which a predicted end counts as right in the logged PCK, in units of the square's side."""
+
+    def __post_init__(self) -> None:
+        _require(self.image_px >= 32, "fpt.image_px", self.image_px, "use 32 or more pixels")
+        _require(self.gap_s > 0, "fpt.gap_s", self.gap_s, "use a positive number of seconds")
+        _require(self.num_pokes >= 1, "fpt.num_pokes", self.num_pokes, "use 1 or more")
+        _require(self.queries_per_poke >= 1, "fpt.queries_per_poke", self.queries_per_poke, "use 1 or more")
+        _require(self.static_flow >= 0, "fpt.static_flow", self.static_flow, "use 0 or more")
+        _require(0 <= self.static_share <= 1, "fpt.static_share", self.static_share, "use a share, 0 to 1")
+        _require(min(self.pck_thresholds) > 0, "fpt.pck_thresholds", list(self.pck_thresholds), "use positive errors")
+
+
+@dataclass(frozen=True)
 class PairFilterConfig:
     """Which flow pairs are learned from, by the quality signals of `kinema teach`; -1 sets no limit."""
 
@@ -368,9 +411,13 @@ class TrainConfig:
     """Flow artifacts of further teachers over the same clips; a clip is used when all have it."""
     flow_use: Literal["choose", "average"] = "choose"
     """With several teachers: draw one for every sample, or average their flow."""
+    tracks: str = ""
+    """The tracks artifact; `fpt` learns from it."""
     out: str = ""
     """Folder of the run: checkpoints and logs."""
-    model: Literal["flowfeat", "raft", "raft_small", "sea_raft_s", "sea_raft_m", "sea_raft_l", "smurf"] = "flowfeat"
+    model: Literal["flowfeat", "raft", "raft_small", "sea_raft_s", "sea_raft_m", "sea_raft_l", "smurf", "fpt"] = (
+        "flowfeat"
+    )
     """Which model trains."""
     weights: str = ""
     """Checkpoint to start the model from (file or URL); empty: from initialisation."""
@@ -378,6 +425,8 @@ class TrainConfig:
     """Settings of the FlowFeat recipe."""
     flow_network: FlowNetworkConfig = field(default_factory=FlowNetworkConfig)
     """Settings of the flow networks' recipe."""
+    fpt: FPTConfig = field(default_factory=FPTConfig)
+    """Settings of the Flow Poke Transformer's recipe."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How samples are drawn."""
     steps: int = 1000
@@ -444,18 +493,69 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PokesConfig:
+    """Benchmarks `pokes` and `moving_part` of a Flow Poke Transformer."""
+
+    gap_s: float = 0.0
+    """Time from the shown frame to the end of the motion, in seconds; 0: the trained run's own (1 s for names)."""
+    counts: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50, 100)
+    """Numbers of pokes; those that under half of the clips have tracks for are left out."""
+    num_queries: int = 64
+    """Points of a clip whose motion is asked for; the same for every number of pokes, and never pokes."""
+    draws_per_clip: int = 1
+    """Samples (start frame, pokes, queries) of each clip."""
+    max_clips: int = 0
+    """Clips to evaluate, spread over all; 0 means every clip."""
+    pck_thresholds: tuple[float, float, float] = (0.01, 0.05, 0.1)
+    """Errors up to which a predicted motion counts as right, in units of the square's side."""
+    side_px: int = 512
+    """End-point errors are in pixels of the square at this side."""
+    grid: int = 48
+    """Moving part: the effect of a poke is asked for at grid x grid points of the square."""
+    threshold_nats: float = 0.0
+    """Moving part: divergence from which a point moves along; 0: chosen on the tuning half of the images."""
+    num_scenes: int = 16
+    """Moving part, data=scenes: scenes to render."""
+    batch_size: int = 8
+    """Clips, or pokes of an image, per network call."""
+    num_examples: int = 4
+    """Pictures of examples."""
+    seed: int = 0
+    """Seed of every draw."""
+
+    def __post_init__(self) -> None:
+        _require(self.gap_s >= 0, "pokes.gap_s", self.gap_s, "use a positive number of seconds, or 0")
+        rule = "use increasing numbers, at least one above 0"
+        increasing = list(self.counts) == sorted(set(self.counts)) and bool(self.counts)
+        _require(increasing and self.counts[0] >= 0 < self.counts[-1], "pokes.counts", list(self.counts), rule)
+        _require(min(self.pck_thresholds) > 0, "pokes.pck_thresholds", list(self.pck_thresholds), "use positive errors")
+        _require(self.threshold_nats >= 0, "pokes.threshold_nats", self.threshold_nats, "use 0 or more nats")
+        for name in ("num_queries", "draws_per_clip", "side_px", "batch_size"):
+            _require(getattr(self, name) >= 1, f"pokes.{name}", getattr(self, name), "use 1 or more")
+        for name in ("grid", "num_scenes"):
+            _require(getattr(self, name) >= 2, f"pokes.{name}", getattr(self, name), "use 2 or more")
+        for name in ("max_clips", "num_examples", "seed"):
+            _require(getattr(self, name) >= 0, f"pokes.{name}", getattr(self, name), "use 0 or more")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """`kinema evaluate`: a model and a benchmark folder in, one table out."""
 
     model: str = ""
     """Run folder, checkpoint, registry URI (models:/...) or a flow network's name (dis, raft, sea_raft_m, ...)
-    or a tracker's (chain, cotracker3)."""
+    or a tracker's (chain, cotracker3) or a Flow Poke Transformer's (fpt_base)."""
     weights: str = ""
     """Weights for a flow network, tracker or FlowFeat variant given by name; for chain, those of its teacher."""
-    benchmark: Literal["davis", "sintel", "kitti", "middlebury", "tapvid"] = "davis"
+    benchmark: Literal["davis", "sintel", "kitti", "middlebury", "tapvid", "pokes", "moving_part"] = "davis"
     """Which measures."""
     data: str = ""
-    """The benchmark's folder; TAP-Vid: also a file, or `scenes` for rendered scenes with known tracks."""
+    """The benchmark's folder; TAP-Vid: also a file; TAP-Vid and moving_part: also `scenes`, rendered with known motion.
+    """
+    clips: str = ""
+    """Benchmark pokes: a clips artifact that the model was not trained on."""
+    tracks: str = ""
+    """Benchmark pokes: the tracks artifact of these clips."""
     out: str = ""
     """Folder for the table (JSON, CSV) and pictures; empty: nothing is written."""
     protocols: tuple[Literal["mlp", "propagation", "attention"], ...] = ("mlp",)
@@ -477,6 +577,8 @@ class EvaluateConfig:
     single_queries: bool = False
     """TAP-Vid, cotracker3: each query in a run of its own with a local grid, as in the paper's tables, which takes
     as many times longer as there are queries; otherwise all queries of a video in one run."""
+    pokes: PokesConfig = field(default_factory=PokesConfig)
+    """Benchmarks pokes and moving_part: how they ask."""
     run_id: str = ""
     """MLflow run that gets the table; empty: the model's own run if it has one."""
 

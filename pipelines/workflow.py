@@ -25,7 +25,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "shard": (),
     "teach": ("shard",),
     "track": ("shard", "teach"),
-    "train": ("shard", "teach"),
+    "train": ("shard", "teach", "track"),
     "evaluate": ("train",),
     "register": ("train", "evaluate"),
     "embed": ("shard", "register"),
@@ -122,7 +122,8 @@ def resolve_stage(config: WorkflowConfig, stage: str, workspace: Path, outputs: 
         needed = (section.flow or flow) if section.tracker == "chain" else section.flow
         return dataclasses.replace(section, clips=section.clips or clips, flow=needed, out=out)
     if stage == "train":
-        section = dataclasses.replace(section, clips=section.clips or clips, flow=section.flow or flow)
+        tracks = section.tracks or outputs.get("track", "")
+        section = dataclasses.replace(section, clips=section.clips or clips, flow=section.flow or flow, tracks=tracks)
         return dataclasses.replace(section, out=section.out or str(_run_folder(section, workspace)))
     run_folder = outputs.get("train", "")
     if stage == "evaluate":
@@ -142,7 +143,8 @@ def resolve_stage(config: WorkflowConfig, stage: str, workspace: Path, outputs: 
 def _run_folder(section: Any, workspace: Path) -> Path:
     """A training's folder is named by what it is, so that another recipe or other data never resumes into it."""
     settings = {k: v for k, v in dataclasses.asdict(section).items() if k not in RUN_CADENCE}
-    identity = config_hash({"settings": settings, "data": [content_hash(section.clips), content_hash(section.flow)]})
+    data = [content_hash(url) for url in (section.clips, section.flow, *filter(None, [section.tracks]))]
+    identity = config_hash({"settings": settings, "data": data})
     return workspace / "runs" / f"{section.model}-{identity[:8]}"
 
 

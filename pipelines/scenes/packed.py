@@ -1,6 +1,6 @@
-"""Rendered scenes packed as the artifacts that `shard` and `teach` make: clips, and their exact flow as a sidecar.
+"""Rendered scenes packed as the artifacts that `shard`, `teach` and `track` make: clips, their exact flow and tracks.
 
-For tests, benchmarks and models that learn from perfect flow; no video file, cut detector or teacher takes part.
+For tests, benchmarks and models that learn from perfect motion; no video file, cut detector or teacher takes part.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pyarrow as pa
 
 from kinema.configs.schema import ClipConfig
@@ -19,6 +20,7 @@ from kinema.pipelines.artifacts import Artifact, content_hash, sample_key
 from kinema.pipelines.artifacts.tables import canonical_json
 from kinema.pipelines.flow_codec import FlowBlob, FlowPair, encode_clip_flow
 from kinema.pipelines.scenes.scene import Scene
+from kinema.pipelines.tracks_codec import Tracks, TracksBlob, encode_tracks
 from kinema.pipelines.video.encode import ClipEncoder
 from kinema.pipelines.video.orient import Orientation
 from kinema.pipelines.video.packets import packet_table
@@ -88,6 +90,54 @@ def write_scene_flow(
             writer.commit()
     artifact.finalize()
     return artifact
+
+
+def write_scene_tracks(
+    scenes: Sequence[Scene],
+    clips: Artifact,
+    url: str | Path,
+    grid: int = 16,
+    start_frames: Sequence[int] = (0,),
+) -> Artifact:
+    """Exact tracks of the clips that `write_scene_clips` made from the same scenes.
+
+    Args: grid, surface points are chosen on grid x grid places of a frame, at the middles of its cells;
+        start_frames, of each clip, in which that is done; negative ones count from its end.
+    """
+    rows = clips.samples(["key", "shard", "source", "num_frames"]).to_pylist()
+    shots = [(scene, start, stop) for scene in scenes for start, stop in _shots(scene)]
+    config = {"tracker": "exact", "grid": grid, "start_frames": list(start_frames)}
+    artifact = Artifact.open(url, kind="tracks", config=config, inputs={"clips": clips.plan8})
+    artifact.append_plan(_plan_table(rows))
+    for shard in artifact.pending():
+        with artifact.shard_writer(shard) as writer:
+            for row, (scene, start, stop) in zip(rows, shots, strict=True):
+                if row["shard"] != shard:
+                    continue
+                tracks = _exact_tracks(scene, start, stop, grid, start_frames)
+                blob = encode_tracks(tracks, tracker="exact", weights_hash="none")
+                columns = {"height": scene.height, "width": scene.width, "tracker": "exact", "weights_hash": "none"}
+                columns |= {"num_tracks": len(tracks.queries), "num_saturated": TracksBlob(blob).header.num_saturated}
+                writer.add(row["key"], {"tracks": blob}, columns)
+            writer.commit()
+    artifact.finalize()
+    return artifact
+
+
+def _exact_tracks(scene: Scene, start: int, stop: int, grid: int, start_frames: Sequence[int]) -> Tracks:
+    """Tracks of the frames start..stop - 1, which are one shot."""
+    centres = (np.arange(grid) + 0.5) / grid
+    x, y = np.meshgrid(centres * scene.width - 0.5, centres * scene.height - 0.5)
+    places = np.stack([x.ravel(), y.ravel()], axis=1)
+    points, visible, queries = [], [], []
+    for frame in start_frames:
+        t = range(stop - start)[frame]
+        xy, seen = scene.tracks(places, start + t)
+        points.append(xy[start:stop])
+        visible.append(seen[start:stop])
+        queries.append(np.concatenate([np.full((len(places), 1), t), places], axis=1).astype(np.float32))
+    size = (scene.height, scene.width)
+    return Tracks(np.concatenate(points, axis=1), np.concatenate(visible, axis=1), size, np.concatenate(queries))
 
 
 def _shots(scene: Scene) -> list[tuple[int, int]]:

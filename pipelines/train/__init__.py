@@ -33,7 +33,7 @@ __all__ = ["Stopped", "TrainSummary", "build_model", "load_model", "run"]
 
 # Settings that change how a run is carried out or watched, not what it computes. `steps` may grow.
 _FREE = frozenset(
-    "clips flow other_flow out steps num_workers use_gpu cpus_per_worker checkpoint_every keep_checkpoints "
+    "clips flow other_flow tracks out steps num_workers use_gpu cpus_per_worker checkpoint_every keep_checkpoints "
     "log_every pictures_every max_failures experiment run_name loader.num_workers loader.prefetch".split()
 )
 
@@ -153,6 +153,7 @@ class ClipLoader:
         return ClipIndex.open(
             config.clips,
             config.flow if with_flow else None,
+            config.tracks if "tracks" in self.recipe.needs else None,
             min_motion=config.loader.min_motion,
             skip_duplicates=config.loader.skip_duplicates,
             other_flows=config.other_flow if with_flow else (),
@@ -178,11 +179,15 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
     backbone = config.flowfeat.backbone_weights
     if backbone != "published":
         config = replace(config, flowfeat=replace(config.flowfeat, backbone_weights=absolute(backbone)))
+    encoder = config.fpt.encoder_weights
+    if encoder != "published":
+        config = replace(config, fpt=replace(config.fpt, encoder_weights=absolute(encoder)))
     return replace(
         config,
         clips=absolute(config.clips),
         flow=absolute(config.flow),
         other_flow=tuple(absolute(url) for url in config.other_flow),
+        tracks=absolute(config.tracks),
         out=absolute(config.out),
         weights=absolute(config.weights),
     )

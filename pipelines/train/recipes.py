@@ -7,10 +7,13 @@ from typing import Any
 from kinema.configs.schema import TrainConfig
 from kinema.pipelines.train.flow_recipe import FlowRecipe
 from kinema.pipelines.train.flowfeat_recipe import FlowFeatRecipe
+from kinema.pipelines.train.fpt_recipe import FPTRecipe
 
 
 def make_recipe(config: TrainConfig) -> Any:
     """The recipe of `config.model`, see `recipe.Recipe`."""
     if config.model == "flowfeat":
         return FlowFeatRecipe(config.flowfeat, config.weights)
+    if config.model == "fpt":
+        return FPTRecipe(config.fpt, config.weights)
     return FlowRecipe(config.model, config.flow_network, config.weights)

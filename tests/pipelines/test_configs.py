@@ -7,7 +7,7 @@ import pytest
 from kinema.configs import load_stage
 from kinema.pipelines import train
 from kinema.pipelines.scenes import Scene
-from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
+from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow, write_scene_tracks
 
 CONFIGS = sorted(p.name for p in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -18,6 +18,7 @@ def scene_data(tmp_path_factory):
     scenes = [Scene(seed=seed, height=64, width=80, num_frames=6) for seed in range(2)]
     clips = write_scene_clips(scenes, folder / "clips")
     write_scene_flow(scenes, clips, folder / "flow", gaps=(1, 2, -1, -2))
+    write_scene_tracks(scenes, clips, folder / "tracks", grid=8)
     return folder
 
 
@@ -29,6 +30,7 @@ def test_two_steps_with_every_packaged_config(name, scene_data, tmp_path, monkey
     tiny = {
         "clips": scene_data / "clips",
         "flow": scene_data / "flow",
+        "tracks": scene_data / "tracks",
         "out": tmp_path / "run",
         "steps": 2,
         "batch_size": 2,
@@ -37,6 +39,13 @@ def test_two_steps_with_every_packaged_config(name, scene_data, tmp_path, monkey
         "flowfeat.resize": 4 * patch,
         "flowfeat.crop": 2 * patch,
         "flowfeat.backbone_weights": "",
+        "fpt.preset": "fpt_tiny",
+        "fpt.encoder_weights": "",
+        "fpt.image_px": 64,
+        "fpt.gap_s": 0.1,
+        "fpt.num_pokes": 6,
+        "fpt.queries_per_poke": 3,
+        "fpt.min_tracks": 16,
     }
     config = load_stage("train", name, [f"{key}={value}" for key, value in tiny.items()])
     summary = train.run(config)
