@@ -118,6 +118,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             sub.add_argument("target", help="folder or URL of an artifact" + (" or run" if name == "inspect" else ""))
             if name == "inspect":
                 sub.add_argument("--out", default="", help="where the page goes; default: beside the target")
+                sub.add_argument("--pictures", default="", help="folder for its pictures and films as files")
         else:
             if name == "demo":
                 sub.add_argument("model", choices=["flowfeat"], help="which model")
@@ -143,7 +144,7 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
     if args.command == "inspect":
         from kinema.pipelines.report.inspect import inspect
 
-        summary: Any = inspect(args.target, args.out or None)
+        summary: Any = inspect(args.target, args.out or None, args.pictures or None)
     elif args.command == "demo":
         from kinema.pipelines.demo import demo
 

@@ -18,10 +18,14 @@ class InspectSummary:
     """Path of the HTML file."""
     kind: str
     """`clips`, `flow`, `tracks`, `features` or `run`."""
+    files: int = 0
+    """Pictures and films written beside it."""
 
 
-def inspect(target: str, out: str | None = None) -> InspectSummary:
+def inspect(target: str, out: str | None = None, pictures: str | None = None) -> InspectSummary:
     """Make the page; beside a local target by default, in the current folder for a URL.
+
+    Args: pictures, a folder for the page's pictures and films as files.
 
     Raises: ValueError if the target is neither an artifact nor a run.
     """
@@ -39,7 +43,8 @@ def inspect(target: str, out: str | None = None) -> InspectSummary:
         artifact = Artifact.read(target)
         page, kind = Page(f"{artifact.kind} {name}", artifact.url), artifact.kind
         _artifact(page, artifact)
-    return InspectSummary(str(page.write(path)), kind)
+    written = page.write_media(pictures) if pictures else 0
+    return InspectSummary(str(page.write(path)), kind, written)
 
 
 def _artifact(page: Page, artifact: Artifact) -> None:

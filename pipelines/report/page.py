@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Page:
 
     def __init__(self, title: str, lead: str = ""):
         self.title = title
+        self._media: list[tuple[str, bytes]] = []
         self._parts = [f"<h1>{html.escape(title)}</h1>"]
         if lead:
             self._parts.append(f'<p class="lead">{html.escape(lead)}</p>')
@@ -88,7 +90,7 @@ class Page:
         figures = []
         for picture, caption in items:
             size = f' style="width:{width}px"' if width else ""
-            source = f"data:image/png;base64,{base64.b64encode(_png(picture)).decode()}"
+            source = self._embedded(_png(picture), "image/png", caption)
             figures.append(
                 f'<figure><img{size} src="{source}" alt="{html.escape(caption)}">'
                 f"<figcaption>{html.escape(caption)}</figcaption></figure>"
@@ -98,7 +100,7 @@ class Page:
     def film(self, mp4: bytes, caption: str, width: int = 0) -> None:
         """A film that plays in a loop, without sound; `width` as in `pictures`."""
         size = f' style="width:{width}px"' if width else ""
-        source = f"data:video/mp4;base64,{base64.b64encode(mp4).decode()}"
+        source = self._embedded(mp4, "video/mp4", caption)
         self._parts.append(
             f'<figure><video{size} src="{source}" autoplay loop muted playsinline controls></video>'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
@@ -127,6 +129,21 @@ class Page:
         figure.savefig(buffer, format="svg", bbox_inches="tight")
         svg = buffer.getvalue().decode()
         self._parts.append(f"<figure>{svg[svg.index('<svg') :]}</figure>")
+
+    def _embedded(self, data: bytes, kind: str, caption: str) -> str:
+        name = re.sub(r"[^a-z0-9.]+", "_", caption.lower()).strip("_.")[:80] or "picture"
+        self._media.append((f"{len(self._media):03d}_{name}.{kind.rpartition('/')[2]}", data))
+        return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+    def write_media(self, folder: str | os.PathLike[str]) -> int:
+        """Every picture (PNG) and film (mp4) of the page as a file, named by place and caption; returns how many."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, data in self._media:
+            temporary = target / f".{name}.partial"
+            temporary.write_bytes(data)
+            os.replace(temporary, target / name)
+        return len(self._media)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the page (to a temporary file first) and return its absolute path."""

@@ -62,7 +62,9 @@ def test_page_about_flow_has_histograms_and_pictures_of_pairs(tmp_path, monkeypa
     assert "Best pairs" in text and "Worst pairs" in text and "photometric error" in text
     assert text.count("difference after warping") >= 4
     track.run(TrackConfig(clips=str(tmp_path / "clips"), flow=str(tmp_path / "flow" / "dis"), grid=4))
-    film = open(inspect(str(tmp_path / "tracks" / "chain")).page).read()
+    found = inspect(str(tmp_path / "tracks" / "chain"), pictures=str(tmp_path / "pictures"))
+    film = open(found.page).read()
+    assert found.files == len(list((tmp_path / "pictures").glob("*.mp4"))) == 2
     mp4 = base64.b64decode(re.search(r"video/mp4;base64,([^\"]+)", film)[1])
     with av.open(io.BytesIO(mp4)) as container:
         decoded = list(container.decode(video=0))
