@@ -238,7 +238,7 @@ class _Walk:
         tolerance = (0.25 + 0.02 * np.linalg.norm(rough, axis=1))[:, None]
         for sigma_px in (1.0, 2.0):
             differs = flow - _affine(speed, slope, around.away)
-            member = (np.linalg.norm(differs, axis=2) < tolerance) & around.inside
+            member = (_length(differs) < tolerance) & around.inside
             change = _affine_fit(around.away, differs, member, sigma_px, far_weight=0.0)
             speed, slope = speed + change[0], slope + change[1]
         return speed
@@ -302,7 +302,7 @@ class _Walk:
         """Fit speed and slope to the motion of pixels that agree with them, first close by, then farther away."""
         for sigma_px in (_ONSET_SIGMA_PX, _FIT_SIGMA_PX):
             expected = self._expected(rows, around.away)
-            agree = np.linalg.norm(motion - expected, axis=2) < self._agreement_px(rows, noise_px)[:, None]
+            agree = _length(motion - expected) < self._agreement_px(rows, noise_px)[:, None]
             self._fit(rows, around, motion - expected, agree, sigma_px)
 
     def _follow_surface(self, t: int, rows: Int[np.ndarray, "M"], step: _Step) -> None:
@@ -315,11 +315,11 @@ class _Walk:
         begins = (self.start[rows] == t)[:, None]
         came = np.where(begins[..., None], onward, -around.flow(self.last_back))
         tolerance = self._agreement_px(rows, step.noise_px)[:, None]
-        member = np.linalg.norm(came - self._expected(rows, around.away), axis=2) < tolerance
+        member = _length(came - self._expected(rows, around.away)) < tolerance
         self._fit(rows, around, onward - self._expected(rows, around.away), member, _FIT_SIGMA_PX)
         for tighter in (1.0, 0.5):
             differs = onward - self._expected(rows, around.away)
-            agree = member & (np.linalg.norm(differs, axis=2) < tighter * tolerance)
+            agree = member & (_length(differs) < tighter * tolerance)
             self._fit(rows, around, differs, agree, _FIT_SIGMA_PX)
 
     def _agreement_px(self, rows: Int[np.ndarray, "M"], noise_px: float) -> Float[np.ndarray, "M"]:
@@ -346,7 +346,11 @@ class _Walk:
 def _affine(
     speed: Float[np.ndarray, "M 2"], slope: Float[np.ndarray, "M 2 2"], away: Float[np.ndarray, "M K 2"]
 ) -> Float[np.ndarray, "M K 2"]:
-    return speed[:, None] + away @ slope.transpose(0, 2, 1)
+    return speed[:, None].astype(np.float32) + away @ slope.transpose(0, 2, 1).astype(np.float32)
+
+
+def _length(vectors: Float[np.ndarray, "M K 2"]) -> Float[np.ndarray, "M K"]:
+    return np.sqrt(vectors[..., 0] ** 2 + vectors[..., 1] ** 2)
 
 
 def _affine_fit(
@@ -360,12 +364,14 @@ def _affine_fit(
 
     Near pixels decide; with `far_weight` far ones matter too, where there are no near ones. The slope has a ridge.
     """
-    distance2 = (away**2).sum(2) / sigma_px**2
+    distance2 = (away[..., 0] ** 2 + away[..., 1] ** 2) / sigma_px**2
     weight = (np.exp(-distance2 / 2) + far_weight / (1 + distance2) ** 2) * member
     weight /= np.maximum(weight.sum(1, keepdims=True), 1e-12)
     design = np.concatenate([np.ones_like(distance2)[..., None], away / sigma_px], axis=2)  # [M, K, 3]
     weighted = (design * weight[..., None]).transpose(0, 2, 1)
-    solution = np.linalg.solve(weighted @ design + np.diag([1e-9, _RIDGE, _RIDGE]), weighted @ values)  # [M, 3, 2]
+    solution = np.linalg.solve(
+        weighted @ design + np.diag(np.float32([1e-9, _RIDGE, _RIDGE])), weighted @ values
+    )  # [M, 3, 2]
     solution *= (member.sum(1) >= _FEWEST_PIXELS)[:, None, None]
     return solution[:, 0], solution[:, 1:].transpose(0, 2, 1) / sigma_px
 
@@ -383,12 +389,12 @@ class _Around:
             pixels = np.concatenate([pixels, np.broadcast_to(grid, (len(centre), *grid.shape))], axis=1)
         x, y = pixels[..., 0], pixels[..., 1]
         self.inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
-        self.away = pixels - centre[:, None]
+        self.away = (pixels - centre[:, None]).astype(np.float32)
         self._index = np.where(self.inside, y * width + x, 0).astype(np.int64)
 
     def flow(self, flow_px: Float32[np.ndarray, "2 H W"]) -> Float[np.ndarray, "M K 2"]:
         """Flow at each of the pixels."""
-        return flow_px.reshape(2, -1)[:, self._index].transpose(1, 2, 0).astype(np.float64)
+        return np.stack([part.ravel()[self._index] for part in flow_px], axis=-1)
 
 
 def _parts(rows: Int[np.ndarray, "M"]) -> list[Int[np.ndarray, "m"]]:

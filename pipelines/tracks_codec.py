@@ -165,7 +165,7 @@ class TracksBlob:
         if zlib.crc32(index) != crc:
             raise ValueError("tracks blob is damaged: the checksum of its header and queries does not match")
         self.header = TracksHeader(**json.loads(index[:header_size]))
-        self.queries: Float32[np.ndarray, "N 3"] = np.frombuffer(index, "<f4", offset=header_size).reshape(-1, 3)
+        self.queries: Float32[np.ndarray, "N 3"] = np.frombuffer(index, "<f4", offset=header_size).reshape(-1, 3).copy()
 
 
 def _check(tracks: Tracks) -> None:
