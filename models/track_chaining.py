@@ -370,7 +370,7 @@ def _affine_fit(
     design = np.concatenate([np.ones_like(distance2)[..., None], away / sigma_px], axis=2)  # [M, K, 3]
     weighted = (design * weight[..., None]).transpose(0, 2, 1)
     solution = np.linalg.solve(
-        weighted @ design + np.diag(np.float32([1e-9, _RIDGE, _RIDGE])), weighted @ values
+        weighted @ design + np.diag(np.array([1e-9, _RIDGE, _RIDGE], np.float32)), weighted @ values
     )  # [M, 3, 2]
     solution *= (member.sum(1) >= _FEWEST_PIXELS)[:, None, None]
     return solution[:, 0], solution[:, 1:].transpose(0, 2, 1) / sigma_px
