@@ -14,15 +14,18 @@ Backward, without atomics, so that the same input gives the same bytes:
   all query tiles (four integers per tile, 32 at a time), and multiplies with those that reach it, in
   ascending order. No index is stored, so memory is linear in H W for any motion.
 
-Shapes in the kernels: B batch, H W query map, h w target map of one level, C channels, K = 2 RADIUS + 2,
+Shapes in the kernels: B batch, H W query map, h w target map of one level, C channels (padded to
+whole blocks), K = 2 RADIUS + 2,
 P = (2 RADIUS + 1)^2, L levels, T query tiles of an image, QUERIES = TILE^2, BT = BY BX targets of a block.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,6 +35,8 @@ from kinema.kernels.dispatch import INTERPRETING
 
 TILE = 8
 SCAN = 32
+SMALLEST_BLOCK_C = 16
+"""Matrix instructions take no fewer."""
 ELEMENTS = 8192 if INTERPRETING else 512
 FAR = tl.constexpr(2**29)
 
@@ -108,7 +113,6 @@ def _form_kernel(
     BY: tl.constexpr,
     BX: tl.constexpr,
     BC: tl.constexpr,
-    EVEN_C: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -137,12 +141,8 @@ def _form_kernel(
                 f2_rows = f2_ptr + ty * f2_y + tx * f2_x
                 products = tl.zeros([TILE * TILE, BY * BX], tl.float32)
                 for start in range(0, C, BC):
-                    f1_mask, f2_mask = known[:, None], inside[None, :]
-                    if not EVEN_C:
-                        f1_mask = f1_mask & (start + channel < C)[None, :]
-                        f2_mask = f2_mask & (start + channel < C)[:, None]
-                    f1 = tl.load(f1_rows[:, None] + (start + channel)[None, :], mask=f1_mask, other=0.0)
-                    f2 = tl.load(f2_rows[None, :] + (start + channel)[:, None], mask=f2_mask, other=0.0)
+                    f1 = tl.load(f1_rows[:, None] + (start + channel)[None, :], mask=known[:, None], other=0.0)
+                    f2 = tl.load(f2_rows[None, :] + (start + channel)[:, None], mask=inside[None, :], other=0.0)
                     products = tl.dot(f1.to(COMPUTE), f2.to(COMPUTE), products, input_precision=PRECISION)
                 offset, mine = _diagonal(query, y0, x0, tl.where(inside, ty, FAR), tx, K)
                 tl.store(lattice_ptr + offset, products, mask=mine)
@@ -263,7 +263,6 @@ def _query_grad_kernel(
     BY: tl.constexpr,
     BX: tl.constexpr,
     BC: tl.constexpr,
-    EVEN_C: tl.constexpr,
     ADD: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -280,12 +279,9 @@ def _query_grad_kernel(
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     target = tl.arange(0, BY * BX)
     out = grad_ptr + b * (H * W * C) + query[:, None] * C + channel[None, :]
-    out_mask = known[:, None]
-    if not EVEN_C:
-        out_mask = out_mask & (channel < C)[None, :]
     total = tl.zeros([TILE * TILE, BC], tl.float32)
     if ADD:
-        total = tl.load(out, mask=out_mask, other=0.0)
+        total = tl.load(out, mask=known[:, None], other=0.0)
     seen = known & (y0 < h) & (y0 + K > 0) & (x0 < w) & (x0 + K > 0)
     top, bottom = _span(y0, seen, h, K)
     for row in range(top, bottom, BY):
@@ -299,12 +295,9 @@ def _query_grad_kernel(
                 offset, mine = _diagonal(query, y0, x0, tl.where(inside, ty, FAR), tx, K)
                 weights = tl.load(lattice_ptr + offset, mask=mine, other=0.0)
                 f2_rows = f2_ptr + ty * f2_y + tx * f2_x
-                f2_mask = inside[:, None]
-                if not EVEN_C:
-                    f2_mask = f2_mask & (channel < C)[None, :]
-                f2 = tl.load(f2_rows[:, None] + channel[None, :], mask=f2_mask, other=0.0)
+                f2 = tl.load(f2_rows[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
                 total = tl.dot(weights.to(COMPUTE), f2.to(COMPUTE), total, input_precision=PRECISION)
-    tl.store(out, total, mask=out_mask)
+    tl.store(out, total, mask=known[:, None])
 
 
 @triton.jit
@@ -364,7 +357,6 @@ def _target_grad_kernel(
     TILE: tl.constexpr,
     SCAN: tl.constexpr,
     BC: tl.constexpr,
-    EVEN_C: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -400,16 +392,10 @@ def _target_grad_kernel(
                 offset, mine = _diagonal(qy * W + qx, y0, x0, targets_y, targets_x, K)
                 weights = tl.trans(tl.load(lattice_ptr + offset, mask=mine, other=0.0))
                 f1_rows = f1_ptr + qy * f1_y + qx * f1_x
-                f1_mask = known[:, None]
-                if not EVEN_C:
-                    f1_mask = f1_mask & (channel < C)[None, :]
-                f1 = tl.load(f1_rows[:, None] + channel[None, :], mask=f1_mask, other=0.0)
+                f1 = tl.load(f1_rows[:, None] + channel[None, :], mask=known[:, None], other=0.0)
                 total = tl.dot(weights.to(COMPUTE), f1.to(COMPUTE), total, input_precision=PRECISION)
     out = grad_ptr + b * (h * w * C) + (ty * w + tx)[:, None] * C + channel[None, :]
-    out_mask = inside[:, None]
-    if not EVEN_C:
-        out_mask = out_mask & (channel < C)[None, :]
-    tl.store(out, total.to(grad_ptr.dtype.element_ty), mask=out_mask)
+    tl.store(out, total.to(grad_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 class Config(NamedTuple):
@@ -481,9 +467,14 @@ def lookup_forward(
 
 @torch.library.custom_op("kinema::correlation_lookup", mutates_args=())
 def _lookup(fmap1: Tensor, pyramid: list[Tensor], coords: Tensor, radius: int, y_major: bool) -> Tensor:
+    with torch.cuda.device_of(fmap1):  # triton launches on the current device; nothing to do on the CPU
+        return _form_windows(fmap1, pyramid, coords, radius, y_major)
+
+
+def _form_windows(fmap1: Tensor, pyramid: list[Tensor], coords: Tensor, radius: int, y_major: bool) -> Tensor:
     f1, levels, coords = _prepare(fmap1, pyramid, coords)
     B, H, W, C = f1.shape
-    points = (2 * radius + 1) ** 2
+    points, scale = (2 * radius + 1) ** 2, 1.0 / math.sqrt(fmap1.shape[1])
     out = torch.empty(B, H, W, len(levels) * points, dtype=torch.float32, device=f1.device)
     lattice = torch.empty(B, H, W, (2 * radius + 2) ** 2, dtype=torch.float32, device=f1.device)
     count = H * W * points
@@ -497,14 +488,13 @@ def _lookup(fmap1: Tensor, pyramid: list[Tensor], coords: Tensor, radius: int, y
             TILE=TILE,
             BY=config.block_y,
             BX=config.block_x,
-            BC=config.block_c,
-            EVEN_C=C % config.block_c == 0,
+            BC=_block_c(C, config),
             **forward_types(f1.dtype),
             num_warps=config.warps,
             num_stages=config.stages,
         )
         _blend_kernel[(triton.cdiv(count, ELEMENTS), B)](
-            *(lattice, coords, out[..., level * points :], H, W, h, w, shrink, 1.0 / math.sqrt(C)),
+            *(lattice, coords, out[..., level * points :], H, W, h, w, shrink, scale),
             *(count, out.shape[-1], *coords.stride()),
             RADIUS=radius,
             Y_MAJOR=y_major,
@@ -533,8 +523,22 @@ def _lookup_backward(
     needs_target: bool,
 ) -> list[Tensor]:
     """The gradient of fmap1 if it is needed, then those of all levels if one is needed."""
+    with torch.cuda.device_of(fmap1):
+        return _form_gradients(grad, fmap1, pyramid, coords, radius, y_major, needs_query, needs_target)
+
+
+def _form_gradients(
+    grad: Tensor,
+    fmap1: Tensor,
+    pyramid: list[Tensor],
+    coords: Tensor,
+    radius: int,
+    y_major: bool,
+    needs_query: bool,
+    needs_target: bool,
+) -> list[Tensor]:
     f1, levels, coords = _prepare(fmap1, pyramid, coords)
-    grad = _channels_last(grad.float())
+    grad, scale = _channels_last(grad.float()), 1.0 / math.sqrt(fmap1.shape[1])
     B, H, W, C = f1.shape
     points, count = (2 * radius + 1) ** 2, H * W * (2 * radius + 2) ** 2
     lattice = torch.empty(B, count, dtype=torch.float32, device=f1.device)
@@ -543,7 +547,7 @@ def _lookup_backward(
     for level, f2 in enumerate(levels):
         shrink = 1.0 / 2**level
         _unblend_kernel[(triton.cdiv(count, ELEMENTS), B)](
-            *(grad[..., level * points :], coords, lattice, H, W, *f2.shape[1:3], shrink, 1.0 / math.sqrt(C)),
+            *(grad[..., level * points :], coords, lattice, H, W, *f2.shape[1:3], shrink, scale),
             *(count, grad.shape[-1], *coords.stride()),
             RADIUS=radius,
             Y_MAJOR=y_major,
@@ -556,7 +560,7 @@ def _lookup_backward(
             grads.append(_target_grad(lattice, f1, f2, coords, radius, level))
     if query_grad is not None:
         grads.insert(0, query_grad.to(f1.dtype))
-    return [rows.permute(0, 3, 1, 2) for rows in grads]
+    return [rows[..., : fmap1.shape[1]].contiguous().permute(0, 3, 1, 2) for rows in grads]
 
 
 @_lookup_backward.register_fake
@@ -585,15 +589,14 @@ _lookup.register_autograd(_differentiate, setup_context=_save)
 def _add_query_grad(total: Tensor, lattice: Tensor, f2: Tensor, coords: Tensor, radius: int, level: int) -> None:
     B, H, W, C = total.shape
     config = query_grad_config(f2.dtype, level)
-    _query_grad_kernel[(_tiles(H, W), triton.cdiv(C, config.block_c), B)](
+    _query_grad_kernel[(_tiles(H, W), C // _block_c(C, config), B)](
         *(lattice, f2, coords, total, H, W, *f2.shape[1:], 1.0 / 2**level),
         *(*f2.stride()[:3], *coords.stride()),
         RADIUS=radius,
         TILE=TILE,
         BY=config.block_y,
         BX=config.block_x,
-        BC=config.block_c,
-        EVEN_C=C % config.block_c == 0,
+        BC=_block_c(C, config),
         ADD=level > 0,
         **backward_types(f2.dtype),
         num_warps=config.warps,
@@ -612,14 +615,13 @@ def _target_grad(lattice: Tensor, f1: Tensor, f2: Tensor, coords: Tensor, radius
     )
     grad = torch.empty(B, h, w, C, dtype=f2.dtype, device=f2.device)
     config = target_grad_config(f1.dtype)
-    _target_grad_kernel[(_tiles(h, w), triton.cdiv(C, config.block_c), B)](
+    _target_grad_kernel[(_tiles(h, w), C // _block_c(C, config), B)](
         *(lattice, f1, coords, boxes, grad, H, W, h, w, C, num_tiles, shrink),
         *(*f1.stride()[:3], *coords.stride()),
         RADIUS=radius,
         TILE=TILE,
         SCAN=SCAN,
-        BC=config.block_c,
-        EVEN_C=C % config.block_c == 0,
+        BC=_block_c(C, config),
         **backward_types(f1.dtype),
         num_warps=config.warps,
         num_stages=config.stages,
@@ -628,8 +630,18 @@ def _target_grad(lattice: Tensor, f1: Tensor, f2: Tensor, coords: Tensor, radius
 
 
 def _prepare(fmap1: Tensor, pyramid: list[Tensor], coords: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Maps as [B, H, W, C] with contiguous channels, without a copy where they are so already."""
-    return _channels_last(fmap1), [_channels_last(fmap2) for fmap2 in pyramid], coords.float()
+    """Maps as [B, H, W, C] with contiguous channels in whole blocks, without a copy where they are so already."""
+    missing = -fmap1.shape[1] % SMALLEST_BLOCK_C
+    maps = [_channels_last(fmap) for fmap in (fmap1, *pyramid)]
+    if missing:
+        # Zeros add nothing to a product, and kernels without masks on channels need fewer registers.
+        maps = [F.pad(fmap, (0, missing)) for fmap in maps]
+    return maps[0], maps[1:], coords.float()
+
+
+def _block_c(channels: int, config: Config) -> int:
+    """The largest block of channels, up to the configured one, that divides them."""
+    return min(config.block_c, channels & -channels)
 
 
 def _channels_last(fmap: Tensor) -> Tensor:
@@ -670,14 +682,24 @@ def ahead_of_time_cases() -> list[Case]:
         signature |= {"boxes_ptr": "*i32", "num_tiles": "i32"}
         config, types = target_grad_config(dtype), {**backward_types(dtype), "SCAN": SCAN}
         cases.append(add(f"target gradient {name}", _target_grad_kernel, signature, config, types))
-    return cases
+    smallest = [_smallest_channels(case) for case in cases if "fp32 level 0" in case.name or case.name.endswith("bf16")]
+    return cases + smallest
+
+
+def _smallest_channels(case: Case) -> Case:
+    """The same for maps whose channels only the smallest block divides."""
+    return dataclasses.replace(
+        case,
+        name=f"{case.name}, {SMALLEST_BLOCK_C} channels",
+        constexprs={**case.constexprs, "BC": SMALLEST_BLOCK_C},
+    )
 
 
 def _product_case(
     name: str, kernel: Any, signature: dict[str, str], config: Config, types: dict[str, Any], aligned: tuple[str, ...]
 ) -> Case:
     blocks = {"BY": config.block_y, "BX": config.block_x, "BC": config.block_c}
-    constants = {"RADIUS": 4, "TILE": TILE, "EVEN_C": True, **blocks, **types}
+    constants = {"RADIUS": 4, "TILE": TILE, **blocks, **types}
     return Case(
         name,
         kernel,
