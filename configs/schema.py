@@ -384,7 +384,8 @@ class LoaderConfig:
     samples_per_clip: int = 1
     """Samples taken from a clip each epoch while it is open, spread by the shuffle window."""
     shuffle_window: int = 256
-    """Clips among which samples of the same clip are spread (only when samples_per_clip > 1)."""
+    """Clips among which samples of the same clip are spread (only when samples_per_clip > 1). `fpt` reads and holds a
+    whole window at a time: best the (global) batch size, or a small multiple of it."""
     min_motion: float = 0.0
     """Clips with a lower motion score are left out and counted."""
     skip_duplicates: bool = True
@@ -662,6 +663,37 @@ class WorkflowConfig:
     """Section of `kinema register`."""
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     """Section of `kinema embed`."""
+
+
+@dataclass(frozen=True)
+class PageConfig:
+    """`kinema demo fpt`: the Flow Poke Transformer on a page in your browser."""
+
+    model: str = "fpt_base"
+    """`fpt_base` or `fpt_tiny` with weights=, or a run folder, checkpoint or registry URI (models:/...)."""
+    weights: str = ""
+    """Checkpoint file or URL for fpt_base or fpt_tiny; `published` downloads; empty: random weights."""
+    clips: str = ""
+    """A clips artifact whose frames can be chosen on the page."""
+    port: int = 0
+    """Port on 127.0.0.1; 0 takes a free one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    grid: int = 32
+    """Points a side of dense pictures; while a poke is dragged, as many as a quarter of a second allows."""
+    cached_images: int = 4
+    """Images that stay embedded; one takes 80 MB with fpt_base."""
+    max_upload_mb: float = 10.0
+    """Largest picture file, in millions of bytes."""
+    max_megapixels: float = 40.0
+    """Largest picture, in millions of pixels."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, "port", self.port, "use 1024 to 65535, or 0 for a free one")
+        _require(4 <= self.grid <= 64, "grid", self.grid, "use 4 to 64 points a side")
+        _require(self.cached_images >= 1, "cached_images", self.cached_images, "use 1 or more")
+        _require(self.max_upload_mb > 0, "max_upload_mb", self.max_upload_mb, "use a positive number")
+        _require(self.max_megapixels > 0, "max_megapixels", self.max_megapixels, "use a positive number")
 
 
 STAGES: dict[str, Any] = {

@@ -20,7 +20,7 @@ from kinema.configs.schema import LoaderConfig
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader.index import ClipIndex
 from kinema.pipelines.loader.order import Order
-from kinema.pipelines.loader.reader import Account, Batch, BatchReader, Reading, ReadSample
+from kinema.pipelines.loader.reader import Account, Batch, BatchReader, Reading, ReadSample, ReadSamples
 
 _SHOWN_DAMAGES = 5
 # An index with more bytes goes to workers as a file that they share; a smaller one is copied to each.
@@ -36,7 +36,8 @@ class Loader:
 
     Args: batch_size, samples of a batch on this rank; the global batch is batch_size * world_size; warn_after_s,
         a wait for a batch longer than this is reported on stderr, again and again; pin_memory, for copies to a GPU
-        that run beside computation.
+        that run beside computation; read_samples, reads several samples of a clip at once: with samples_per_clip > 1 a
+        reader then takes a whole shuffle window at a time and opens each clip once. The batches are the same.
     Raises while iterating: StageError when the data gives no usable sample, or a worker dies.
     """
 
@@ -51,6 +52,7 @@ class Loader:
         world_size: int = 1,
         warn_after_s: float = 30.0,
         pin_memory: bool = False,
+        read_samples: ReadSamples | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"loader batch_size={batch_size} must be at least 1")
@@ -59,6 +61,7 @@ class Loader:
         if seed < 0:
             raise ValueError(f"loader seed={seed} must not be negative")
         self.index, self.read_sample, self.config = index, read_sample, config
+        self.read_samples = read_samples if config.samples_per_clip > 1 else None
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.warn_after_s, self.pin_memory = warn_after_s, pin_memory
         self.order = Order(len(index), seed, config.samples_per_clip, config.shuffle_window)
@@ -136,18 +139,26 @@ class Loader:
             while True:
                 reading = self._next(readings, watch)
                 self._settle(reading)
-                self._position += self.batch_size * self.world_size
-                yield reading.batch
+                reading.batches.reverse()
+                while reading.batches:
+                    self._position += self.batch_size * self.world_size
+                    self._num_batches += 1
+                    yield reading.batches.pop()
 
-    def _jobs(self) -> Iterator[list[int]]:
-        """Sample numbers of this rank's batches."""
-        first = self._position + self.rank * self.batch_size
+    def _jobs(self) -> Iterator[list[list[int]]]:
+        """Sample numbers of this rank's batches; one batch at a time, or those that begin in the same window."""
+        position = self._position
         while True:
-            yield list(range(first, first + self.batch_size))
-            first += self.batch_size * self.world_size
+            job: list[list[int]] = []
+            window = self.order.window(position)
+            while not job or (self.read_samples is not None and self.order.window(position) == window):
+                first = position + self.rank * self.batch_size
+                job.append(list(range(first, first + self.batch_size)))
+                position += self.batch_size * self.world_size
+            yield job
 
     def _read_here(self) -> Iterator[Reading]:
-        reader = BatchReader(self.index, self.read_sample, self.order)
+        reader = BatchReader(self.index, self.read_sample, self.order, self.read_samples)
         for job in self._jobs():
             threads = torch.get_num_threads()
             # As in a worker: the number of threads may change the last bits of a sum.
@@ -166,7 +177,7 @@ class Loader:
         # Imported once, in the server, instead of by every worker.
         context.set_forkserver_preload(["kinema.pipelines.loader.loader"])
         loader: DataLoader[Reading] = DataLoader(
-            BatchReader(index, self.read_sample, self.order),
+            BatchReader(index, self.read_sample, self.order, self.read_samples),
             sampler=self._jobs(),
             batch_size=None,
             collate_fn=_as_it_is,
@@ -212,7 +223,6 @@ class Loader:
             raise StageError(reading.failure)
         self._account.bytes_read += reading.account.bytes_read
         self._account.frames_decoded += reading.account.frames_decoded
-        self._num_batches += 1
 
     def _warn_of_starvation(self, waited_s: float) -> None:
         state = self.state_dict()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 # What a stream of random numbers is for; keeps streams of the same seed and epoch apart.
-_CLIPS, _MIX, _REPLACE, _SAMPLE = range(4)
+_CLIPS, _REPLACE, _SAMPLE = range(3)
 _MAX_TRIES = 1 << 16
 
 
@@ -31,7 +31,9 @@ class Visit(NamedTuple):
 class Order:
     """The order of `num_clips * samples_per_clip` samples in every epoch.
 
-    Samples of one clip are spread among those of `shuffle_window` clips.
+    Samples of one clip are spread among those of `shuffle_window` clips: the first of each, then the second of each,
+    and so on. A batch no larger than a window holds a clip once at most, and if windows are made of whole global
+    batches all samples of a clip belong to one rank, which may then read them together.
     """
 
     num_clips: int
@@ -39,7 +41,6 @@ class Order:
     samples_per_clip: int = 1
     shuffle_window: int = 256
     _epochs: OrderedDict[int, np.ndarray] = field(default_factory=OrderedDict, repr=False)
-    _windows: OrderedDict[tuple[int, int], np.ndarray] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def num_samples(self) -> int:
@@ -50,12 +51,15 @@ class Order:
         """What sample number `sample`, counted over all epochs, is."""
         epoch, position = divmod(sample, self.num_samples)
         clips = self._clips(epoch)
-        if self.samples_per_clip == 1:
-            return Visit(epoch, int(clips[position]), 0)
         window, place = divmod(position, self.shuffle_window * self.samples_per_clip)
-        mixed = int(self._mixed(epoch, window)[place])
-        offset, draw = divmod(mixed, self.samples_per_clip)
-        return Visit(epoch, int(clips[window * self.shuffle_window + offset]), draw)
+        first = window * self.shuffle_window
+        draw, offset = divmod(place, min(self.shuffle_window, self.num_clips - first))
+        return Visit(epoch, int(clips[first + offset]), draw)
+
+    def window(self, sample: int) -> tuple[int, int]:
+        """Epoch and window that sample number `sample` belongs to."""
+        epoch, position = divmod(sample, self.num_samples)
+        return epoch, position // (self.shuffle_window * self.samples_per_clip)
 
     def replacement(self, sample: int, attempt: int) -> Visit:
         """What to read instead when attempts 0..attempt-1 at a sample gave none (attempt >= 1).
@@ -75,28 +79,8 @@ class Order:
         return np.random.default_rng([self.seed, _SAMPLE, visit.epoch, visit.draw, int(key, 16)])
 
     def _clips(self, epoch: int) -> np.ndarray:
-        return _remembered(
-            self._epochs,
-            epoch,
-            lambda: np.random.default_rng([self.seed, _CLIPS, epoch]).permutation(self.num_clips),
-        )
-
-    def _mixed(self, epoch: int, window: int) -> np.ndarray:
-        first = window * self.shuffle_window
-        num_clips = min(self.shuffle_window, self.num_clips - first)
-        return _remembered(
-            self._windows,
-            (epoch, window),
-            lambda: np.random.default_rng([self.seed, _MIX, epoch, window]).permutation(
-                num_clips * self.samples_per_clip
-            ),
-        )
-
-
-def _remembered(cache: OrderedDict, name, make) -> np.ndarray:
-    """Two are kept: a batch may lie across a border."""
-    if name not in cache:
-        cache[name] = make()
-        while len(cache) > 2:
-            cache.popitem(last=False)
-    return cache[name]
+        if epoch not in self._epochs:
+            self._epochs[epoch] = np.random.default_rng([self.seed, _CLIPS, epoch]).permutation(self.num_clips)
+            while len(self._epochs) > 2:  # a batch may lie across a border
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]

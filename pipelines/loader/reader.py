@@ -1,4 +1,4 @@
-"""From sample numbers to a batch: read, replace what is skipped or damaged, stack. Runs in loader workers."""
+"""From sample numbers to batches: read, replace what is skipped or damaged, stack. Runs in loader workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader.clip import Clip, DamagedClip
 from kinema.pipelines.loader.index import ClipIndex
-from kinema.pipelines.loader.order import Order
+from kinema.pipelines.loader.order import Order, Visit
 
 Sample = Mapping[str, Any]
 Batch = dict[str, Any]
@@ -32,6 +32,8 @@ class Skip:
 
 
 ReadSample = Callable[[Clip, np.random.Generator], Sample | Skip]
+ReadSamples = Callable[[Clip, Sequence[np.random.Generator]], Sequence[Sample | Skip]]
+"""Several samples of one clip at once, one for each generator: each as if it were read alone."""
 
 
 @dataclass
@@ -47,60 +49,97 @@ class Account:
 
 @dataclass
 class Reading:
-    """What a worker hands over: a batch, or why there is none."""
+    """What a worker hands over: consecutive batches, or why there are none."""
 
-    batch: Batch
+    batches: list[Batch]
     account: Account
     failure: str | None = None
 
     def pin_memory(self) -> Reading:
         """Tensors moved to page-locked memory; the torch loader's pinning thread calls this."""
-        pinned = {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in self.batch.items()}
+        pinned = [
+            {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in batch.items()}
+            for batch in self.batches
+        ]
         return Reading(pinned, self.account, self.failure)
 
 
 class BatchReader(Dataset[Reading]):
-    """Reads batches by their sample numbers; a torch data set whose items are whole batches."""
+    """Reads batches by their samples' numbers; a torch data set whose items are one or several whole batches.
 
-    def __init__(self, index: ClipIndex, read_sample: ReadSample, order: Order):
-        self.index, self.read_sample, self.order = index, read_sample, order
+    With `read_samples`, samples of one item that come from the same clip are read together.
+    """
 
-    def __getitem__(self, samples: Sequence[int]) -> Reading:
+    def __init__(
+        self, index: ClipIndex, read_sample: ReadSample, order: Order, read_samples: ReadSamples | None = None
+    ):
+        self.index, self.read_sample, self.order, self.read_samples = index, read_sample, order, read_samples
+
+    def __getitem__(self, job: Sequence[Sequence[int]]) -> Reading:
         account = Account()
         counter = self.index.counter
         bytes_before, frames_before = counter.bytes_read, counter.frames_decoded
+        batches = []
         try:
-            read = [self._read(sample, account) for sample in samples]
+            first_tries = self._read_together(job, account) if self.read_samples else {}
+            for samples in job:
+                read = [self._read(sample, account, first_tries.pop(sample, None)) for sample in samples]
+                batches.append(stack([sample for _, sample in read], [key for key, _ in read]))
         except StageError as error:
             # Handed over as text: raised here, it would reach the training process inside a traceback.
-            return Reading({}, account, str(error))
+            return Reading([], account, str(error))
         account.bytes_read = counter.bytes_read - bytes_before
         account.frames_decoded = counter.frames_decoded - frames_before
-        return Reading(stack([sample for _, sample in read], [key for key, _ in read]), account)
+        return Reading(batches, account)
 
-    def _read(self, sample: int, account: Account) -> tuple[str, Sample]:
-        """Key and content of a sample, or of the first of its replacements that can be read."""
+    def _read_together(self, job: Sequence[Sequence[int]], account: Account) -> dict[int, Sample | Skip]:
+        """The first try of every sample of the job, by number; each clip is opened once."""
+        assert self.read_samples is not None
+        by_clip: dict[int, list[int]] = {}
+        for sample in (number for samples in job for number in samples):
+            by_clip.setdefault(self.order.visit(sample).clip, []).append(sample)
+        found: dict[int, Sample | Skip] = {}
+        for number, samples in by_clip.items():
+            clip = self.index.clip(number)
+            rngs = [self.order.rng(self.order.visit(sample), clip.key) for sample in samples]
+            try:
+                found |= zip(samples, self.read_samples(clip, rngs), strict=True)
+            except DamagedClip as error:
+                account.damaged[clip.key] = str(error)
+                found |= dict.fromkeys(samples, Skip("damaged"))
+        return found
+
+    def _read(self, sample: int, account: Account, found: Sample | Skip | None) -> tuple[str, Sample]:
+        """Key and content of a sample, or of the first of its replacements that can be read.
+
+        Args: found, what the first try gave, if it was made.
+        """
         reasons: Counter[str] = Counter()
         visit = self.order.visit(sample)
         for attempt in range(1, MAX_FAILED_TRIES + 1):
             clip = self.index.clip(visit.clip)
-            rng = self.order.rng(visit, clip.key)
-            try:
-                found = self.read_sample(self.index.drawn(visit.clip, rng), rng)
-            except DamagedClip as error:
-                account.damaged[clip.key] = str(error)
-                found = Skip("damaged")
+            if found is None:
+                found = self._try(visit, account)
             if not isinstance(found, Skip):
                 account.skipped += reasons
                 return clip.key, found
             reasons[found.reason] += 1
-            visit = self.order.replacement(sample, attempt)
+            visit, found = self.order.replacement(sample, attempt), None
         account.skipped += reasons
         listed = ", ".join(f"{number} x {reason}" for reason, number in reasons.most_common())
         raise StageError(
             f"no usable sample in {self.index.clips_url}: {MAX_FAILED_TRIES} tries in a row over "
             f"{len(self.index)} clips gave none ({listed})" + _example(account)
         )
+
+    def _try(self, visit: Visit, account: Account) -> Sample | Skip:
+        clip = self.index.clip(visit.clip)
+        rng = self.order.rng(visit, clip.key)
+        try:
+            return self.read_sample(self.index.drawn(visit.clip, rng), rng)
+        except DamagedClip as error:
+            account.damaged[clip.key] = str(error)
+            return Skip("damaged")
 
 
 def _example(account: Account) -> str:

@@ -145,6 +145,7 @@ class ClipLoader:
             rank=place.rank,
             world_size=place.world_size,
             pin_memory=place.device.type == "cuda",
+            read_samples=getattr(self.recipe, "read_samples", None),
         )
 
     def index(self) -> ClipIndex:

@@ -59,7 +59,11 @@ class Recipe(Protocol):
         """The whole trainable module, moving averages included. The loop has seeded every generator."""
 
     def read_sample(self, clip: Any, rng: np.random.Generator) -> Any:
-        """One sample from one clip, or `Skip(reason)`; runs in loader workers, all randomness from `rng`."""
+        """One sample from one clip, or `Skip(reason)`; runs in loader workers, all randomness from `rng`.
+
+        A recipe may also have `read_samples(clip, rngs)`, which gives for each generator what `read_sample` would, but
+        opens and decodes once; it is used where `loader.samples_per_clip` > 1.
+        """
 
     def loss(self, module: nn.Module, batch: Batch) -> Loss:
         """Forward pass of one (micro-)batch on the module's device."""

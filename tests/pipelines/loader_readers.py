@@ -25,3 +25,8 @@ def skip_some(clip, rng):
     if rng.uniform() < 0.33:
         return Skip("constant flow")
     return read_pair(clip, rng)
+
+
+def skip_some_together(clip, rngs):
+    """`skip_some` for several draws of a clip."""
+    return [skip_some(clip, rng) for rng in rngs]

@@ -14,12 +14,13 @@ import torch
 from kinema.configs.schema import LoaderConfig
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader import ClipIndex, Loader, Skip
+from kinema.pipelines.loader.clip import DamagedClip
 from kinema.pipelines.loader.reader import MAX_FAILED_TRIES, stack
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
 
 sys.path.insert(0, str(Path(__file__).parent))
-from loader_readers import read_pair, skip_some
+from loader_readers import read_pair, skip_some, skip_some_together
 
 NUM_CLIPS = 7
 
@@ -40,9 +41,11 @@ def index(packed) -> ClipIndex:
     return ClipIndex.open(*packed)
 
 
-def make(index, read=read_pair, batch_size=3, seed=4, rank=0, world_size=1, warn_after_s=30.0, **config) -> Loader:
+def make(
+    index, read=read_pair, batch_size=3, seed=4, rank=0, world_size=1, warn_after_s=30.0, together=None, **config
+) -> Loader:
     config = LoaderConfig(**{"num_workers": 0, **config})
-    return Loader(index, read, config, batch_size, seed, rank, world_size, warn_after_s)
+    return Loader(index, read, config, batch_size, seed, rank, world_size, warn_after_s, read_samples=together)
 
 
 def take(loader: Loader, number: int) -> list[dict]:
@@ -162,6 +165,52 @@ def test_samples_of_one_clip_are_spread_over_the_window(index):
     assert any(a != b for a, b in zip(keys, keys[1:], strict=False))
     noises = [batch["noise"].item() for batch in batches]
     assert len(set(noises)) == len(noises)
+
+
+@pytest.mark.parametrize(("num_workers", "world_size", "window"), [(0, 1, 3), (2, 1, 4), (0, 2, 256), (1, 2, 2)])
+def test_samples_read_together_are_those_read_alone(index, num_workers, world_size, window):
+    """Also when going on in the middle of a window, of an epoch, and over windows that no batch fits."""
+    settings = {"read": skip_some, "samples_per_clip": 3, "shuffle_window": window}
+    alone = take(make(index, batch_size=4, **settings), 12)
+    ranks = []
+    for rank in range(world_size):
+        place = {"batch_size": 4 // world_size, "rank": rank, "world_size": world_size, "num_workers": num_workers}
+        first = make(index, together=skip_some_together, **place, **settings)
+        head = take(first, 5)
+        second = make(index, together=skip_some_together, **place, **settings)
+        second.load_state_dict(first.state_dict())
+        first.close()
+        ranks.append(head + take(second, 7))
+        second.close()
+    assert_same(alone, merged(ranks))
+
+
+def test_a_clip_is_opened_once_for_all_its_samples_of_a_window(index):
+    opened = []
+
+    def read_together(clip, rngs):
+        opened.append((clip.key, len(rngs)))
+        return [read_pair(clip, rng) for rng in rngs]
+
+    for rank in range(2):
+        settings = {"batch_size": 2, "rank": rank, "world_size": 2, "samples_per_clip": 3, "shuffle_window": 4}
+        take(make(index, together=read_together, **settings), 3)
+    assert sorted(number for _, number in opened) == [3, 3, 3, 3] and len({key for key, _ in opened}) == 4
+
+
+def test_damage_and_skips_are_replaced_when_samples_are_read_together(index):
+    def read_together(clip, rngs):
+        if clip.key == index.keys[0]:
+            raise DamagedClip(f"{clip.key}: cut off")
+        return [Skip("still") if clip.key == index.keys[1] else read_pair(clip, rng) for rng in rngs]
+
+    def read(clip, rng):
+        return read_together(clip, [rng])[0]
+
+    loader = make(index, read=read, together=read_together, samples_per_clip=2, shuffle_window=NUM_CLIPS)
+    keys = [key for batch in take(loader, 4) for key in batch["key"]]
+    assert not {*index.keys[:2]} & {*keys}
+    assert set(loader.stats()["skipped"]) == {"damaged", "still"} and list(loader.stats()["damaged"]) == [index.keys[0]]
 
 
 def test_skipped_samples_are_counted_and_replaced(index):
