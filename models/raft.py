@@ -347,6 +347,8 @@ def _check_images(images: Tensor) -> None:
 def _check_pair(features1: FrameFeatures, features2: FrameFeatures, iters: int) -> None:
     if iters < 1:
         raise ValueError(f"iters={iters} must be at least 1")
+    if len(features1) == 0:
+        raise ValueError("features1 hold no frames: give at least one pair")
     if features1.context is None:
         raise ValueError("features1 have no context: encode the first frames with context=True")
     if features1.size != features2.size or len(features1) != len(features2):

@@ -5,7 +5,7 @@
 - Pairs go one after another: the maps of one pair fit in a core's cache, and the memory of its volume is reused.
 - Windows are read from a volume with zero margins (`PaddedVolume`); the first weight is arranged to match.
 
-What is left is nearly all convolution, at 90 % of the machine's multiply-add rate. docs/LOG.md has what did not pay.
+Most of what is left is convolution. docs/LOG.md has what did not pay.
 """
 
 from collections.abc import Iterator

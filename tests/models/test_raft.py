@@ -300,6 +300,8 @@ def test_bad_arguments_are_named(filled):
         network(image[:, :2], image[:, :2])
     with pytest.raises(ValueError, match="iters=0"):
         network(image, image, iters=0)
+    with pytest.raises(ValueError, match="at least one pair"):
+        network(image[:0], image[:0])
     with pytest.raises(ValueError, match="context=True"):
         features = network.encode(image, context=False)
         network.flow_from_features(features, features)
