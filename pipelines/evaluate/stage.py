@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,21 +53,28 @@ def run(config: EvaluateConfig, *, report: Callable[[Any], None] | None = None) 
     Raises: ValueError for a model or folder that does not fit the benchmark; names what would.
     """
     started = time.monotonic()
-    if not config.data:
+    if not config.data and config.benchmark != "pokes":
         raise ValueError(f"data is empty; name the folder of the {config.benchmark} benchmark: data=DIR")
     if not config.model:
-        raise ValueError("model is empty; give a run folder, models:/NAME@ALIAS, a FlowFeat variant or a flow network")
+        raise ValueError(
+            "model is empty; give a run folder, models:/NAME@ALIAS, a FlowFeat variant, a flow network or fpt_base"
+        )
     if config.out:
         _check_writable(Path(config.out))
     if tracking.tracking_uri().startswith("http"):
         tracking.open_client(tracking.tracking_uri())  # a server that is down is told before the work
+    pictures: list[Path] = []
     if config.benchmark in FLOW_BENCHMARKS:
         metrics = _flow(config)
     elif config.benchmark == "tapvid":
         metrics = _tapvid(config)
+    elif config.benchmark in ("pokes", "moving_part"):
+        from kinema.pipelines.evaluate.pokes_stage import run_moving_part, run_pokes
+
+        metrics, pictures = (run_pokes if config.benchmark == "pokes" else run_moving_part)(config)
     else:
         metrics = _davis(config)
-    run_id = _log(config, metrics)
+    run_id = _log(config, metrics, pictures)
     summary = EvaluateSummary(metrics, config.model, config.benchmark, round(time.monotonic() - started, 2), run_id)
     if config.out:
         write_table(Path(config.out), summary)
@@ -214,7 +221,7 @@ def _shown_on(progress: Progress) -> Callable[[int, int, str], None]:
     return lambda done, _total, name: progress.update(done, name)
 
 
-def _log(config: EvaluateConfig, metrics: dict[str, float]) -> str:
+def _log(config: EvaluateConfig, metrics: dict[str, float], pictures: Sequence[Path] = ()) -> str:
     """Log to the run asked for, else to the run that made the model, else to a run of its own; returns its id."""
     run_id = config.run_id
     for folder in (Path(config.model), Path(config.model).parent.parent):
@@ -224,6 +231,8 @@ def _log(config: EvaluateConfig, metrics: dict[str, float]) -> str:
     settings = {"evaluate": dataclasses.asdict(config)}
     tracker = tracking.start_run("kinema", f"evaluate-{config.benchmark}", settings, tags=tags, resume=run_id)
     tracker.log_metrics({f"evaluate.{name}": value for name, value in metrics.items() if value == value})
+    for picture in pictures:
+        tracker.log_artifact(picture, f"evaluate/{config.benchmark}")
     tracker.end()
     return tracker.run_id
 
