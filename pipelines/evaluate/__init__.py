@@ -1,1 +1,1 @@
-"""Evaluation: DAVIS for features; Sintel, KITTI and Middlebury for flow networks."""
+"""Evaluation: DAVIS for features; Sintel, KITTI, Middlebury for flow; TAP-Vid for tracks; pokes and parts for FPT."""

@@ -122,7 +122,8 @@ def predict_samples(
     An image is embedded and projected once. Random draws of the measures depend on `seed`, the sample's key and n only,
     not on the batch. progress is called with the number of samples done.
 
-    Raises: ValueError if a sample has fewer pokes than asked for, numbers of queries differ, or there is no sample.
+    Raises: ValueError if a sample has fewer pokes than asked for, numbers of queries differ, an answer is not
+            finite, or there is no sample.
     """
     found: list[dict[str, np.ndarray]] = []
     for batch in _batches(samples, batch_size):
@@ -216,6 +217,10 @@ def _judge(mixture: GaussianMixture, sample: PokeSample, num_pokes: int, seed: i
         "nearest_poke_error": (_nearest_poke(sample, num_pokes) - truth).norm(dim=-1),
         "still_error": truth.norm(dim=-1),
     }
+    if not (values["error"].isfinite().all() and values["nll_nats"].isfinite().all()):
+        raise ValueError(
+            f"{sample.key}: the model's answer to {num_pokes} pokes is not finite; its weights are unusable"
+        )
     return {name: value.numpy() for name, value in values.items()}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from kinema.models.fpt_data_rules import (
     Motion,
@@ -36,7 +37,16 @@ class DrawnMotion:
     """Number in the index."""
     draw: int
     """Which of the clip's samples."""
-    motion: Motion
+    start: int
+    """Frame that is shown."""
+    end: int
+    """Frame where the motion ends."""
+    pos: Float[np.ndarray, "L 2"]
+    """Tracks in units of the square, in random order, no more than are needed."""
+    flow: Float[np.ndarray, "L 2"]
+    """Their motion."""
+    camera_static: bool
+    """Whether most of all tracks stand still."""
 
 
 class TrackSamples:
@@ -78,7 +88,7 @@ class TrackSamples:
                 f"no clip gives {num_queries} queries and a poke {gap_s} s apart ({reasons}); use a smaller "
                 "pokes.num_queries or pokes.gap_s, or track with a larger grid"
             )
-        room = np.array([len(one.motion.pos) for one in drawn]) - num_queries
+        room = np.array([len(one.pos) for one in drawn]) - num_queries
         self.counts = tuple(count for count in counts if 2 * (room >= count).sum() >= len(drawn))
         short = int((room < self.counts[-1]).sum())
         if short:
@@ -92,12 +102,12 @@ class TrackSamples:
         for one in self.drawn:
             clip = self.index.clip(one.clip)
             try:
-                frame = clip.frames([one.motion.start])[0]
+                frame = clip.frames([one.start])[0]
             except DamagedClip:
                 self._leave_out("damaged clip", 1)
                 continue
             queries, pokes = slice(self.num_queries), slice(self.num_queries, self.num_queries + self.counts[-1])
-            pos, flow = (torch.from_numpy(np.ascontiguousarray(x)).float() for x in (one.motion.pos, one.motion.flow))
+            pos, flow = (torch.from_numpy(x) for x in (one.pos, one.flow))
             yield PokeSample(
                 f"{clip.key}/{one.draw}",
                 frame_to_image(frame, self.image_px),
@@ -105,7 +115,7 @@ class TrackSamples:
                 flow[pokes],
                 pos[queries],
                 flow[queries],
-                camera_static(one.motion.flow, self.rule),
+                one.camera_static,
             )
 
     def _draw(self, number: int, counts: tuple[int, ...], gap_s: float, draws: int) -> list[DrawnMotion]:
@@ -114,14 +124,27 @@ class TrackSamples:
         try:
             pos, visible = _tracks_in_square(clip)
             gap = gap_in_frames(gap_s, clip.fps)
-            return [
-                DrawnMotion(number, draw, self._motion(clip, draw, pos, visible, gap, counts)) for draw in range(draws)
-            ]
+            return [self._drawn(number, clip, draw, pos, visible, gap, counts) for draw in range(draws)]
         except DamagedClip:
             self._leave_out("damaged clip", 1)
         except NoTrainingSample as error:
             self._leave_out(error.reason, 1)
         return []
+
+    def _drawn(
+        self,
+        number: int,
+        clip: Clip,
+        draw: int,
+        pos: np.ndarray,
+        visible: np.ndarray,
+        gap: int,
+        counts: tuple[int, ...],
+    ) -> DrawnMotion:
+        motion = self._motion(clip, draw, pos, visible, gap, counts)
+        first = slice(self.num_queries + counts[-1])
+        places, flow = (x[first].astype(np.float32) for x in (motion.pos, motion.flow))
+        return DrawnMotion(number, draw, motion.start, motion.end, places, flow, camera_static(motion.flow, self.rule))
 
     def _motion(
         self, clip: Clip, draw: int, pos: np.ndarray, visible: np.ndarray, gap: int, counts: tuple[int, ...]

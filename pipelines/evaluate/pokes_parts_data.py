@@ -85,12 +85,15 @@ class PartFolder:
                 f"{path}: no such file; moving_part reads it, or data=scenes (columns {', '.join(_COLUMNS)})"
             )
         with path.open(newline="", encoding="utf-8-sig") as handle:
-            reader = csv.DictReader(handle)
+            reader = csv.DictReader(handle, restval="")
             missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
                 raise ValueError(f"{path}: no column {', '.join(missing)}; it needs {', '.join(_COLUMNS)}")
             self._rows: dict[str, list[tuple[str, dict[str, str]]]] = {}
             for number, row in enumerate(reader, 2):
+                empty = [name for name in _COLUMNS if not row[name].strip()]
+                if empty:
+                    raise ValueError(f"{path}, line {number}: {', '.join(empty)} empty; every poke needs it")
                 self._rows.setdefault(row["image"], []).append((f"{path}, line {number}", row))
         if not self._rows:
             raise ValueError(f"{path}: no poke; one row each")

@@ -149,14 +149,12 @@ def run_moving_part(config: EvaluateConfig) -> tuple[dict[str, float], list[Path
     Raises: ValueError for a model or data that do not fit.
     """
     settings = config.pokes
+    folder = None if config.data == SCENES else PartFolder(config.data)
     model = load_poke_model(config.model, config.weights)
-    gap_s = settings.gap_s or model.gap_s
-    images: Iterable[PartImage]
-    if config.data == SCENES:
-        images, total = scene_images(settings.num_scenes, gap_s, settings.seed), settings.num_scenes
-    else:
-        images = PartFolder(config.data)
-        total = len(images)
+    images: Iterable[PartImage] = folder or scene_images(
+        settings.num_scenes, settings.gap_s or model.gap_s, settings.seed
+    )
+    total = len(folder) if folder else settings.num_scenes
     looked: list[tuple[PartImage, np.ndarray]] = []
 
     def look(image: PartImage, split: Split, maps: np.ndarray) -> None:
@@ -179,13 +177,13 @@ def run_moving_part(config: EvaluateConfig) -> tuple[dict[str, float], list[Path
     progress.close()
     pictures: list[Path] = []
     if config.out:
-        folder = Path(config.out)
-        _write_rows(folder / "moving_part.csv", _part_rows(scores))
-        _write_json(folder / "moving_part.json", _part_curves(scores))
+        out = Path(config.out)
+        _write_rows(out / "moving_part.csv", _part_rows(scores))
+        _write_json(out / "moving_part.json", _part_curves(scores))
         named = {"iou_over_threshold": threshold_picture(scores)}
         for number, (image, maps) in enumerate(looked):
             named[f"example_{number}"] = part_picture(image, maps, scores.threshold_nats)
-        pictures = _write_pictures(folder, named)
+        pictures = _write_pictures(out, named)
     return {f"moving_part_{name}": value for name, value in scores.flat().items()}, pictures
 
 

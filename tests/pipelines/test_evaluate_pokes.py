@@ -166,6 +166,8 @@ def test_samples_with_too_few_pokes_are_refused(samples):
         predict_samples(RigidParts(quarters), samples, (1, 20))
     with pytest.raises(ValueError, match="no sample"):
         predict_samples(RigidParts(quarters), [], COUNTS)
+    with pytest.raises(ValueError, match="sample-0: the model's answer to 1 poke.* not finite"):
+        predict_samples(RigidParts(quarters, sharper=math.nan), samples, (1,))
 
 
 def test_sparsification_of_known_orders():
@@ -227,7 +229,6 @@ def test_on_a_rendered_scene_the_exact_parts_predict_better_with_every_poke():
 def test_the_part_that_a_poke_moves_is_found_on_rendered_scenes():
     images = list(scene_images(4, gap_s=0.5))
     assert len(images) == 4 and sum(len(image.pokes) for image in images) >= 8
-    assert [image.name for image in images] == [image.name for image in scene_images(4, gap_s=0.5)]
 
     class Marked(RigidParts):
         """Knows each image by the order in which it comes."""
@@ -245,7 +246,7 @@ def test_the_part_that_a_poke_moves_is_found_on_rendered_scenes():
         return labels[row, column]
 
     model = Marked(part_of)
-    scores = evaluate_parts(model, images, grid=96)
+    scores = evaluate_parts(model, images, grid=64)
     assert {result.image: result.split for result in scores.results} == dict(
         zip([image.name for image in images], ["tune", "test"] * 2, strict=True)
     )
@@ -320,6 +321,7 @@ def test_a_folder_is_read_as_documented(part_folder):
     [
         ("image,x,y,mask", [], "no column end_x, end_y"),
         ("", [], "no poke"),
+        ("", ["images/a.png", 18], "line 2: y, end_x, end_y, mask empty"),
         ("", ["images/c.png", 18, 14, 23, 14, "masks/grey.png"], "line 2: .*c.png cannot be read"),
         ("", ["images/a.png", 18, 14, 23, 14, "pokes.csv"], "line 2: .*pokes.csv cannot be read"),
         ("", ["images/a.png", "x", 14, 23, 14, "masks/grey.png"], "line 2: x='x' is no number"),
@@ -367,8 +369,8 @@ def test_samples_from_tracks_hold_the_scenes_motion(tracked):
         pos = torch.cat([sample.query_pos, sample.poke_pos])
         flow = torch.cat([sample.query_flow, sample.poke_flow])
         assert sample.image.shape == (3, 64, 64) and len(pos) == 21 and len(pos.unique(dim=0)) == 21
-        tracks, _ = scene.tracks(pos.numpy() * 96 - 0.5 + [16, 0], drawn.motion.start)
-        truth = (tracks[drawn.motion.end] - tracks[drawn.motion.start]) / 96
+        tracks, _ = scene.tracks(pos.numpy() * 96 - 0.5 + [16, 0], drawn.start)
+        truth = (tracks[drawn.end] - tracks[drawn.start]) / 96
         assert np.median(np.linalg.norm(flow.numpy() - truth, axis=1)) < 0.5 / 96
     again = list(TrackSamples(index, (0, 1, 5, 500), draws_per_clip=2, **settings))
     assert all((a.poke_pos == b.poke_pos).all() for a, b in zip(found, again, strict=True))
@@ -434,7 +436,6 @@ def test_command_pokes_writes_table_curves_and_pictures(tracked, small_network, 
         picture = np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))
         assert min(picture.shape[:2]) > 200 and picture.std() > 5
     assert not list((tmp_path / "out").glob(".*partial"))
-    assert run(config).metrics == summary.metrics
 
 
 @pytest.mark.usefixtures("tracking_store")
@@ -461,6 +462,7 @@ def test_command_moving_part_reads_scenes_and_folders(small_network, part_folder
     [
         ({"benchmark": "pokes", "model": "fpt_tiny"}, "clips= or tracks= is empty"),
         ({"benchmark": "moving_part", "model": "fpt_tiny"}, "data is empty"),
+        ({"benchmark": "moving_part", "model": "fpt_base", "data": "nowhere"}, "nowhere/pokes.csv: no such file"),
         ({"benchmark": "moving_part", "model": "raft", "data": "scenes"}, "model=raft is no folder; give a run"),
     ],
 )
