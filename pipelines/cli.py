@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import kinema
-from kinema.configs import STAGES, load_stage
+from kinema.configs import STAGES, PageConfig, build, load_stage
 from kinema.configs.describe import describe
 from kinema.pipelines.errors import StageError
 
@@ -49,7 +49,7 @@ PURPOSE = {
     "submit": "any of the above as a Ray job on a cluster, logs followed",
     "verify": "re-hash an artifact and report every difference",
     "inspect": "a page with figures and pictures of an artifact or run",
-    "demo": "the whole path on your videos, or on rendered scenes, with a page at the end",
+    "demo": "flowfeat: the whole path on your videos or on rendered scenes; fpt: a page to poke images on",
 }
 DONE, FAILED, USAGE = 0, 1, 2
 _WRONG_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
@@ -101,6 +101,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, purpose in PURPOSE.items():
         keys = f"keys (key=value):\n{describe(STAGES[name])}" if name in STAGES else None
+        if name == "demo":
+            keys = f"keys of fpt (key=value; those of flowfeat are `kinema run`'s):\n{describe(PageConfig)}"
         sub = commands.add_parser(
             name,
             help=purpose,
@@ -121,7 +123,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 sub.add_argument("--pictures", default="", help="folder for its pictures and films as files")
         else:
             if name == "demo":
-                sub.add_argument("model", choices=["flowfeat"], help="which model")
+                sub.add_argument("model", choices=["flowfeat", "fpt"], help="which model")
             sub.add_argument("--config", default=None, help="workflow file; its section for this stage is read")
             sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings, dotted keys")
     args, rest = parser.parse_known_args(argv)
@@ -145,6 +147,8 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
         from kinema.pipelines.report.inspect import inspect
 
         summary: Any = inspect(args.target, args.out or None, args.pictures or None)
+    elif args.command == "demo" and args.model == "fpt":
+        return _page(args, stdout)
     elif args.command == "demo":
         from kinema.pipelines.demo import demo
 
@@ -155,6 +159,20 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
         summary = stage_module(args.command).run(config)
     print_summary(summary, args.json, stdout)
     return int(getattr(summary, "exit_status", DONE))
+
+
+def _page(args: argparse.Namespace, stdout: TextIO) -> int:
+    """Serve until Ctrl-C; the page says on stderr how it ended, so stdout has a summary only for programs."""
+    from kinema.pipelines import page
+
+    if args.config:
+        raise ValueError("`kinema demo fpt` reads no workflow file; give its settings as key=value")
+    config = build(PageConfig, {}, args.overrides)
+    _sigterm_interrupts()
+    summary = page.run(config)
+    if args.json:
+        print_summary(summary, True, stdout)
+    return summary.exit_status
 
 
 def stage_module(stage: str) -> Any:
