@@ -124,27 +124,19 @@ class TrackSamples:
         try:
             pos, visible = _tracks_in_square(clip)
             gap = gap_in_frames(gap_s, clip.fps)
-            return [self._drawn(number, clip, draw, pos, visible, gap, counts) for draw in range(draws)]
+            motions = [self._motion(clip, draw, pos, visible, gap, counts) for draw in range(draws)]
+            return [self._kept(number, draw, motion, counts[-1]) for draw, motion in enumerate(motions)]
         except DamagedClip:
             self._leave_out("damaged clip", 1)
         except NoTrainingSample as error:
             self._leave_out(error.reason, 1)
         return []
 
-    def _drawn(
-        self,
-        number: int,
-        clip: Clip,
-        draw: int,
-        pos: np.ndarray,
-        visible: np.ndarray,
-        gap: int,
-        counts: tuple[int, ...],
-    ) -> DrawnMotion:
-        motion = self._motion(clip, draw, pos, visible, gap, counts)
-        first = slice(self.num_queries + counts[-1])
-        places, flow = (x[first].astype(np.float32) for x in (motion.pos, motion.flow))
-        return DrawnMotion(number, draw, motion.start, motion.end, places, flow, camera_static(motion.flow, self.rule))
+    def _kept(self, number: int, draw: int, motion: Motion, num_pokes: int) -> DrawnMotion:
+        """What is needed of a motion: thousands of clips are held at a time."""
+        needed = slice(self.num_queries + num_pokes)
+        pos, flow = (points[needed].astype(np.float32) for points in (motion.pos, motion.flow))
+        return DrawnMotion(number, draw, motion.start, motion.end, pos, flow, camera_static(motion.flow, self.rule))
 
     def _motion(
         self, clip: Clip, draw: int, pos: np.ndarray, visible: np.ndarray, gap: int, counts: tuple[int, ...]

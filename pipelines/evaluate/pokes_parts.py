@@ -23,7 +23,7 @@ from kinema.pipelines.evaluate.pokes import PokeModel, stable_seed
 from kinema.pipelines.evaluate.pokes_measures import average_precision, iou_by_threshold
 
 Split = Literal["tune", "test"]
-THRESHOLDS_NATS = tuple(float(x) for x in np.geomspace(1e-3, 1e3, 121))
+THRESHOLDS_NATS = tuple(float(x) for x in np.geomspace(1e-6, 1e3, 181))
 """Thresholds that tuning chooses from."""
 
 

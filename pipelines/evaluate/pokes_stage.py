@@ -67,12 +67,14 @@ def load_poke_model(model: str, weights: str = "") -> EvaluatedModel:
     if model in PRESETS:
         network = flow_poke_transformer(model, pretrained=not weights, weights=weights or None)
         return EvaluatedModel(network.to(device))
+    names = ", ".join(PRESETS)
+    if weights:
+        raise ValueError(f"weights={weights} goes with a name ({names}); model={model} has its own")
     if model.startswith(("models:/", "runs:/")):
         from kinema.pipelines.registry import load_registered
 
         return EvaluatedModel(_checked(model, load_registered(model)).to(device))
     if not Path(model).is_dir():
-        names = ", ".join(PRESETS)
         raise ValueError(
             f"model={model} is no folder; give a run of `kinema train model=fpt`, or {names} with weights="
         )
@@ -114,6 +116,8 @@ def run_pokes(config: EvaluateConfig) -> tuple[dict[str, float], list[Path]]:
         seed=settings.seed,
         rule=model.rule,
     )
+    if unknown := [f"{count}" for count in settings.counts if count not in samples.counts]:
+        _say(f"nothing for {', '.join(unknown)} pokes: under half of the clips have tracks for so many")
     progress = Progress("evaluate", len(samples), "samples")
     found = predict_samples(
         model.network,

@@ -462,6 +462,10 @@ def test_command_moving_part_reads_scenes_and_folders(small_network, part_folder
     [
         ({"benchmark": "pokes", "model": "fpt_tiny"}, "clips= or tracks= is empty"),
         ({"benchmark": "moving_part", "model": "fpt_tiny"}, "data is empty"),
+        (
+            {"benchmark": "moving_part", "model": "run", "weights": "w.pt", "data": "scenes"},
+            "weights=w.pt goes with a name",
+        ),
         ({"benchmark": "moving_part", "model": "fpt_base", "data": "nowhere"}, "nowhere/pokes.csv: no such file"),
         ({"benchmark": "moving_part", "model": "raft", "data": "scenes"}, "model=raft is no folder; give a run"),
     ],
