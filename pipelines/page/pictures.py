@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Float, UInt8
 from matplotlib import colormaps
 from PIL import Image
-from scipy.ndimage import binary_erosion, maximum_filter
+from scipy.ndimage import binary_erosion, center_of_mass, label, maximum_filter
 
 from kinema.models.gaussian_mixture import GaussianMixture
 from kinema.pipelines.pictures import flow_picture
 
 OVERLAY_PX = 256
-DENSITY_PX = 160
+DENSITY_PX = 161
+"""Odd, so that the middle pixel is no motion."""
 SMALLEST_REACH, LARGEST_REACH = 0.02, 1.0
 REGIONS = (0.5, 0.9)
 """Credible regions whose borders the density picture shows."""
@@ -54,7 +55,7 @@ def density_of(mixture: GaussianMixture, side_px: int = DENSITY_PX) -> Density:
     pixel = 2 * reach / side_px
     ticks = (torch.arange(side_px, dtype=torch.float64) + 0.5) * pixel - reach
     y, x = torch.meshgrid(ticks, ticks, indexing="ij")
-    density = _blurred(mixture, pixel / 2).log_prob(torch.stack([x, y], dim=-1)).exp().numpy()
+    density = _blurred(mixture, pixel).log_prob(torch.stack([x, y], dim=-1)).exp().numpy()
     relative = density / max(density.max(), 1e-300)
     picture = _coloured(relative, "inferno")
     for probability in REGIONS:
@@ -123,7 +124,10 @@ def _border(density: np.ndarray, probability: float) -> float:
 
 
 def _maxima(relative: np.ndarray, ticks: np.ndarray) -> list[tuple[float, float, float]]:
-    peaks = (relative == maximum_filter(relative, size=5)) & (relative >= LOWEST_MODE)
-    rows, columns = np.nonzero(peaks)
-    found = [(float(ticks[c]), float(ticks[r]), float(relative[r, c])) for r, c in zip(rows, columns, strict=True)]
+    """Peaks, those of several equal pixels taken together."""
+    peaks, count = label((relative == maximum_filter(relative, size=5)) & (relative >= LOWEST_MODE), np.ones((3, 3)))
+    found = []
+    for row, column in center_of_mass(peaks > 0, peaks, range(1, count + 1)):
+        x, y = (float(np.interp(place, np.arange(len(ticks)), ticks)) for place in (column, row))
+        found.append((x, y, float(relative[round(row), round(column)])))
     return sorted(found, key=lambda mode: -mode[2])
