@@ -40,7 +40,8 @@ def test_a_wheel_holds_only_kinema(wheel):
 def test_a_wheel_holds_every_source_and_config_as_a_real_file(wheel):
     held = set(wheel.namelist())
     for part in PARTS:
-        for path in sorted([*(ROOT / part).rglob("*.py"), *(ROOT / part).rglob("*.yaml")]):
+        kinds = ("*.py", "*.yaml", "*.html", "*.js", "*.css")
+        for path in sorted(path for kind in kinds for path in (ROOT / part).rglob(kind)):
             name = f"kinema/{path.relative_to(ROOT).as_posix()}"
             assert name in held, name
             assert wheel.read(name) == path.read_bytes(), name

@@ -109,20 +109,32 @@ def load_page_model(name: str, weights: str = "") -> FlowPokeTransformer:
     return model
 
 
+class _WebServer(uvicorn.Server):
+    """Gives running predictions up before it waits for their answers to be sent."""
+
+    def __init__(self, page: PageServer, config: uvicorn.Config):
+        super().__init__(config)
+        self._page = page
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called once, after Ctrl-C."""
+        self._page.close()
+        await super().shutdown(sockets)
+
+
 def web_server(server: PageServer) -> uvicorn.Server:
     """The HTTP server around the page; it listens nowhere by itself."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            server.app(),
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=2,
-        )
+    config = uvicorn.Config(
+        server.app(),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
     )
+    return _WebServer(server, config)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from kinema.pipelines.pictures import flow_picture
 OVERLAY_PX = 256
 DENSITY_PX = 161
 """Odd, so that the middle pixel is no motion."""
-SMALLEST_REACH, LARGEST_REACH = 0.02, 1.0
+SMALLEST_REACH, LARGEST_REACH = 0.02, 1.5
 REGIONS = (0.5, 0.9)
 """Credible regions whose borders the density picture shows."""
 LOWEST_MODE = 0.1
@@ -55,11 +55,11 @@ def density_of(mixture: GaussianMixture, side_px: int = DENSITY_PX) -> Density:
     pixel = 2 * reach / side_px
     ticks = (torch.arange(side_px, dtype=torch.float64) + 0.5) * pixel - reach
     y, x = torch.meshgrid(ticks, ticks, indexing="ij")
-    density = _blurred(mixture, pixel).log_prob(torch.stack([x, y], dim=-1)).exp().numpy()
-    relative = density / max(density.max(), 1e-300)
+    log_density = _blurred(mixture, pixel).log_prob(torch.stack([x, y], dim=-1))
+    relative = (log_density - log_density.max()).exp().numpy()
     picture = _coloured(relative, "inferno")
     for probability in REGIONS:
-        inside = density >= _border(density, probability)
+        inside = relative >= _border(relative, probability)
         picture[inside & ~binary_erosion(inside)] = (255, 255, 255, 230)
     return Density(picture, reach, _maxima(relative, ticks.numpy()))
 
@@ -105,7 +105,7 @@ def _reach(mixture: GaussianMixture) -> float:
     """Distance from no motion that holds nearly all of the probability."""
     radius = mixture.covariance.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
     ends = mixture.loc.abs().amax(-1) + 2.5 * radius
-    needed = float(ends[mixture.weights > 0.02].max())
+    needed = 1.1 * float(ends[mixture.weights > 0.02].max())
     return min(max(needed, SMALLEST_REACH), LARGEST_REACH)
 
 
@@ -116,16 +116,18 @@ def _blurred(mixture: GaussianMixture, deviation: float) -> GaussianMixture:
     return GaussianMixture(wide.logits, wide.loc, torch.linalg.cholesky(covariance))
 
 
-def _border(density: np.ndarray, probability: float) -> float:
+def _border(relative: np.ndarray, probability: float) -> float:
     """The density above which this share of the picture's probability lies."""
-    ordered = np.sort(density, axis=None)[::-1]
+    ordered = np.sort(relative, axis=None)[::-1]
     mass = np.cumsum(ordered)
     return float(ordered[np.searchsorted(mass, probability * mass[-1])])
 
 
 def _maxima(relative: np.ndarray, ticks: np.ndarray) -> list[tuple[float, float, float]]:
-    """Peaks, those of several equal pixels taken together."""
-    peaks, count = label((relative == maximum_filter(relative, size=5)) & (relative >= LOWEST_MODE), np.ones((3, 3)))
+    """Peaks inside the picture, those of several equal pixels taken together."""
+    highest = (relative == maximum_filter(relative, size=5)) & (relative >= LOWEST_MODE)
+    highest[[0, -1]] = highest[:, [0, -1]] = False
+    peaks, count = label(highest, np.ones((3, 3)))
     found = []
     for row, column in center_of_mass(peaks > 0, peaks, range(1, count + 1)):
         x, y = (float(np.interp(place, np.arange(len(ticks)), ticks)) for place in (column, row))

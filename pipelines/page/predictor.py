@@ -1,15 +1,16 @@
 """The model behind the page: images seen once and remembered, predictions that can be abandoned.
 
-Not safe for threads: the server calls it from one worker thread only, except for `abandon`-like callables, which
-it is given and only reads.
+One thread at a time may predict; `image` may be called from any.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +37,10 @@ class ImageGone(LookupError):
 
 class Abandoned(Exception):
     """The prediction was given up in the middle, since nobody waits for it any more."""
+
+
+class NotFinite(RuntimeError):
+    """The model predicts NaN or infinity."""
 
 
 @dataclass
@@ -99,6 +104,7 @@ class Predictor:
         self.model = model.eval().to(self.device)
         self.cached_images = cached_images
         self._images: OrderedDict[str, SeenImage] = OrderedDict()
+        self._images_lock = threading.Lock()
         self._abandoned: Callable[[], bool] = _never
         for layer in (self.model.input_mlp, *self.model.transformer.layer_list()):
             layer.register_forward_pre_hook(self._check)
@@ -106,26 +112,27 @@ class Predictor:
     def look(self, square: UInt8[np.ndarray, "S S 3"]) -> SeenImage:
         """Embed a square picture, or recall it: equal pictures have equal ids."""
         digest = hashlib.blake2b(repr(square.shape).encode() + square.tobytes(), digest_size=16).hexdigest()
-        if digest in self._images:
-            self._images.move_to_end(digest)
-            return self._images[digest]
+        with contextlib.suppress(ImageGone):
+            return self.image(digest)
         started = time.perf_counter()
         with torch.inference_mode():
             image = frame_to_image(square)[None].to(self.device)
             features = self.model.project_image(self.model.embed_image(image))
             features["feat"].sum().item()  # waits for the device
         seen = SeenImage(digest, _shown(square), features, time.perf_counter() - started)
-        self._images[digest] = seen
-        while len(self._images) > self.cached_images:
-            self._images.popitem(last=False)
+        with self._images_lock:
+            self._images[digest] = seen
+            while len(self._images) > self.cached_images:
+                self._images.popitem(last=False)
         return seen
 
     def image(self, name: str) -> SeenImage:
         """An image by its id. Raises: ImageGone."""
-        if name not in self._images:
-            raise ImageGone("the image is no longer in memory; load it again")
-        self._images.move_to_end(name)
-        return self._images[name]
+        with self._images_lock:
+            if name not in self._images:
+                raise ImageGone("the image is no longer in memory; load it again")
+            self._images.move_to_end(name)
+            return self._images[name]
 
     def field(
         self, question: Question, side: int, information: bool, abandoned: Callable[[], bool] | None = None
@@ -186,6 +193,7 @@ class Predictor:
                     randomize_order=True,
                     generator=generator,
                 ).cpu()
+            _check_finite(flow)
             timing = Timing(time.perf_counter() - started, num_samples * len(points))
             return SampledMotion(points.numpy(), flow.double().numpy(), timing)
 
@@ -197,6 +205,7 @@ class Predictor:
             mixture = self.model.predict_parallel(
                 pokes[..., :2], pokes[..., 2:], points.to(self.device)[None], question.camera_static, seen.features
             )[0].to("cpu")
+        _check_finite(mixture.loc, mixture.scale_tril)
         return mixture, Timing(time.perf_counter() - started, len(points))
 
     def _unconditional(self, seen: SeenImage, camera_static: bool, side: int) -> GaussianMixture:
@@ -211,25 +220,18 @@ class Predictor:
     def _pokes(self, question: Question) -> Float[Tensor, "1 P 4"]:
         return torch.tensor(question.pokes, dtype=torch.float32, device=self.device).view(1, -1, 4)
 
-    def _abandonable(self, abandoned: Callable[[], bool] | None) -> _Abandonable:
-        return _Abandonable(self, abandoned or _never)
+    @contextlib.contextmanager
+    def _abandonable(self, abandoned: Callable[[], bool] | None) -> Iterator[None]:
+        """Meanwhile, every layer asks first whether the prediction is still wanted."""
+        self._abandoned = abandoned or _never
+        try:
+            yield
+        finally:
+            self._abandoned = _never
 
     def _check(self, *_: object) -> None:
         if self._abandoned():
             raise Abandoned
-
-
-class _Abandonable:
-    """While it is open, every layer asks first whether the prediction is still wanted."""
-
-    def __init__(self, predictor: Predictor, abandoned: Callable[[], bool]):
-        self._predictor, self._abandoned = predictor, abandoned
-
-    def __enter__(self) -> None:
-        self._predictor._abandoned = self._abandoned
-
-    def __exit__(self, *_: object) -> None:
-        self._predictor._abandoned = _never
 
 
 def grid_points(side: int) -> Float[Tensor, "Q 2"]:
@@ -237,6 +239,11 @@ def grid_points(side: int) -> Float[Tensor, "Q 2"]:
     ticks = (torch.arange(side, dtype=torch.float32) + 0.5) / side
     y, x = torch.meshgrid(ticks, ticks, indexing="ij")
     return torch.stack([x, y], dim=-1).view(-1, 2)
+
+
+def _check_finite(*tensors: Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise NotFinite("the model predicts numbers that are not finite; its weights are damaged or it has diverged")
 
 
 def _shown(square: UInt8[np.ndarray, "S S 3"]) -> UInt8[np.ndarray, "s s 3"]:

@@ -116,7 +116,7 @@ def decode_upload(data: bytes, max_megapixels: float) -> UInt8[np.ndarray, "S S 
                 if image.format not in _SINGLE_PICTURE and getattr(image, "n_frames", 1) > 1:
                     raise NotAnImage(f"the picture is animated; {accepted}")
                 square = _upright_square(image)
-                return np.asarray(_as_rgb(square))
+                return np.array(_as_rgb(square))
     except (TooLarge, NotAnImage):
         raise
     except Image.DecompressionBombError:

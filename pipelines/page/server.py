@@ -29,7 +29,7 @@ from kinema.pipelines.loader.clip import DamagedClip
 from kinema.pipelines.motion_pictures import wheel_picture
 from kinema.pipelines.page import pictures
 from kinema.pipelines.page.guard import Guard
-from kinema.pipelines.page.predictor import Abandoned, ImageGone, Predictor, SeenImage, Timing
+from kinema.pipelines.page.predictor import Abandoned, ImageGone, NotFinite, Predictor, SeenImage, Timing
 from kinema.pipelines.page.questions import (
     MAX_POKES,
     MAX_SAMPLES,
@@ -110,7 +110,7 @@ class PageServer:
     def close(self) -> None:
         """Give up running work."""
         self._turns.close()
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._reader.shutdown(wait=False)
 
     async def file(self, request: Request) -> Response:
         """A file of the page."""
@@ -252,12 +252,12 @@ class PageServer:
         def work(_: Callable[[], bool]) -> SeenImage:
             return self._predictor.look(square)
 
-        seen = await self._turns.run(_client(request), "image", work)
+        seen = await self._turns.run(_client(request), "image", work, request.is_disconnected)
         side = len(seen.square)
         return JSONResponse({"image": seen.id, "side_px": side, "milliseconds": round(seen.seconds * 1e3, 1)})
 
     async def _predict(self, request: Request, kind: str, work: Callable[[Callable[[], bool]], Any]) -> Response:
-        answer = await self._turns.run(_client(request), kind, work)
+        answer = await self._turns.run(_client(request), kind, work, request.is_disconnected)
         self.predictions += 1
         return JSONResponse(answer)
 
@@ -287,9 +287,11 @@ def _answered(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Re
         try:
             return await handler(request)
         except (Stale, Abandoned):
-            return _error(409, "a newer request took the place of this one", stale=True)
+            return _error(409, "nobody waits for this any more", stale=True)
         except Busy:
             return _error(503, "too many requests are waiting; try again in a moment")
+        except NotFinite as error:
+            return _error(500, str(error))
         except ImageGone as error:
             return _error(410, str(error), gone=True)
         except ValueError as error:

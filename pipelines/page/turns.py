@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 
 MAX_WAITING = 32
+POLL_S = 0.2
 
 
 class Stale(Exception):
-    """A newer request of the same page and kind has come."""
+    """Nobody waits for the answer: a newer request has come, the client has gone, or the page closes."""
 
 
 class Busy(Exception):
@@ -33,25 +34,36 @@ class Turns:
         self._alone = asyncio.Lock()
         self._latest: dict[tuple[str, str], threading.Event] = {}
         self._waiting = 0
+        self._closed = False
 
-    async def run(self, client: str, kind: str, work: Callable[[Callable[[], bool]], T]) -> T:
-        """`work(abandoned)` when its turn comes.
+    async def run(
+        self,
+        client: str,
+        kind: str,
+        work: Callable[[Callable[[], bool]], T],
+        gone: Callable[[], Awaitable[bool]],
+    ) -> T:
+        """`work(abandoned)` when its turn comes; `gone()` tells whether the client has closed the connection.
 
-        Raises: Stale if a newer request came first; Busy if too many wait.
+        Raises: Stale if nobody waits any more; Busy if too many do.
         """
-        who, dropped = (client, kind), threading.Event()
-        earlier = self._latest.get(who)
-        if earlier is not None:
-            earlier.set()
-        elif self._waiting >= MAX_WAITING:
+        if self._waiting >= MAX_WAITING:
             raise Busy
+        who, dropped = (client, kind), threading.Event()
+        if who in self._latest:
+            self._latest[who].set()
         self._latest[who] = dropped
         self._waiting += 1
         try:
             async with self._alone:
-                if dropped.is_set():
+                if dropped.is_set() or self._closed or await gone():
                     raise Stale
-                return await asyncio.get_running_loop().run_in_executor(self._worker, work, dropped.is_set)
+                running = asyncio.get_running_loop().run_in_executor(self._worker, work, dropped.is_set)
+                while not running.done():
+                    await asyncio.wait({running}, timeout=POLL_S)
+                    if not running.done() and await gone():
+                        dropped.set()
+                return running.result()
         finally:
             self._waiting -= 1
             if self._latest.get(who) is dropped:
@@ -59,6 +71,7 @@ class Turns:
 
     def close(self) -> None:
         """Give up what runs and what waits."""
+        self._closed = True
         for dropped in self._latest.values():
             dropped.set()
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        self._worker.shutdown(wait=False)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from kinema.models import fpt
 from kinema.models.gaussian_mixture import GaussianMixture
 from kinema.pipelines import page
 from kinema.pipelines.page import pictures
-from kinema.pipelines.page.predictor import Abandoned, Predictor, grid_points
+from kinema.pipelines.page.predictor import Abandoned, NotFinite, Predictor, grid_points
 from kinema.pipelines.page.questions import Question, decode_upload
 from kinema.pipelines.page.turns import Stale, Turns
 
@@ -281,6 +282,10 @@ def test_a_failure_nobody_foresaw_is_one_line(served, example, monkeypatch, capf
     assert capfd.readouterr().err.strip() == "kinema demo: /api/field: KeyError: 'surprise'"
 
 
+async def stays():
+    return False
+
+
 def test_a_newer_request_takes_the_place_of_older_ones():
     order, begun, go = [], threading.Event(), threading.Event()
 
@@ -295,13 +300,13 @@ def test_a_newer_request_takes_the_place_of_older_ones():
 
     async def scenario():
         turns = Turns()
-        running = asyncio.ensure_future(turns.run("a", "field", slow))
+        running = asyncio.ensure_future(turns.run("a", "field", slow, stays))
         await asyncio.to_thread(begun.wait, 10)
-        old = asyncio.ensure_future(turns.run("a", "field", quick("old")))
-        other = asyncio.ensure_future(turns.run("b", "field", quick("other page")))
-        point = asyncio.ensure_future(turns.run("a", "point", quick("other kind")))
+        old = asyncio.ensure_future(turns.run("a", "field", quick("old"), stays))
+        other = asyncio.ensure_future(turns.run("b", "field", quick("other page"), stays))
+        point = asyncio.ensure_future(turns.run("a", "point", quick("other kind"), stays))
         await asyncio.sleep(0)
-        new = asyncio.ensure_future(turns.run("a", "field", quick("new")))
+        new = asyncio.ensure_future(turns.run("a", "field", quick("new"), stays))
         await asyncio.sleep(0)
         go.set()
         results = await asyncio.gather(running, old, other, point, new, return_exceptions=True)
@@ -312,6 +317,29 @@ def test_a_newer_request_takes_the_place_of_older_ones():
     assert results[0] is True, "what was running is told to give up"
     assert isinstance(results[1], Stale)
     assert order == ["slow", "other page", "other kind", "new"]
+
+
+def test_work_for_a_client_that_has_gone_is_given_up():
+    seen = []
+
+    def until_abandoned(abandoned):
+        while not abandoned():
+            time.sleep(0.005)
+        seen.append("abandoned")
+
+    async def leaves():
+        seen.append("asked")
+        return len(seen) > 1
+
+    async def scenario():
+        turns = Turns()
+        await turns.run("a", "samples", until_abandoned, leaves)
+        turns.close()
+        with pytest.raises(Stale):
+            await turns.run("a", "samples", until_abandoned, stays)
+
+    asyncio.run(scenario())
+    assert seen == ["asked", "asked", "abandoned"]
 
 
 def test_a_prediction_is_given_up_in_the_middle(model):
@@ -337,7 +365,7 @@ def mixture(*parts):
 
 def test_density_pictures_find_peaks_narrower_than_a_pixel():
     found = pictures.density_of(mixture((0.7, 0.3, -0.2, 1e-4), (0.3, -0.5, 0.1, 1e-4)))
-    assert found.reach == pytest.approx(0.5, abs=0.01)
+    assert found.reach == pytest.approx(0.55, abs=0.01)
     pixel = 2 * found.reach / pictures.DENSITY_PX
     places, heights = [mode[:2] for mode in found.modes], [mode[2] for mode in found.modes]
     np.testing.assert_allclose(places, [(0.3, -0.2), (-0.5, 0.1)], atol=pixel)
@@ -347,9 +375,25 @@ def test_density_pictures_find_peaks_narrower_than_a_pixel():
     assert found.picture[0, 0, 3] == 0
 
 
+def test_motion_beyond_the_density_picture_has_no_mode_in_it():
+    found = pictures.density_of(mixture((1.0, 3.0, 0.0, 0.001)))
+    assert found.reach == pictures.LARGEST_REACH and found.modes == []
+    assert np.isfinite(found.picture).all()
+
+
+def test_a_diverged_model_is_named(model, fill):
+    broken = random_model(fill)
+    predictor = Predictor(broken)
+    image = predictor.look(noise(48, 48)).id
+    with torch.no_grad():
+        broken.out_mlp[-1].bias.fill_(float("nan"))
+    with pytest.raises(NotFinite, match="diverged"):
+        predictor.field(Question(image, (), True), 4, information=False)
+
+
 def test_density_pictures_show_the_credible_regions():
     found = pictures.density_of(mixture((1.0, 0.0, 0.0, 0.1)))
-    assert found.modes == [(0, 0, 1)] and found.reach == pytest.approx(2.5 * 0.1 * 2**0.5)
+    assert found.modes == [(0, 0, 1)] and found.reach == pytest.approx(1.1 * 2.5 * 0.1 * 2**0.5)
     pixel = 2 * found.reach / pictures.DENSITY_PX
     white = (found.picture == (255, 255, 255, 230)).all(-1)
     middle = np.flatnonzero(white[pictures.DENSITY_PX // 2, pictures.DENSITY_PX // 2 :]) * pixel
@@ -408,8 +452,13 @@ def test_the_command_says_where_the_page_is_and_ends_on_ctrl_c():
         assert json.loads(connection.getresponse().read())["queries"] == 64
         with pytest.raises(ValueError, match=f"port={port} cannot be used"):
             page.run(build(PageConfig, {}, [f"port={port}"]))
+        connection.request(
+            "POST", "/api/samples", json.dumps({"image": image, "side": 32, "samples": 32, "joint": True})
+        )
+        time.sleep(0.3)  # the model is busy for many seconds now
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
+        assert json.loads(connection.getresponse().read())["stale"]
         assert process.returncode == 0 and out == ""
         assert len(err.splitlines()) == 1 and "page closed after" in err and "1 prediction" in err
     finally:

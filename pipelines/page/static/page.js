@@ -17,6 +17,7 @@ let field = null;
 let samples = null;
 let pinned = null;
 let looked = null; // the newest answer about a point
+let pointTurn = 0;
 let costs = {}; // what the newest predictions took, by kind
 let rate = 0; // queries per second of dense predictions
 let seed = 0;
@@ -31,6 +32,7 @@ const stage = new Stage($("stage"), $("handles"), {
     if (image) refresh(live);
   },
   onPoint: (point, kind) => lookAt(point, kind),
+  onSelect: () => listPokes(),
   onFull: () => showError(new Error(`At most ${stage.maxPokes} pokes; remove one first.`)),
 });
 
@@ -62,11 +64,12 @@ function refresh(live) {
     asks.field.ask({ ...question(), side: liveSide(), information: view === "part", live });
   } else if (view === "samples") {
     const joint = radio("joint") === "yes";
-    if (!(live && joint)) {
-      asks.samples.ask({ ...question(), side: Number($("points").value), samples: Number($("num").value), joint, seed });
-    }
+    const amount = { side: Number($("points").value), samples: Number($("num").value) };
+    if (live && joint) asks.samples.drop();
+    else asks.samples.ask({ ...question(), ...amount, joint, seed });
   }
-  if (pinned && !live) asks.point.ask({ ...question(), point: [pinned.x, pinned.y] });
+  const point = pinned ? [pinned.x, pinned.y] : looked?.point;
+  if (point) asks.point.ask({ ...question(), point });
 }
 
 function lookAt(point, kind) {
@@ -74,10 +77,15 @@ function lookAt(point, kind) {
   const shown = point ?? pinned;
   if (shown) asks.point.ask({ ...question(), point: [shown.x, shown.y] });
   else {
-    asks.point.drop();
-    looked = null;
-    showDensity();
+    forgetPoint();
   }
+}
+
+function forgetPoint() {
+  asks.point.drop();
+  pointTurn += 1;
+  looked = null;
+  showDensity();
 }
 
 function showField(answer, asked) {
@@ -111,9 +119,11 @@ function showSamples(answer) {
 }
 
 async function showPoint(answer) {
+  const turn = ++pointTurn;
   const picture = new Image();
   picture.src = answer.picture;
   await picture.decode();
+  if (turn !== pointTurn) return;
   looked = answer;
   showDensity();
   drawInset($("inset"), answer, picture);
@@ -121,7 +131,7 @@ async function showPoint(answer) {
     ["Point", `${percent(answer.point[0])}, ${percent(answer.point[1])}`],
     ["Mean", way(...answer.mean)],
     ["Standard deviation", `${percent(answer.deviation[0])}, ${percent(answer.deviation[1])}`],
-    [answer.modes.length === 1 ? "Mode" : `Highest of ${answer.modes.length} modes`, way(...answer.modes[0])],
+    modesRow(answer.modes),
     ["Entropy", `${answer.entropy_nats.toFixed(2)} nats`],
   ];
   const nodes = rows.flatMap(([name, value]) => {
@@ -131,6 +141,11 @@ async function showPoint(answer) {
   });
   $("point-numbers").replaceChildren(...nodes);
   report("point", answer);
+}
+
+function modesRow(modes) {
+  if (modes.length === 0) return ["Mode", "beyond the border of the picture"];
+  return [modes.length === 1 ? "Mode" : `Highest of ${modes.length} modes`, way(...modes[0])];
 }
 
 // The density lies on the bare picture only; over other views the marks are enough.
@@ -151,7 +166,8 @@ function report(kind, answer) {
   const speed = Math.round(answer.queries_per_second).toLocaleString("en");
   const what = { field: "Whole picture", samples: "Samples", point: "This point" }[kind];
   if (kind !== "point") costs = { point: costs.point };
-  costs[kind] = `${what}: ${count} in ${answer.milliseconds.toFixed(1)} ms (${speed} queries/s)`;
+  const rate = kind === "point" ? "" : ` (${speed} queries/s)`;
+  costs[kind] = `${what}: ${count} in ${answer.milliseconds.toFixed(1)} ms${rate}`;
   $("status").textContent = Object.values(costs).reverse().join(" · ");
   $("error").hidden = true;
   document.body.dataset.answers = Number(document.body.dataset.answers || 0) + 1;
@@ -215,7 +231,11 @@ function listPokes() {
     button.type = "button";
     button.textContent = "Remove";
     button.setAttribute("aria-label", `Remove poke ${i + 1}`);
-    button.addEventListener("click", () => stage.remove(poke));
+    button.addEventListener("click", () => {
+      stage.remove(poke);
+      const left = $("poke-list").querySelectorAll("button");
+      (left[Math.min(i, left.length - 1)] ?? $("stage")).focus();
+    });
     item.append(text, button);
     return item;
   });
@@ -242,9 +262,11 @@ async function load(source) {
     picture.alt = "The picture, cut to its central square, which is what the model sees";
     $("stage").classList.remove("none");
     $("overlay").hidden = true;
-    field = samples = pinned = looked = null;
+    field = samples = pinned = null;
     costs = {};
-    showDensity();
+    forgetPoint();
+    drawInset($("inset"), null);
+    $("point-numbers").replaceChildren();
     stage.enable();
     stage.clear();
     draw();
@@ -259,7 +281,7 @@ async function load(source) {
   }
 }
 
-function loadFile(file) {
+async function loadFile(file) {
   if (!file) return;
   const limit = facts.max_upload_bytes;
   if (file.size > limit) {
@@ -267,7 +289,13 @@ function loadFile(file) {
   } else if (file.type && !PICTURE_KINDS.includes(file.type)) {
     showError(new Error(`${file.name} is ${file.type}; choose a JPEG, PNG, WebP or BMP picture.`));
   } else {
-    load(() => send("/api/image", { body: file }));
+    let body;
+    try {
+      body = await file.arrayBuffer();
+    } catch {
+      return showError(new Error(`${file.name} cannot be read; choose a picture file.`));
+    }
+    load(() => send("/api/image", { body }));
   }
 }
 
@@ -312,8 +340,7 @@ function previewFrame() {
       picture.hidden = false;
       $("stage").classList.remove("none");
       $("overlay").hidden = true;
-      looked = null;
-      showDensity();
+      forgetPoint();
       fit($("drawing"));
     }
     if ($("frame").value !== frame && $("clip").value === clip && document.activeElement === $("frame")) previewFrame();

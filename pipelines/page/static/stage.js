@@ -21,8 +21,8 @@ function make(name, attributes, parent) {
 // onPokes(live) when pokes change, live while something is dragged; onPoint(point, kind) when a point is looked at,
 // kind "hover", "pin" (tap, click, cross) or "leave".
 export class Stage {
-  constructor(element, svg, { onPokes, onPoint, onFull, maxPokes }) {
-    Object.assign(this, { element, svg, onPokes, onPoint, onFull, maxPokes });
+  constructor(element, svg, { onPokes, onPoint, onSelect, onFull, maxPokes }) {
+    Object.assign(this, { element, svg, onPokes, onPoint, onSelect, onFull, maxPokes });
     this.pokes = [];
     this.parts = new Map();
     this.selected = null;
@@ -76,8 +76,10 @@ export class Stage {
   }
 
   select(poke) {
+    if (poke === this.selected) return;
     this.selected = poke;
     this.render();
+    this.onSelect();
   }
 
   position(event) {
