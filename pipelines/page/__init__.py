@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import uvicorn
@@ -75,7 +76,7 @@ def make_server(config: PageConfig) -> PageServer:
         raise ValueError("device=cuda, but no GPU is at hand; use device=cpu or device=auto")
     untrained = config.model in PRESETS and not config.weights
     facts = PageFacts(
-        model=config.model,
+        model=_title(config.model),
         note=_note(config.model, config.weights, untrained),
         untrained=untrained,
         max_upload_bytes=round(config.max_upload_mb * 1e6),
@@ -146,6 +147,15 @@ def _listen(port: int) -> Iterator[socket.socket]:
         raise ValueError(f"port={port} cannot be used ({os.strerror(error.errno or 0)}); use port=0") from None
     with listener:
         yield listener
+
+
+def _title(model: str) -> str:
+    """What the page calls the model: runs and checkpoints by folder and step, without the way there."""
+    if model in PRESETS or model.startswith("models:/"):
+        return model
+    from kinema.pipelines.train.checkpoint import read_meta, resolve_checkpoint
+
+    return f"{Path(model).resolve().name}, step {read_meta(resolve_checkpoint(model))['step']}"
 
 
 def _note(model: str, weights: str, untrained: bool) -> str:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -183,8 +183,7 @@ class PageServer:
     async def pick_frame(self, request: Request) -> Response:
         """A frame of a clip, both by number."""
         body = await _json_body(request)
-        number = read_int(body, "clip", 0, len(self._some_clips()) - 1, 0)
-        frame = read_int(body, "frame", 0, self._some_clips().clip(number).num_frames - 1, 0)
+        number, frame = (read_int(body, name, 0, 2**31 - 1, 0) for name in ("clip", "frame"))
         return await self._look(request, lambda: self._frame(number, frame))
 
     async def example(self, request: Request) -> Response:
@@ -288,6 +287,8 @@ def _answered(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Re
             return await handler(request)
         except (Stale, Abandoned):
             return _error(409, "nobody waits for this any more", stale=True)
+        except ClientDisconnect:
+            return _error(400, "the request was cut off")
         except Busy:
             return _error(503, "too many requests are waiting; try again in a moment")
         except NotFinite as error:

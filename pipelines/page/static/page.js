@@ -167,7 +167,8 @@ function report(kind, answer) {
   const what = { field: "Whole picture", samples: "Samples", point: "This point" }[kind];
   if (kind !== "point") costs = { point: costs.point };
   const rate = kind === "point" ? "" : ` (${speed} queries/s)`;
-  costs[kind] = `${what}: ${count} in ${answer.milliseconds.toFixed(1)} ms${rate}`;
+  const time = answer.milliseconds < 1000 ? `${answer.milliseconds.toFixed(1)} ms` : `${(answer.milliseconds / 1000).toFixed(2)} s`;
+  costs[kind] = `${what}: ${count} in ${time}${rate}`;
   $("status").textContent = Object.values(costs).reverse().join(" · ");
   $("error").hidden = true;
   document.body.dataset.answers = Number(document.body.dataset.answers || 0) + 1;
@@ -420,7 +421,6 @@ function wireControls() {
 }
 
 async function begin() {
-  $("stage").classList.add("none");
   try {
     facts = await send("/api/state");
   } catch (error) {
