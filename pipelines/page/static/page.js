@@ -324,12 +324,12 @@ function chooseClip(frame) {
   const option = $("clip").selectedOptions[0];
   $("frame").max = option.dataset.frames - 1;
   $("frame").value = frame;
-  $("frame-number").textContent = `${frame} of ${option.dataset.frames}`;
+  $("frame-number").textContent = `${frame + 1} of ${option.dataset.frames}`;
 }
 
 function previewFrame() {
   const [clip, frame] = [$("clip").value, $("frame").value];
-  $("frame-number").textContent = `${frame} of ${Number($("frame").max) + 1}`;
+  $("frame-number").textContent = `${Number(frame) + 1} of ${Number($("frame").max) + 1}`;
   const picture = $("picture");
   if (picture.dataset.pending) return;
   picture.dataset.pending = "yes";
