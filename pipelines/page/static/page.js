@@ -435,8 +435,12 @@ async function begin() {
   wireDrop();
   changeView();
   if (facts.clips) {
-    $("clips").hidden = false;
-    listClips(0).catch(showError);
+    try {
+      await listClips(0);
+      $("clips").hidden = false;
+    } catch (error) {
+      showError(error);
+    }
   }
   document.body.dataset.ready = "yes";
 }
