@@ -19,6 +19,8 @@ BENCHMARKS = {
     "loader": "groups of pictures by ranged reads against decoding each clip from its start",
     "teacher": "RAFT and RAFT-small against the plain pairwise network; memory at 1080p",
     "train_step": "FlowFeat step with stored flow against the same step with RAFT inside",
+    "fpt_loader": "several samples per opened clip against one per MPEG-1 file decoded from its start",
+    "fpt_step": "Flow Poke Transformer step against the same model with a dense boolean mask",
     "local_correlation": "local correlation and its gradients on the CPU against unfolding the windows",
     "cosine_attention": "attention of pokes and queries on the CPU against a dense boolean mask",
     "correlation_lookup": "windows formed on demand against the all-pairs volume",

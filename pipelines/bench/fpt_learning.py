@@ -106,8 +106,8 @@ def training_flows(config: TrainConfig, draws: int = 8) -> Float[Tensor, "N 2"]:
     flows = []
     for number in range(len(index)):
         samples = recipe.read_samples(index.clip(number), [np.random.default_rng([number, i]) for i in range(draws)])
-        flows += [sample["query_flow"].flatten(0, 1) for sample in samples if not isinstance(sample, Skip)]
-    return torch.cat(flows).double()
+        flows += [sample["query_flow"] for sample in samples if not isinstance(sample, Skip)]
+    return torch.cat(flows).flatten(0, 1).double()
 
 
 def fit_mixture(values: Float[Tensor, "N 2"], components: int = NUM_COMPONENTS, steps: int = 200) -> GaussianMixture:

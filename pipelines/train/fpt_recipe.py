@@ -7,20 +7,23 @@ seconds, frames are handed over in 8 bits, and what the checkpoint holds but nev
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from kinema.configs.schema import FPTConfig
 from kinema.models.fpt import PRESETS, FlowPokeTransformer
 from kinema.models.fpt_data_rules import (
+    Motion,
     NoTrainingSample,
     SamplingRule,
     TrainingPoints,
@@ -37,7 +40,7 @@ from kinema.pipelines.train.fpt_metrics import prediction_metrics
 from kinema.pipelines.train.fpt_pictures import prediction_pictures
 from kinema.pipelines.train.recipe import Batch, ExportedModel, Loss
 
-Sample = dict[str, Tensor | bool]
+Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class FPTRecipe:
         drawn: list[tuple[int, TrainingPoints | Skip]] = []
         for rng in rngs:
             try:
-                motion = extract_motion(points, tracks.visible, gap, rule, rng)
+                motion = draw_motion(points, tracks.visible, gap, rule, rng)
                 drawn.append((motion.start, build_targets(motion, rule, rng)))
             except NoTrainingSample as error:
                 drawn.append((-1, Skip(error.reason)))
@@ -175,6 +178,27 @@ class FPTRecipe:
             run = Path(self.weights)
             path = resolve_checkpoint(run) / MODEL_FILE if run.is_dir() else self.weights
             load_weights(model, path, self.config.preset)
+
+
+def draw_motion(
+    points: Float[np.ndarray, "T N 2"],
+    visible: Bool[np.ndarray, "T N"],
+    gap_frames: int,
+    rule: SamplingRule,
+    rng: np.random.Generator,
+) -> Motion:
+    """As `extract_motion` draws it, without looking at the whole clip: start frames are tried in random order.
+
+    The first that gives enough tracks is one drawn evenly from all that do. Raises: NoTrainingSample.
+    """
+    if rule.unbiased:
+        for start in rng.permutation(max(0, len(points) - gap_frames)):
+            both = [start, start + gap_frames]
+            with contextlib.suppress(NoTrainingSample):
+                motion = extract_motion(points[both], visible[both], 1, rule, rng)
+                return replace(motion, start=int(start), end=int(start) + gap_frames)
+    # The published rule, or the reason why no start frame of the clip will do.
+    return extract_motion(points, visible, gap_frames, rule, rng)
 
 
 def square_pixels(frame: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[Tensor, "side side 3"]:
