@@ -119,7 +119,7 @@ def fit_mixture(values: Float[Tensor, "N 2"], components: int = NUM_COMPONENTS, 
     floor = SMALLEST_VARIANCE * torch.eye(2, dtype=values.dtype)
     for _ in range(steps):
         mixture = GaussianMixture(weights.log(), means, torch.linalg.cholesky(covariances + floor))
-        share = (mixture.logits + mixture.component_log_prob(values[:, None])).softmax(-1)  # [N, K]
+        share = (mixture.logits + mixture.component_log_prob(values)).softmax(-1)  # [N, K]
         total = share.sum(0)
         weights, means = total / len(values), share.T @ values / total[:, None]
         offset = values[:, None] - means  # [N, K, 2]

@@ -28,7 +28,7 @@ SIDE_PX = 512
 # Frames, time gap and number of clips; the published gap of 25 frames does not fit into 24.
 CASES = ((24, 0.25, 6), (96, 1.0, 3))
 GRID = 32
-SAMPLES_PER_CLIP = 8
+SAMPLES_PER_CLIP = 16
 GOP = 4
 MPEG1_QUANTISER = 3
 ALLOWED_DB = 0.3
