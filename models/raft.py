@@ -10,8 +10,7 @@ Source: Teed and Deng, ECCV 2020, arXiv:2003.12039. Deviation: sides below 128 p
 128, where the published code divides by zero at the coarsest level.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,19 +18,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinema.kernels import correlation_lookup as lookup_on_demand
-from kinema.kernels.correlation_lookup import (
-    LookupPlan,
-    correlation_pyramid,
-    feature_pyramid,
-    free_memory,
-    plan_lookup,
-    volume_lookup,
-)
+from kinema.kernels.correlation_lookup import LookupPlan
 from kinema.kernels.correlation_lookup.padded_volume import PADDED
 from kinema.kernels.correlation_lookup.planner import GATHERED
 from kinema.kernels.correlation_lookup.window import WindowOrder
-from kinema.models.padding import Padding, grid_padding, padding_for
+from kinema.models.flow_geometry import pixel_grid
+from kinema.models.padding import Padding, padding_for
+from kinema.models.raft_family import (
+    check_feature_pair,
+    check_image_pair,
+    check_images,
+    check_lookup,
+    choose_lookup,
+    has_hooks,
+    lookup_between,
+    padded_flow_init,
+)
 from kinema.models.raft_inference import PairRefiner, can_refine
 from kinema.models.raft_layers import (
     BottleneckBlock,
@@ -43,10 +45,6 @@ from kinema.models.raft_layers import (
 from kinema.models.weights import resolve_weights
 
 DEFAULT_ITERS = 12
-FREE_BYTES_CPU = 8 * 2**30
-"""Memory that lookups on a CPU are planned for. Fixed: the last bits of a result must not depend on what else runs."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,7 @@ class RAFT(nn.Module):
         super().__init__()
         if variant not in ("large", "small"):
             raise ValueError(f"variant={variant!r} is not one of 'large', 'small'")
-        if lookup not in ("auto", "volume", "on_demand"):
-            raise ValueError(f"lookup={lookup!r} is not one of 'auto', 'volume', 'on_demand'")
+        check_lookup(lookup)
         padding_for(128, 128, mode=padding)
         self.variant, self.padding, self.lookup = variant, padding, lookup
         if variant == "large":
@@ -152,7 +149,7 @@ class RAFT(nn.Module):
 
     def encode(self, images: Float[Tensor, "_ _ _ _"], context: bool = True) -> FrameFeatures:
         """Features of frames [B, 3, H, W] in 0..1; without `context` they can only be targets."""
-        _check_images(images)
+        check_images(images, "RAFT")
         height, width = images.shape[-2:]
         padding = padding_for(height, width, mode=self.padding)
         x = padding.pad(2.0 * images.float() - 1.0).contiguous()
@@ -176,9 +173,7 @@ class RAFT(nn.Module):
         return self._refine(features1, features2, iters, flow_init, all_steps=False)[-1]
 
     def _encode_pair(self, image1: Tensor, image2: Tensor) -> tuple[FrameFeatures, FrameFeatures]:
-        _check_images(image1)
-        if image1.shape != image2.shape:
-            raise ValueError(f"image1 is {list(image1.shape)} and image2 is {list(image2.shape)}: shapes must agree")
+        check_image_pair(image1, image2, "RAFT")
         features1 = self.encode(image1)
         return features1, self.encode(image2, context=False)
 
@@ -193,9 +188,10 @@ class RAFT(nn.Module):
         """The refinement loop; upsamples after every step, or only after the last."""
         iters = DEFAULT_ITERS if iters is None else iters
         _check_pair(features1, features2, iters)
-        start = _pixel_grid(features1.fmap)
-        target = start if flow_init is None else start + self._initial_flow(flow_init, features1)
-        in_place = can_refine(features1.fmap) and not _has_hooks(self.update_block)
+        B, _, H, W = features1.fmap.shape
+        start = pixel_grid(H, W, like=features1.fmap).expand(B, 2, H, W)
+        target = start if flow_init is None else start + padded_flow_init(flow_init, B, *features1.size)
+        in_place = can_refine(features1.fmap) and not has_hooks(self.update_block)
         refine = self._refine_in_place if in_place else self._refine_maps
         flows = refine(features1, features2, start, target, iters, all_steps)
         return [features1.padding.unpad(flow).contiguous() for flow in flows]
@@ -212,7 +208,8 @@ class RAFT(nn.Module):
         """Flows of padded size, all pairs together; any device, with gradients."""
         fmap1, context = features1.fmap, features1.context
         assert context is not None  # checked with a message above
-        look_up = self._lookup(fmap1, features2.fmap, iters)
+        kind = self._plan(fmap1.shape, iters, fmap1.device, in_place=False).kind
+        look_up = lookup_between(fmap1, features2.fmap, kind, self.radius, self.window_order)
         block = self.update_block
         hidden, context = context.split([block.hidden_channels, block.context_channels], dim=1)
         hidden, passes = torch.tanh(hidden), block.gru.prepare(torch.relu(context))
@@ -267,43 +264,10 @@ class RAFT(nn.Module):
 
     def _plan(self, shape: Sequence[int], iters: int, device: torch.device, in_place: bool) -> LookupPlan:
         """Plan for feature maps of `shape`; `in_place` is for `_refine_in_place`, which takes one pair at a time."""
-        batch, channels, H, W = shape
-        plan = plan_lookup(
-            1 if in_place else batch,
-            H,
-            W,
-            channels,
-            iters,
-            free_bytes=FREE_BYTES_CPU if device.type == "cpu" else free_memory(device),
-            device_type="cpu (taken as fixed)" if device.type == "cpu" else device.type,
-            radius=self.radius,
-            training=torch.is_grad_enabled(),
-            costs=PADDED if in_place else GATHERED,
-        )
-        if self.lookup == "volume":
-            plan = replace(plan, kind="volume", reason="volume: lookup='volume' was asked for")
-        elif self.lookup == "on_demand":
-            plan = replace(plan, kind="on_demand", reason="on demand: lookup='on_demand' was asked for")
-        _log.debug("%s", plan.reason)
-        return plan
-
-    def _lookup(self, fmap1: Tensor, fmap2: Tensor, iters: int) -> Callable[[Tensor], Tensor]:
-        """A function from target positions [B, 2, H, W] to correlation windows."""
-        if self._plan(fmap1.shape, iters, fmap1.device, in_place=False).kind == "volume":
-            pyramid = correlation_pyramid(fmap1, fmap2)
-            return lambda coords: volume_lookup(pyramid, coords, self.radius, self.window_order)
-        pooled = feature_pyramid(fmap2.float())
-        return lambda coords: lookup_on_demand(fmap1, pooled, coords, self.radius, window_order=self.window_order)
-
-    def _initial_flow(self, flow_init: Tensor, features: FrameFeatures) -> Tensor:
-        height, width = features.size
-        expected = (len(features), 2, -(-height // 8), -(-width // 8))
-        if tuple(flow_init.shape) != expected:
-            raise ValueError(
-                f"flow_init is {list(flow_init.shape)}; for images of {height}x{width} it must be "
-                f"{list(expected)} (1/8 of the size rounded up, values in 1/8 pixels)"
-            )
-        return grid_padding(height, width).pad(flow_init.float())
+        _, *of_a_pair = shape
+        if in_place:
+            return choose_lookup(self.lookup, (1, *of_a_pair), iters, device, self.radius, PADDED)
+        return choose_lookup(self.lookup, shape, iters, device, self.radius, GATHERED)
 
 
 def raft(pretrained: bool = False, weights: str | Path | None = None) -> RAFT:
@@ -322,37 +286,9 @@ def _build(variant: str, name: str, pretrained: bool, weights: str | Path | None
     return model.eval()
 
 
-def _pixel_grid(fmap: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 2 H W"]:
-    B, _, H, W = fmap.shape
-    y, x = torch.meshgrid(
-        torch.arange(H, device=fmap.device, dtype=torch.float32),
-        torch.arange(W, device=fmap.device, dtype=torch.float32),
-        indexing="ij",
-    )
-    return torch.stack([x, y]).expand(B, 2, H, W)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see the layers being called."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
-
-
-def _check_images(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images are {list(images.shape)}; RAFT takes [B, 3, H, W] with values in 0..1")
-    if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}; RAFT takes floats in 0..1: divide bytes by 255")
-
-
 def _check_pair(features1: FrameFeatures, features2: FrameFeatures, iters: int) -> None:
     if iters < 1:
         raise ValueError(f"iters={iters} must be at least 1")
-    if len(features1) == 0:
-        raise ValueError("features1 hold no frames: give at least one pair")
+    check_feature_pair(features1, features2)
     if features1.context is None:
         raise ValueError("features1 have no context: encode the first frames with context=True")
-    if features1.size != features2.size or len(features1) != len(features2):
-        raise ValueError(
-            f"features1 hold {len(features1)} frames of {features1.size} and features2 "
-            f"{len(features2)} of {features2.size}: numbers and sizes must agree"
-        )

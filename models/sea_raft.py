@@ -15,7 +15,7 @@ do not divide are padded first, where the published code returns a smaller flow.
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,22 +25,23 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinema.kernels import correlation_lookup
-from kinema.kernels.correlation_lookup import (
-    correlation_pyramid,
-    feature_pyramid,
-    free_memory,
-    plan_lookup,
-    volume_lookup,
-)
 from kinema.models.flow_geometry import pixel_grid, resize_flow
-from kinema.models.padding import Padding, grid_padding, padding_for
+from kinema.models.padding import Padding, padding_for
+from kinema.models.raft_family import (
+    Lookup,
+    check_feature_pair,
+    check_image_pair,
+    check_images,
+    check_lookup,
+    choose_lookup,
+    lookup_between,
+    padded_flow_init,
+)
 from kinema.models.sea_raft_layers import HIDDEN_CHANNELS, ResNetEncoder, SeaRaftUpdateBlock, convex_upsample
 from kinema.models.sea_raft_loss import expected_error_px
 from kinema.models.weights import download, load_weights, read_state_dict, resolve_weights
 
 RESNET18, RESNET34 = (2, 2, 2), (3, 4, 6)
-FREE_BYTES_CPU = 8 * 2**30
 
 
 class Prediction(NamedTuple):
@@ -111,8 +112,7 @@ class SEARAFT(nn.Module):
         lookup: str = "auto",
     ) -> None:
         super().__init__()
-        if lookup not in ("auto", "volume", "on_demand"):
-            raise ValueError(f"lookup={lookup!r} is not one of 'auto', 'volume', 'on_demand'")
+        check_lookup(lookup)
         if scale != int(scale) or not -4 <= scale <= 2:
             raise ValueError(f"scale={scale} is not a whole number in -4..2: images are resized by 2^scale")
         self.depths, self.iters, self.radius, self.lookup, self.scale = depths, iters, radius, lookup, int(scale)
@@ -175,7 +175,7 @@ class SEARAFT(nn.Module):
 
     def encode(self, images: Float[Tensor, "_ _ _ _"]) -> SeaRaftFeatures:
         """Features of frames [B, 3, H, W] in 0..1, for `flow_from_features`."""
-        _check_images(images)
+        check_images(images, "SEA-RAFT")
         height, width = images.shape[-2:]
         scaled = self._scaled(2.0 * images.float() - 1.0)
         padding = padding_for(*scaled.shape[-2:])
@@ -206,9 +206,7 @@ class SEARAFT(nn.Module):
         return self._full_size(self._last(features1, features2, iters, flow_init), features1)
 
     def _encode_pair(self, image1: Tensor, image2: Tensor) -> tuple[SeaRaftFeatures, SeaRaftFeatures]:
-        _check_images(image1)
-        if image1.shape != image2.shape:
-            raise ValueError(f"image1 is {list(image1.shape)} and image2 is {list(image2.shape)}: shapes must agree")
+        check_image_pair(image1, image2, "SEA-RAFT")
         return self.encode(image1), self.encode(image2)
 
     def _last(
@@ -221,12 +219,15 @@ class SEARAFT(nn.Module):
     ) -> Iterator[_Step]:
         """The regressed flow, then the state after each refinement."""
         iters = self.iters if iters is None else iters
-        _check_pair(features1, features2, iters)
+        if iters < 0:
+            raise ValueError(f"iters={iters} must be at least 0 (0 is the regressed flow)")
+        check_feature_pair(features1, features2)
         context = self.init_conv(self.cnet(torch.cat([features1.image, features2.image], dim=1)))
         hidden, context = context.chunk(2, dim=1)  # as published: neither tanh nor relu
         flow, info = self.flow_head(hidden).float().split([2, 4], dim=1)
         if flow_init is not None:
-            flow = self._initial_flow(flow_init, features1)
+            height, width = (_scaled_side(side, self.scale) for side in features1.size)
+            flow = padded_flow_init(flow_init, len(features1), height, width)
         yield _Step(flow, info, hidden)
         if not iters:
             return
@@ -272,36 +273,10 @@ class SEARAFT(nn.Module):
         # Without antialiasing, as the published evaluation.
         return F.interpolate(images, scale_factor=2.0**self.scale, mode="bilinear", align_corners=False)
 
-    def _lookup(self, fmap1: Tensor, fmap2: Tensor, iters: int) -> Callable[[Tensor], Tensor]:
-        """A function from target positions [B, 2, H, W] to correlation windows.
-
-        The published pyramid halves the features bilinearly and correlates at each level; halving by
-        bilinear interpolation is 2x2 average pooling, so it is RAFT's pyramid.
-        """
-        kind = self.lookup
-        if kind == "auto":
-            B, C, H, W = fmap1.shape
-            device = fmap1.device
-            # Fixed on a CPU: the choice, and with it the last digits, must not depend on what else runs there.
-            free_bytes = free_memory(device) if device.type == "cuda" else FREE_BYTES_CPU
-            training = torch.is_grad_enabled() and fmap1.requires_grad
-            plan = plan_lookup(B, H, W, C, iters, free_bytes, device.type, self.radius, training=training)
-            kind = plan.kind
-        if kind == "volume":
-            pyramid = correlation_pyramid(fmap1, fmap2)
-            return lambda coords: volume_lookup(pyramid, coords, self.radius)
-        pooled = feature_pyramid(fmap2)
-        return lambda coords: correlation_lookup(fmap1, pooled, coords, self.radius)
-
-    def _initial_flow(self, flow_init: Tensor, features: SeaRaftFeatures) -> Tensor:
-        height, width = (_scaled_side(side, self.scale) for side in features.size)
-        expected = (len(features), 2, -(-height // 8), -(-width // 8))
-        if tuple(flow_init.shape) != expected:
-            raise ValueError(
-                f"flow_init is {list(flow_init.shape)}; for images of {features.size[0]}x{features.size[1]} and "
-                f"scale={self.scale} it must be {list(expected)} (1/8 of the scaled size rounded up, in 1/8 pixels)"
-            )
-        return grid_padding(height, width).pad(flow_init.float())
+    def _lookup(self, fmap1: Tensor, fmap2: Tensor, iters: int) -> Lookup:
+        """Correlation windows; halving by bilinear interpolation, as published, is 2x2 averaging, so RAFT's pyramid."""
+        plan = choose_lookup(self.lookup, fmap1.shape, iters, fmap1.device, self.radius)
+        return lookup_between(fmap1, fmap2, plan.kind, self.radius)
 
 
 def sea_raft_s(pretrained: bool = False, weights: str | Path | None = None, scale: int = 0) -> SEARAFT:
@@ -362,20 +337,3 @@ def _unscaled_size(maps: Tensor, scale: int) -> tuple[int, int]:
     """Size that maps at the scaled (and padded) size have before scaling."""
     height, width = maps.shape[-2:]
     return (height >> scale, width >> scale) if scale >= 0 else (height << -scale, width << -scale)
-
-
-def _check_images(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images are {list(images.shape)}; SEA-RAFT takes [B, 3, H, W] with values in 0..1")
-    if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}; SEA-RAFT takes floats in 0..1: divide bytes by 255")
-
-
-def _check_pair(features1: SeaRaftFeatures, features2: SeaRaftFeatures, iters: int) -> None:
-    if iters < 0:
-        raise ValueError(f"iters={iters} must be at least 0 (0 is the regressed flow)")
-    if features1.size != features2.size or len(features1) != len(features2):
-        raise ValueError(
-            f"features1 hold {len(features1)} frames of {features1.size} and features2 "
-            f"{len(features2)} of {features2.size}: numbers and sizes must agree"
-        )
