@@ -24,7 +24,7 @@ demo: env
 	@$(BIN)/kinema demo flowfeat workspace=$(WORKSPACE) $(if $(VIDEOS),videos=$(VIDEOS))
 
 test: env
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadgroup -m "not slow and not chaos and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow and not chaos and not gpu"
 
 test-slow: env
 	@$(BIN)/pytest -m slow --timeout 1800

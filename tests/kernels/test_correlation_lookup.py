@@ -351,7 +351,6 @@ def interpreted():
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
-@pytest.mark.xdist_group("correlation_lookup_interpreted")
 @pytest.mark.parametrize("case", interpreted_cases(), ids=case_name)
 def test_kernels_in_the_interpreter_are_as_precise_as_their_dtype(interpreted, case):
     """Results and gradients; memory that a kernel left unwritten would be nan."""
@@ -361,7 +360,6 @@ def test_kernels_in_the_interpreter_are_as_precise_as_their_dtype(interpreted, c
     assert errors["result"] < 1e-5
 
 
-@pytest.mark.xdist_group("correlation_lookup_interpreted")
 def test_kernels_in_the_interpreter_keep_the_contract(interpreted):
     assert interpreted["not finite"] == {"nan": True, "zero": True, "finite elsewhere": True, "no gradient": True}
     assert interpreted["deterministic"] is True
@@ -371,7 +369,6 @@ def test_kernels_in_the_interpreter_keep_the_contract(interpreted):
         assert len(checks) == 4 and set(checks.values()) == {"SUCCESS"}, (op, checks)
 
 
-@pytest.mark.xdist_group("correlation_lookup_interpreted")
 def test_compiler_and_export_see_through_the_dispatch(interpreted):
     """Measured in the other process: here the tests' shape checks draw random numbers, which a compiler refuses."""
     errors = interpreted["reference compiled"]

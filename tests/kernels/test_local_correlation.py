@@ -237,7 +237,6 @@ def interpreted():
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
-@pytest.mark.xdist_group("local_correlation_interpreted")
 @pytest.mark.parametrize("case", interpreted_cases(), ids=lambda case: case_name(*case))
 def test_kernels_in_the_interpreter_are_as_precise_as_their_dtype(interpreted, case):
     """Results and gradients; memory that a kernel left unwritten would be nan."""
@@ -246,7 +245,6 @@ def test_kernels_in_the_interpreter_are_as_precise_as_their_dtype(interpreted, c
     assert errors["result"] < 1e-5
 
 
-@pytest.mark.xdist_group("local_correlation_interpreted")
 def test_kernels_in_the_interpreter_keep_the_contract(interpreted):
     assert interpreted["deterministic"] is True
     assert interpreted["memory formats"] == {"contiguous": True, "channels-last": True}

@@ -44,7 +44,6 @@ def can_unshare() -> bool:
 
 
 @pytest.mark.skipif(not can_unshare(), reason="network namespaces are not permitted here (unshare -rnpf)")
-@pytest.mark.xdist_group("ray")
 @pytest.mark.timeout(420)
 def test_shard_and_two_worker_training_as_jobs(tmp_path):
     videos = tmp_path / "videos"
