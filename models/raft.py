@@ -30,7 +30,6 @@ from kinema.models.raft_family import (
     check_images,
     check_lookup,
     choose_lookup,
-    has_hooks,
     lookup_between,
     padded_flow_init,
 )
@@ -191,7 +190,7 @@ class RAFT(nn.Module):
         B, _, H, W = features1.fmap.shape
         start = pixel_grid(H, W, like=features1.fmap).expand(B, 2, H, W)
         target = start if flow_init is None else start + padded_flow_init(flow_init, B, *features1.size)
-        in_place = can_refine(features1.fmap) and not has_hooks(self.update_block)
+        in_place = can_refine(features1.fmap) and not _has_hooks(self.update_block)
         refine = self._refine_in_place if in_place else self._refine_maps
         flows = refine(features1, features2, start, target, iters, all_steps)
         return [features1.padding.unpad(flow).contiguous() for flow in flows]
@@ -284,6 +283,11 @@ def _build(variant: str, name: str, pretrained: bool, weights: str | Path | None
     model = RAFT(variant)
     resolve_weights(model, name, pretrained, weights)
     return model.eval()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to see the layers being called."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _check_pair(features1: FrameFeatures, features2: FrameFeatures, iters: int) -> None:

@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from kinema.kernels import correlation_lookup
 from kinema.kernels.correlation_lookup import (
@@ -136,8 +136,3 @@ def lookup_between(
         return lambda coords: volume_lookup(pyramid, coords, radius, window_order)
     pooled = feature_pyramid(fmap2.float())
     return lambda coords: correlation_lookup(fmap1, pooled, coords, radius, window_order=window_order)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see the layers being called."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())

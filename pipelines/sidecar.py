@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from kinema.pipelines.artifacts import Artifact, read_range
 from kinema.pipelines.artifacts.layout import MAKERS
 from kinema.pipelines.engine import Failure
 from kinema.pipelines.errors import StageError
+from kinema.pipelines.flow_codec import FlowBlob
 from kinema.pipelines.progress import Progress
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.errors import Corrupt, Missing, SourceError, Truncated
@@ -33,7 +35,7 @@ from kinema.pipelines.video.packets import to_rgb
 
 RETRY = "retry"
 # What networks, OpenCV and FFmpeg raise on a clip they cannot take, memory included: it costs the clip, not its shard.
-_UNFORESEEN = (ValueError, RuntimeError, cv2.error, av.FFmpegError)
+_UNFORESEEN = (ValueError, RuntimeError, MemoryError, cv2.error, av.FFmpegError)
 
 Count = Callable[[int, int], None]
 Sample = tuple[Mapping[str, bytes], Mapping[str, Any]]
@@ -57,19 +59,41 @@ class ShardOutcome:
     bytes: int
 
 
-def open_input(url: str, kind: str) -> Artifact:
-    """An input artifact that holds something. Raises: ValueError, one line, when it does not."""
-    maker = f"the folder that `kinema {MAKERS[kind]}` wrote"
+def open_input(url: str, kind: str, setting: str = "") -> Artifact:
+    """An input artifact that holds something.
+
+    Args: setting, the key that named it, where it is not the kind.
+    Raises: ValueError, one line, when it does not.
+    """
+    setting, maker = setting or kind, f"the folder that `kinema {MAKERS[kind]}` wrote"
     if not url:
-        raise ValueError(f"{kind}= is empty; give {maker}")
+        raise ValueError(f"{setting}= is empty; give {maker}")
+    check_seen_by_workers(setting, url)
     artifact = Artifact.read(url)
     if artifact.kind != kind:
-        raise ValueError(f"{kind}={url} holds {artifact.kind}, not {kind}; give {maker}")
+        raise ValueError(f"{setting}={url} holds {artifact.kind}, not {kind}; give {maker}")
     if not artifact.samples(["key"]).num_rows:
         bad = artifact.quarantined().num_rows
         held = "clip" if kind == "clips" else kind
-        raise ValueError(f"{kind}={url} holds no {held} ({bad} inputs are quarantined, see its quarantine.parquet)")
+        raise ValueError(f"{setting}={url} holds no {held} ({bad} inputs are quarantined, see its quarantine.parquet)")
     return artifact
+
+
+def fullest_flow(flow: Artifact) -> FlowBlob:
+    """The blob with the most pairs, which shows what pairs the artifact was made for."""
+    columns = ["shard", "flow_offset", "flow_size", "num_pairs"]
+    row = max(flow.samples(columns).to_pylist(), key=lambda row: row["num_pairs"])
+    url = flow.shard_url(row["shard"])
+    return FlowBlob(lambda at, size: read_range(url, row["flow_offset"] + at, size), row["flow_size"], row["num_pairs"])
+
+
+def check_seen_by_workers(setting: str, url: str) -> None:
+    """Raises: ValueError for a place that only this process has, when others do the work."""
+    if url.startswith("memory://") and engine.backend() == "ray":
+        raise ValueError(
+            f"{setting}={url} is memory of this process, which Ray's workers do not see; give a folder or a bucket "
+            "URL, or set KINEMA_ENGINE=serial"
+        )
 
 
 def default_out(clips: str, kind: str, name: str) -> str:
@@ -107,20 +131,48 @@ def plan_shards(inputs: Mapping[str, Artifact], sidecar: Artifact) -> list[int]:
     return sorted({*sidecar.pending(), *changed})
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a pool of actors runs, and how many there are."""
+
+    device: str
+    """cpu or cuda."""
+    num_actors: int
+    threads: int
+    """CPU threads of each."""
+
+
+def place_actors(device: str, num_actors: int, threads: int, *, uses_gpu: bool, actor_bytes: int = 0) -> Place:
+    """Place what `device` (auto, cpu, cuda) and `num_actors` (0: as many as fit) ask for on what Ray has.
+
+    Args: uses_gpu, whether the work can run on one; actor_bytes, memory of an actor on a CPU, 0 where it is small.
+    Raises: ValueError when a device or that many CPUs are not there.
+    """
+    resources = engine.resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    if device == "cuda" and not gpus:
+        raise ValueError("device=cuda, but there is no GPU; use device=auto or device=cpu")
+    if uses_gpu and gpus and device != "cpu":
+        return Place("cuda", num_actors or gpus, threads)
+    if threads > cpus:
+        raise ValueError(f"threads_per_actor={threads}, but there are {cpus} CPUs; use at most {cpus}")
+    fitting = cpus // threads
+    if actor_bytes:
+        fitting = min(fitting, int(resources.get("memory", actor_bytes)) // actor_bytes)
+    return Place("cpu", num_actors or max(1, fitting), threads)
+
+
 def build_shards(
     sidecar: Artifact,
     todo: list[int],
     make: Callable[[Count], Callable[[int], Any]],
-    *,
-    num_actors: int,
-    num_cpus: float,
-    num_gpus: float = 0.0,
+    place: Place,
     unit: str,
 ) -> None:
     """Build shards on a pool of actors; a shard that cannot be built is quarantined and tried by the next run.
 
     Args: make, called once per actor with what it tells of finished clips and units: `count(clips, units)`; returns
-        the function that builds one shard; num_cpus, num_gpus of an actor; unit, what it counts besides clips.
+        the function that builds one shard; unit, what it counts besides clips.
     """
     if not todo:
         return
@@ -137,9 +189,9 @@ def build_shards(
     outcomes = engine.run_on_actors(
         partial(make, counter.add),
         todo,
-        num_actors=num_actors,
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
+        num_actors=place.num_actors,
+        num_cpus=1.0 if place.device == "cuda" else float(place.threads),
+        num_gpus=1.0 if place.device == "cuda" else 0.0,
         on_tick=tick,
     )
     for shard, outcome in outcomes:
@@ -250,28 +302,53 @@ def clip_frames(mp4: bytes, row: Mapping[str, Any]) -> Iterator[UInt8[np.ndarray
         raise Truncated(f"the clip ends after {num_frames} of {row['num_frames']} frames")
 
 
-@dataclass(frozen=True)
-class SidecarTotals:
-    """What a sidecar holds, for its stage's summary."""
+@dataclass(frozen=True, kw_only=True)
+class SidecarSummary:
+    """What a sidecar artifact holds after a run, and what the run did."""
 
     clips: int
+    """Clips that have a blob."""
     quarantined: int
+    """Clips without one, each with its reason in quarantine.parquet."""
+    seconds: float
+    """Duration of this run."""
     shards: int
+    """Shards in the artifact."""
+    new_shards: int
+    """Shards this run computed."""
     bytes: int
-    exit_status: int
+    """Size of all shards."""
+    out: str
+    """Where the artifact is."""
+    exit_status: int = 0
+    """3 when more than the allowed share of the clips is quarantined."""
 
-    @classmethod
-    def of(cls, sidecar: Artifact, allowed_quarantine: float) -> SidecarTotals:
-        """Counted from commits and quarantine; status 3 when more than the allowed share is quarantined."""
-        commits = sidecar.commits().values()
-        quarantined = sidecar.quarantined().num_rows
-        return cls(
-            clips=sidecar.samples(["key"]).num_rows,
-            quarantined=quarantined,
-            shards=len(commits),
-            bytes=sum(record["bytes"] for record in commits),
-            exit_status=3 if quarantined / max(1, sidecar.plan.num_rows) > allowed_quarantine else 0,
+
+def totals(
+    sidecar: Artifact, allowed_quarantine: float, new_shards: int, seconds: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The fields of `SidecarSummary`, from commits and quarantine; says what was quarantined."""
+    commits = sidecar.commits().values()
+    quarantine = sidecar.quarantined()
+    num_planned, num_bad = sidecar.plan.num_rows, quarantine.num_rows
+    if num_bad:
+        classes = Counter(quarantine["error_class"].to_pylist())
+        listed = ", ".join(f"{count} {name}" for name, count in sorted(classes.items()))
+        example = quarantine["message"][0].as_py()
+        say(
+            f"{MAKERS[sidecar.kind]}: {num_bad} of {num_planned} clips quarantined ({listed}; the first: {example}); "
+            f"see {sidecar.url}/quarantine.parquet"
         )
+    return {
+        "clips": sidecar.samples(["key"]).num_rows,
+        "quarantined": num_bad,
+        "seconds": round(seconds, 3),
+        "shards": len(commits),
+        "new_shards": new_shards,
+        "bytes": sum(record["bytes"] for record in commits),
+        "out": sidecar.url,
+        "exit_status": 3 if num_bad / max(1, num_planned) > allowed_quarantine else 0,
+    }
 
 
 def column_sum(table: pa.Table, name: str) -> int:

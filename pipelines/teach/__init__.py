@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,60 +13,47 @@ import pyarrow.compute as pc
 
 from kinema.configs.schema import TeachConfig
 from kinema.models.flow_networks import FLOW_NETWORKS
-from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.flow_codec import SCALE
 from kinema.pipelines.sidecar import (
     Count,
-    SidecarTotals,
+    Place,
+    SidecarSummary,
     build_shards,
+    check_seen_by_workers,
     column_mean,
     column_sum,
     default_out,
+    fullest_flow,
     open_input,
+    place_actors,
     plan_shards,
+    totals,
 )
 from kinema.pipelines.teach.clip_flow import Pairing
 from kinema.pipelines.teach.shard_teacher import ShardTeacher
 from kinema.pipelines.teach.teachers import TeacherSpec, locate_weights
 
 _RAFT_BYTES = 4 * 2**30  # what one RAFT on a CPU may take for its correlations
+_SIGNS = {"forward": 1, "backward": -1}
+_PADDED_TEACHERS = ("raft", "raft_small", "smurf")
 
 
-@dataclass(frozen=True)
-class TeachSummary:
-    """What the artifact holds after the run, and what the run did."""
+@dataclass(frozen=True, kw_only=True)
+class TeachSummary(SidecarSummary):
+    """What the flow artifact holds after the run, and what the run did."""
 
-    clips: int
-    """Clips with flow."""
     pairs: int
     """Stored pairs of frames."""
-    quarantined: int
-    """Clips without flow, each with its reason in quarantine.parquet."""
-    seconds: float
-    """Duration of this run."""
-    shards: int
-    """Shards in the artifact."""
-    new_shards: int
-    """Shards this run computed."""
-    bytes: int
-    """Size of all shards."""
     mean_flow_px: float
     """Mean length of the stored flow."""
-    out: str
-    """Where the artifact is."""
-    exit_status: int = 0
-    """3 when more than the allowed share of the clips is quarantined."""
 
 
 def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> TeachSummary:
     """Compute what is missing in config.out. Raises: ValueError for bad arguments, StageError when it cannot end."""
     started = time.monotonic()
     say = report or (lambda line: print(line, file=sys.stderr, flush=True))
-    if config.uncertainty and not config.teacher.startswith("sea_raft"):
-        raise ValueError(f"uncertainty=true: the teacher {config.teacher} states none; use a sea_raft_* teacher")
-    if config.scale and not FLOW_NETWORKS[config.teacher].takes_scale:
-        raise ValueError(f"scale={config.scale}: {config.teacher} runs at the size of the frames; use short_side")
+    _check_settings(config)
     clips = open_input(config.clips, "clips")
     compare = _open_compared(config, clips)
     pairing = pairing_of(config)
@@ -86,6 +73,7 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         threads=config.threads_per_actor,
     )
     out = config.out or default_out(config.clips, "flow", config.teacher)
+    check_seen_by_workers("out", out)
     if Artifact.is_new(out):
         _check_possible(config, clips, spec)
     flow = Artifact.open(
@@ -98,9 +86,17 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
     total = flow.plan.num_rows
     say(f"teach: {config.teacher} on {total} clips, {len(todo)} of {len(flow.planned_shards())} shards to compute")
     with flow.swept_on_failure():
-        _compute(config, spec, todo, partial(ShardTeacher, clips, flow, pairing=pairing, compare=compare), flow)
+        if todo:
+            spec, place = _place(config, spec)
+            make = partial(ShardTeacher, clips, flow, spec, pairing, compare=compare)
+            build_shards(flow, todo, partial(_shard_teacher, make), place, unit="pairs")
     flow.finalize()
-    return _summary(config, flow, len(todo), time.monotonic() - started)
+    samples = flow.samples()
+    return TeachSummary(
+        pairs=column_sum(samples, "num_pairs"),
+        mean_flow_px=column_mean(samples, "mean_flow_px"),
+        **totals(flow, config.allowed_quarantine, len(todo), time.monotonic() - started, say),
+    )
 
 
 def pairing_of(config: TeachConfig) -> Pairing:
@@ -141,38 +137,40 @@ def identity(spec: TeacherSpec, pairing: Pairing) -> dict[str, Any]:
     }
 
 
-def _compute(
-    config: TeachConfig, spec: TeacherSpec, todo: list[int], make: Callable[..., ShardTeacher], flow: Artifact
-) -> None:
-    """Args: make(spec=, count=) -> ShardTeacher."""
-    if not todo:
-        return
-    spec, num_actors = _place(config, spec, engine.resources())
-    on_gpu = spec.device == "cuda"
-    build_shards(
-        flow,
-        todo,
-        partial(_shard_teacher, make, spec),
-        num_actors=num_actors,
-        num_cpus=1.0 if on_gpu else float(spec.threads),
-        num_gpus=1.0 if on_gpu else 0.0,
-        unit="pairs",
-    )
+def _shard_teacher(make: Callable[..., ShardTeacher], count: Count) -> ShardTeacher:
+    return make(count=count)
 
 
-def _shard_teacher(make: Callable[..., ShardTeacher], spec: TeacherSpec, count: Count) -> ShardTeacher:
-    return make(spec=spec, count=count)
+def _check_settings(config: TeachConfig) -> None:
+    """Raises: ValueError for settings that this teacher, or these others, leave without effect."""
+    teacher = config.teacher
+    if config.uncertainty and not teacher.startswith("sea_raft"):
+        raise ValueError(f"uncertainty=true: the teacher {teacher} states none; use a sea_raft_* teacher")
+    if config.scale and not FLOW_NETWORKS[teacher].takes_scale:
+        raise ValueError(f"scale={config.scale}: {teacher} runs at the size of the frames; use short_side")
+    if config.padding != "sintel" and teacher not in _PADDED_TEACHERS:
+        listed = ", ".join(_PADDED_TEACHERS)
+        raise ValueError(f"padding={config.padding}: {teacher} knows no such choice, only {listed}; leave it out")
+    if config.too_large == "tile" and not config.max_megapixels:
+        raise ValueError("too_large=tile needs max_megapixels, the size from which frames are cut into tiles")
 
 
 def _open_compared(config: TeachConfig, clips: Artifact) -> Artifact | None:
     """The flow to compare with. Raises: ValueError when it was made from other clips."""
     if not config.compare:
         return None
-    other = open_input(config.compare, "flow")
+    other = open_input(config.compare, "flow", setting="compare")
     if other.manifest["inputs"].get("clips") != clips.plan8:
         raise ValueError(
             f"compare={config.compare} was made from clips {other.manifest['inputs'].get('clips')}, these are "
             f"{clips.plan8}; give another teacher's flow of the same clips"
+        )
+    wanted = {gap * sign for gap in config.gaps for way, sign in _SIGNS.items() if way in config.directions}
+    stored = {gap for _, gap in fullest_flow(other).pairs}
+    if not wanted & stored:
+        raise ValueError(
+            f"compare={config.compare} holds flow over {sorted(stored)} frames, this run asks for {sorted(wanted)} "
+            "(negative: backward); use gaps and directions of which both have one"
         )
     return other
 
@@ -185,40 +183,19 @@ def _check_possible(config: TeachConfig, clips: Artifact, spec: TeacherSpec) -> 
             f"gaps={list(config.gaps)} leave no pair of frames: the longest clip has {longest} frames; use a gap "
             f"under {longest}"
         )
-    _place(config, spec, engine.resources())
+    _place(config, spec)
 
 
-def _place(config: TeachConfig, spec: TeacherSpec, resources: dict[str, float]) -> tuple[TeacherSpec, int]:
+def _place(config: TeachConfig, spec: TeacherSpec) -> tuple[TeacherSpec, Place]:
     """Device and number of actors. Raises: ValueError when the device is not there."""
-    gpus = int(resources.get("GPU", 0))
-    if config.device == "cuda" and not gpus:
-        raise ValueError("device=cuda, but there is no GPU; use device=auto or device=cpu")
-    use_gpu = config.teacher != "dis" and gpus > 0 and config.device != "cpu"
-    if config.precision == "bf16" and not use_gpu:
-        raise ValueError("precision=bf16 runs on a GPU only; use precision=fp32")
-    spec = TeacherSpec(**{**spec.__dict__, "device": "cuda" if use_gpu else "cpu"})
-    if config.num_actors:
-        return spec, config.num_actors
-    if use_gpu:
-        return spec, gpus
-    num_actors = int(resources.get("CPU", 1)) // config.threads_per_actor
-    if config.teacher != "dis":
-        num_actors = min(num_actors, int(resources.get("memory", _RAFT_BYTES)) // _RAFT_BYTES)
-    return spec, max(1, num_actors)
-
-
-def _summary(config: TeachConfig, flow: Artifact, new_shards: int, seconds: float) -> TeachSummary:
-    totals = SidecarTotals.of(flow, config.allowed_quarantine)
-    samples = flow.samples()
-    return TeachSummary(
-        clips=totals.clips,
-        pairs=column_sum(samples, "num_pairs"),
-        quarantined=totals.quarantined,
-        seconds=round(seconds, 3),
-        shards=totals.shards,
-        new_shards=new_shards,
-        bytes=totals.bytes,
-        mean_flow_px=column_mean(samples, "mean_flow_px"),
-        out=flow.url,
-        exit_status=totals.exit_status,
+    is_network = config.teacher != "dis"
+    place = place_actors(
+        config.device,
+        config.num_actors,
+        config.threads_per_actor,
+        uses_gpu=is_network,
+        actor_bytes=_RAFT_BYTES if is_network else 0,
     )
+    if config.precision == "bf16" and place.device == "cpu":
+        raise ValueError("precision=bf16 runs on a GPU only; use precision=fp32")
+    return replace(spec, device=place.device), place

@@ -11,17 +11,20 @@ from typing import Any
 
 from kinema.configs.schema import TrackConfig
 from kinema.models.track_chaining import check_pairs
-from kinema.pipelines import engine
-from kinema.pipelines.artifacts import Artifact, read_range
-from kinema.pipelines.flow_codec import FlowBlob
+from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.sidecar import (
-    SidecarTotals,
+    Place,
+    SidecarSummary,
     build_shards,
+    check_seen_by_workers,
     column_mean,
     column_sum,
     default_out,
+    fullest_flow,
     open_input,
+    place_actors,
     plan_shards,
+    totals,
 )
 from kinema.pipelines.track.shard_tracker import ShardTracker, Starts
 from kinema.pipelines.track.trackers import TrackerSpec, locate_weights
@@ -30,30 +33,14 @@ _COTRACKER3_BYTES = 6 * 2**30  # features, and points x frames that are refined 
 _COTRACKER3_ITERS = 6
 
 
-@dataclass(frozen=True)
-class TrackSummary:
-    """What the artifact holds after the run, and what the run did."""
+@dataclass(frozen=True, kw_only=True)
+class TrackSummary(SidecarSummary):
+    """What the tracks artifact holds after the run, and what the run did."""
 
-    clips: int
-    """Clips with tracks."""
     tracks: int
     """Stored tracks."""
-    quarantined: int
-    """Clips without tracks, each with its reason in quarantine.parquet."""
-    seconds: float
-    """Duration of this run."""
-    shards: int
-    """Shards in the artifact."""
-    new_shards: int
-    """Shards this run computed."""
-    bytes: int
-    """Size of all shards."""
     visible_share: float
     """Mean share of the frames in which a track is seen."""
-    out: str
-    """Where the artifact is."""
-    exit_status: int = 0
-    """3 when more than the allowed share of the clips is quarantined."""
 
 
 def run(config: TrackConfig, *, report: Callable[[str], None] | None = None) -> TrackSummary:
@@ -64,6 +51,8 @@ def run(config: TrackConfig, *, report: Callable[[str], None] | None = None) -> 
     if config.tracker == "chain":
         inputs["flow"] = _open_flow(config.flow, inputs["clips"])
     weights, weights_hash = locate_weights(config.tracker, config.weights)
+    if config.tracker == "chain" and config.iters:
+        raise ValueError(f"iters={config.iters}: the tracker chain refines nothing; leave iters out")
     spec = TrackerSpec(
         name=config.tracker,
         weights=weights,
@@ -73,6 +62,7 @@ def run(config: TrackConfig, *, report: Callable[[str], None] | None = None) -> 
     )
     starts = Starts(config.grid, tuple(config.start_frames), config.spread_starts)
     out = config.out or default_out(config.clips, "tracks", config.tracker)
+    check_seen_by_workers("out", out)
     if Artifact.is_new(out):
         _place(config, spec)
         spec.load()  # wrong weights are refused before an artifact is tied to their hash
@@ -86,9 +76,16 @@ def run(config: TrackConfig, *, report: Callable[[str], None] | None = None) -> 
     total = tracks.plan.num_rows
     say(f"track: {config.tracker} on {total} clips, {len(todo)} of {len(tracks.planned_shards())} shards to compute")
     with tracks.swept_on_failure():
-        _compute(config, inputs, tracks, spec, starts, todo)
+        if todo:
+            spec, place = _place(config, spec)
+            build_shards(tracks, todo, partial(ShardTracker, inputs, tracks, spec, starts), place, unit="tracks")
     tracks.finalize()
-    return _summary(config, tracks, len(todo), time.monotonic() - started)
+    samples = tracks.samples()
+    return TrackSummary(
+        tracks=column_sum(samples, "num_tracks"),
+        visible_share=column_mean(samples, "visible_share"),
+        **totals(tracks, config.allowed_quarantine, len(todo), time.monotonic() - started, say),
+    )
 
 
 def _open_flow(url: str, clips: Artifact) -> Artifact:
@@ -98,11 +95,7 @@ def _open_flow(url: str, clips: Artifact) -> Artifact:
     flow = open_input(url, "flow")
     if flow.manifest["inputs"].get("clips") != clips.plan8:
         raise ValueError(f"flow={url} was made from other clips than {clips.url}; run `kinema teach` on these")
-    row = max(
-        flow.samples(["shard", "flow_offset", "flow_size", "num_pairs"]).to_pylist(), key=lambda r: r["num_pairs"]
-    )
-    shard_url = flow.shard_url(row["shard"])
-    blob = FlowBlob(lambda at, size: read_range(shard_url, row["flow_offset"] + at, size), row["flow_size"])
+    blob = fullest_flow(flow)
     check_pairs(blob.pairs, blob.header.frames)
     return flow
 
@@ -123,59 +116,14 @@ def identity(spec: TrackerSpec, starts: Starts) -> dict[str, Any]:
     }
 
 
-def _compute(
-    config: TrackConfig,
-    inputs: dict[str, Artifact],
-    tracks: Artifact,
-    spec: TrackerSpec,
-    starts: Starts,
-    todo: list[int],
-) -> None:
-    if not todo:
-        return
-    spec, num_actors = _place(config, spec)
-    on_gpu = spec.device == "cuda"
-    build_shards(
-        tracks,
-        todo,
-        partial(ShardTracker, inputs, tracks, spec, starts),
-        num_actors=num_actors,
-        num_cpus=1.0 if on_gpu else float(spec.threads),
-        num_gpus=1.0 if on_gpu else 0.0,
-        unit="tracks",
-    )
-
-
-def _place(config: TrackConfig, spec: TrackerSpec) -> tuple[TrackerSpec, int]:
+def _place(config: TrackConfig, spec: TrackerSpec) -> tuple[TrackerSpec, Place]:
     """Device and number of actors. Raises: ValueError when the device is not there."""
-    resources = engine.resources()
-    gpus = int(resources.get("GPU", 0))
-    if config.device == "cuda" and not gpus:
-        raise ValueError("device=cuda, but there is no GPU; use device=auto or device=cpu")
-    use_gpu = config.tracker != "chain" and gpus > 0 and config.device != "cpu"
-    spec = replace(spec, device="cuda" if use_gpu else "cpu")
-    if config.num_actors:
-        return spec, config.num_actors
-    if use_gpu:
-        return spec, gpus
-    num_actors = int(resources.get("CPU", 1)) // config.threads_per_actor
-    if config.tracker != "chain":
-        num_actors = min(num_actors, int(resources.get("memory", _COTRACKER3_BYTES)) // _COTRACKER3_BYTES)
-    return spec, max(1, num_actors)
-
-
-def _summary(config: TrackConfig, tracks: Artifact, new_shards: int, seconds: float) -> TrackSummary:
-    totals = SidecarTotals.of(tracks, config.allowed_quarantine)
-    samples = tracks.samples()
-    return TrackSummary(
-        clips=totals.clips,
-        tracks=column_sum(samples, "num_tracks"),
-        quarantined=totals.quarantined,
-        seconds=round(seconds, 3),
-        shards=totals.shards,
-        new_shards=new_shards,
-        bytes=totals.bytes,
-        visible_share=column_mean(samples, "visible_share"),
-        out=tracks.url,
-        exit_status=totals.exit_status,
+    is_network = config.tracker != "chain"
+    place = place_actors(
+        config.device,
+        config.num_actors,
+        config.threads_per_actor,
+        uses_gpu=is_network,
+        actor_bytes=_COTRACKER3_BYTES if is_network else 0,
     )
+    return replace(spec, device=place.device), place

@@ -219,7 +219,7 @@ def test_two_runs_and_other_batches_give_equal_bytes(clips, tmp_path):
 def test_a_second_run_computes_nothing(clips, tmp_path, monkeypatch):
     first = teach.run(config(clips, tmp_path / "flow"))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "flow").rglob("*")}
-    monkeypatch.setattr(teach.engine, "run_on_actors", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr("kinema.pipelines.engine.run_on_actors", lambda *a, **k: pytest.fail("computed again"))
     second = teach.run(config(clips, tmp_path / "flow"))
     assert second.new_shards == 0
     ignored = {"seconds": 0, "new_shards": 0}

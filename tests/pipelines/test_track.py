@@ -92,7 +92,7 @@ def test_two_runs_give_equal_bytes_and_a_third_computes_nothing(data, tmp_path, 
     first = track.run(config(data, tmp_path / "one"))
     track.run(config(data, tmp_path / "two"))
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
-    monkeypatch.setattr(track.engine, "run_on_actors", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr("kinema.pipelines.engine.run_on_actors", lambda *a, **k: pytest.fail("computed again"))
     again = track.run(config(data, tmp_path / "one"))
     assert again == dataclasses.replace(first, seconds=again.seconds, new_shards=0)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
