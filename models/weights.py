@@ -139,6 +139,8 @@ LEDGER: dict[str, PublishedWeights] = {
 }
 
 # Where training scripts keep the state dict inside a checkpoint, in the order they are looked for.
+LISTED_KEYS = 12
+"""Missing, unexpected and misshapen keys that a message lists of each, at the most."""
 _NESTINGS = ("model", "state_dict", "model_state_dict", "teacher")
 
 _UNREADABLE = (
@@ -177,7 +179,7 @@ def load_weights(model: Model, source: str | Path | None, name: str) -> Model:
         source: path or http(s) URL of a .pth or .safetensors file; None leaves the model as it is.
         name: what the model is called, in the ledger and in messages.
     Raises: ValueError, one line, if the file is missing, is no checkpoint, is incomplete, or has missing,
-        unexpected or wrongly shaped keys (all of them are listed). The model is then unchanged.
+        unexpected or wrongly shaped keys, which are listed. The model is then unchanged.
     """
     if source is None:
         return model
@@ -225,13 +227,27 @@ def published_file(name: str) -> Path:
     Raises: ValueError if there are none, if they are gated, or if the download fails or has another hash.
     """
     if name not in LEDGER:
-        raise ValueError(f"no published weights are known for {name!r}; give weights=FILE or pretrained=False")
+        raise ValueError(f"no published weights are known for {name!r}; give weights=FILE")
     entry = LEDGER[name]
     if entry.gated:
         raise ValueError(
             f"the weights of {name} are gated ({entry.licence}): ask for them at {entry.url} and give weights=FILE"
         )
     return download(entry.url, sha256=entry.sha256, archive_member=entry.archive_member)
+
+
+def local_file(weights: str, name: str) -> Path:
+    """The file behind a setting `weights=`: a path, an http(s) URL, or empty for the published weights of `name`.
+
+    Raises: ValueError if there is no such file.
+    """
+    if not weights:
+        return published_file(name)
+    path = download(weights) if "://" in weights else Path(weights).expanduser().absolute()
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"weights={weights}: the file {what}; give a .pth or .safetensors file of {name}")
+    return path
 
 
 def cache_folder() -> Path:
@@ -356,5 +372,11 @@ def _check_keys(model: nn.Module, state: dict[str, Tensor], source: str, name: s
         "wrong shape": list(shapes.values()),
     }
     if any(faults.values()):
-        listed = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
+        listed = "; ".join(f"{kind}: {_listed(keys)}" for kind, keys in faults.items() if keys)
         raise ValueError(f"weights={source} do not fit {name} ({listed})")
+
+
+def _listed(keys: list[str]) -> str:
+    shown = keys if len(keys) <= LISTED_KEYS else keys[: LISTED_KEYS - 1]
+    more = len(keys) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -124,7 +124,7 @@ def encode_clip_flow(
     payloads = []
     for row, place in enumerate(sorted(encoded)):
         fields, payload = encoded[place]
-        for name in set(fields) & set(table.dtype.names):
+        for name in set(fields) & set(table.dtype.names or ()):
             table[name][row] = fields[name]
         table["offset"][row] = offset
         offset += len(payload)
@@ -260,7 +260,7 @@ class FlowBlob:
         return bits.view(bool).reshape(height, width)
 
     def _uncertainty_size(self, row: np.void) -> int:
-        return int(row["uncertainty_size"]) if "uncertainty_size" in self._table.dtype.names else 0
+        return int(row["uncertainty_size"]) if "uncertainty_size" in (self._table.dtype.names or ()) else 0
 
     def _decode_uncertainty(self, row: np.void, payload: bytes) -> Float32[np.ndarray, "H W"]:
         height, width = self.header.height, self.header.width

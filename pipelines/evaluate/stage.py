@@ -134,7 +134,7 @@ def _flow(config: EvaluateConfig) -> dict[str, float]:
     from kinema.pipelines.evaluate.flow import evaluate_flow, find_samples
 
     if Path(config.model).is_dir():
-        network = _trained_flow_network(config.model)
+        network = _trained_flow_network(config)
     elif config.model in FLOW_NETWORKS:
         given = config.weights or None
         network = flow_network(config.model, pretrained=given is None, weights=given, scale=config.scale)
@@ -154,14 +154,17 @@ def _flow(config: EvaluateConfig) -> dict[str, float]:
     return {f"{config.benchmark}_{name}": float(value) for name, value in values.items()}
 
 
-def _trained_flow_network(run: str) -> Any:
-    from kinema.models.flow_networks import FLOW_NETWORKS
-    from kinema.pipelines.train.checkpoint import load_model, read_meta, resolve_checkpoint
+def _trained_flow_network(config: EvaluateConfig) -> Any:
+    from kinema.models.flow_networks import FLOW_NETWORKS, flow_network
+    from kinema.pipelines.train.checkpoint import MODEL_FILE, read_meta, resolve_checkpoint
 
-    name = read_meta(resolve_checkpoint(run))["train_config"]["model"]
+    if config.weights:
+        raise ValueError(f"weights={config.weights}: the run model={config.model} has its own; leave weights out")
+    checkpoint = resolve_checkpoint(config.model)
+    name = read_meta(checkpoint)["train_config"]["model"]
     if name not in FLOW_NETWORKS:
-        raise ValueError(f"model={run} is a run of {name}, which gives no flow; use a run of a flow network")
-    return load_model(run)
+        raise ValueError(f"model={config.model} is a run of {name}, which gives no flow; use a run of a flow network")
+    return flow_network(name, weights=checkpoint / MODEL_FILE, scale=config.scale)
 
 
 def _tapvid(config: EvaluateConfig) -> dict[str, float]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ from kinema.models.dis import DIS
 from kinema.models.flow_networks import flow_network
 from kinema.models.raft import RAFT, FrameFeatures
 from kinema.models.sea_raft import SEARAFT, SeaRaftFeatures
-from kinema.models.weights import download, file_sha256, published_file
+from kinema.models.weights import file_sha256, local_file
 from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
 from kinema.pipelines.teach.tiling import TiledTeacher
 
@@ -101,21 +101,11 @@ def locate_weights(name: str, weights: str) -> tuple[str, str]:
                 f"weights={weights}: the teacher dis has no weights; use teacher=raft or leave weights out"
             )
         return "", ""
-    if not weights:
-        path = published_file(name)
-    else:
-        path = download(weights) if "://" in weights else _of_run(Path(weights).expanduser().absolute())
-    if not path.is_file():
-        raise ValueError(f"weights={weights}: the file does not exist; give a .pth or .safetensors file of {name}")
+    from kinema.pipelines.train.checkpoint import weights_file
+
+    path = local_file(weights_file(weights), name)
     flow_network(name, weights=path)  # a wrong file is refused before an artifact is tied to its hash
     return str(path), file_sha256(path)
-
-
-def _of_run(path: Path) -> Path:
-    """The weights in the newest checkpoint of a run; any other path as it is."""
-    from kinema.pipelines.train.checkpoint import MODEL_FILE, resolve_checkpoint
-
-    return resolve_checkpoint(path) / MODEL_FILE if path.is_dir() else path
 
 
 def reduced_size(height: int, width: int, short_side: int) -> tuple[int, int]:

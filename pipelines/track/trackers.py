@@ -18,7 +18,7 @@ from jaxtyping import Float32, UInt8
 from kinema.models.cotracker3 import cotracker3
 from kinema.models.cotracker3_predictor import CoTracker3Predictor
 from kinema.models.track_chaining import chain_tracks
-from kinema.models.weights import download, file_sha256, published_file
+from kinema.models.weights import file_sha256, local_file
 from kinema.pipelines.loader.clip import Clip
 from kinema.pipelines.sidecar import BadResult
 from kinema.pipelines.tracks_codec import Tracks
@@ -87,12 +87,7 @@ def locate_weights(name: str, weights: str) -> tuple[str, str]:
         if weights:
             raise ValueError(f"weights={weights}: the tracker chain has none; use tracker=cotracker3 or leave it out")
         return "", ""
-    if not weights:
-        path = published_file(PUBLISHED_NAMES[name])
-    else:
-        path = download(weights) if "://" in weights else Path(weights).expanduser().absolute()
-    if not path.is_file():
-        raise ValueError(f"weights={weights}: the file does not exist; give a .pth or .safetensors file of {name}")
+    path = local_file(weights, PUBLISHED_NAMES[name])
     return str(path), file_sha256(path)
 
 

@@ -101,9 +101,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
+def weights_file(weights: str) -> str:
+    """What `weights=` stands for where a run may be given: of a folder, the weights in its newest checkpoint.
+
+    Raises: ValueError for a folder that holds none.
+    """
+    if not weights or not Path(weights).expanduser().is_dir():
+        return weights
+    return str(resolve_checkpoint(Path(weights).expanduser(), setting="weights") / MODEL_FILE)
+
+
+def resolve_checkpoint(path: str | Path, setting: str = "model") -> Path:
     """The checkpoint meant by a run folder (its newest) or by a checkpoint folder.
 
+    Args: setting, the key that named it, for the message.
     Raises: ValueError if there is none.
     """
     folder = Path(path)
@@ -112,7 +123,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
     found = latest_checkpoint(folder)
     if found is None:
         what = "is neither a checkpoint nor a run with a complete checkpoint" if folder.exists() else "does not exist"
-        raise ValueError(f"model={path} {what}; give the folder that `kinema train` wrote, or one of its checkpoints")
+        raise ValueError(
+            f"{setting}={path} {what}; give the folder that `kinema train` wrote, or one of its checkpoints"
+        )
     return found
 
 

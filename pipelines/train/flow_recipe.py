@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -29,7 +28,7 @@ from kinema.models.smurf_loss import SmurfLossWeights, self_supervision_loss, un
 from kinema.models.weights import load_weights
 from kinema.pipelines.loader import Clip, Skip
 from kinema.pipelines.pictures import flow_picture, panel
-from kinema.pipelines.train.checkpoint import MODEL_FILE, resolve_checkpoint
+from kinema.pipelines.train.checkpoint import weights_file
 from kinema.pipelines.train.recipe import Batch, ExportedModel, Loss
 
 PICTURE_SAMPLES = 4
@@ -56,9 +55,7 @@ class FlowRecipe:
         """The network, from its initialisation or from `weights`: a file, a URL or another run."""
         network = flow_network(self.network)
         if self.weights:
-            run = Path(self.weights)
-            source = resolve_checkpoint(run) / MODEL_FILE if run.is_dir() else self.weights
-            load_weights(network, source, self.network)
+            load_weights(network, weights_file(self.weights), self.network)
         return network.train()
 
     def read_sample(self, clip: Clip, rng: np.random.Generator) -> dict[str, Tensor] | Skip:
@@ -83,7 +80,7 @@ class FlowRecipe:
             frames = [cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames]
         height, width = self.config.crop
         if frames[0].shape[0] < height or frames[0].shape[1] < width:
-            return Skip(f"frames smaller than the crop of {height}x{width}")
+            return Skip(f"frames smaller than flow_network.crop=[{height},{width}]: lower it")
         top = int(rng.integers(frames[0].shape[0] - height + 1))
         left = int(rng.integers(frames[0].shape[1] - width + 1))
         mirrored = bool(rng.random() < self.config.flip)
@@ -153,7 +150,8 @@ class FlowRecipe:
     def _pair(self, clip: Clip, rng: np.random.Generator) -> tuple[int, int] | Skip:
         if self.needs:
             pairs = [(t, gap) for t, gap in clip.flow_pairs if abs(gap) <= self.config.gap]
-            return pairs[int(rng.integers(len(pairs)))] if pairs else Skip("no flow pair with this gap")
+            none = Skip(f"no flow pair over at most flow_network.gap={self.config.gap} frames: raise it")
+            return pairs[int(rng.integers(len(pairs)))] if pairs else none
         if clip.num_frames < 2:
             return Skip("a single frame")
         gap = int(rng.integers(1, min(self.config.gap, clip.num_frames - 1) + 1))
