@@ -155,7 +155,9 @@ class TeachConfig:
         _require(self.stride >= 1, "stride", self.stride, "use 1 or more")
         _require(self.iters >= 0, "iters", self.iters, "use 1 or more, or 0 for the network's default")
         _require(self.batch_pairs >= 1, "batch_pairs", self.batch_pairs, "use 1 or more")
-        _require(self.short_side >= 0, "short_side", self.short_side, "use pixels, or 0 for the original size")
+        _require(-4 <= self.scale <= 2, "scale", self.scale, "use -4 to 2; frames are resized by 2^scale")
+        rule = "use 16 pixels or more, or 0 for the original size"
+        _require(self.short_side == 0 or self.short_side >= 16, "short_side", self.short_side, rule)
         _require(
             self.max_megapixels == 0 or self.max_megapixels >= 0.02,
             "max_megapixels",
@@ -189,7 +191,8 @@ class TrackConfig:
     grid: int = 16
     """Tracks are started on grid x grid points of a frame."""
     start_frames: tuple[int, ...] = (0,)
-    """Frames in which grids are started; negative ones count from the clip's end. Tracked forwards and backwards."""
+    """Frames in which grids are started, tracked forwards and backwards. Negative ones count from the clip's end; in a
+    clip without such a frame the nearest one is meant."""
     spread_starts: int = 0
     """Instead of start_frames: grids in this many frames, spread evenly from the first to the last; 0: off."""
     iters: int = 0
@@ -204,7 +207,7 @@ class TrackConfig:
     """Exit status 3 when more than this share of the clips was quarantined."""
 
     def __post_init__(self) -> None:
-        _require(self.grid >= 1, "grid", self.grid, "use 1 or more points a side")
+        _require(1 <= self.grid <= 1024, "grid", self.grid, "use 1 to 1024 points a side")
         _require(self.spread_starts >= 0, "spread_starts", self.spread_starts, "use 1 or more frames, or 0 for none")
         listed = bool(self.start_frames) or self.spread_starts > 0
         _require(listed, "start_frames", list(self.start_frames), "name at least one frame, or set spread_starts")
@@ -299,7 +302,16 @@ class FlowNetworkConfig:
         _require(self.gap >= 1, "flow_network.gap", self.gap, "use 1 or more")
         _require(self.iters >= 1, "flow_network.iters", self.iters, "use 1 or more")
         _require(0 < self.gamma <= 1, "flow_network.gamma", self.gamma, "use 0 < gamma <= 1")
+        _require(0 <= self.flip <= 1, "flow_network.flip", self.flip, "use a probability, 0 to 1")
         _require(0 <= self.jitter < 1, "flow_network.jitter", self.jitter, "use 0 <= jitter < 1")
+        for name, least in (
+            ("smoothness", 0),
+            ("edge_constant", 0),
+            ("self_supervision", 0),
+            ("self_supervision_crop", 1),
+        ):
+            value = getattr(self, name)
+            _require(value >= least, f"flow_network.{name}", value, f"use {least} or more")
         if self.self_supervision:
             inner = min(self.crop) - 2 * self.self_supervision_crop
             rule = f"leaves {inner} pixels of the crop; it must leave 128"
@@ -371,6 +383,14 @@ class PairFilterConfig:
     """Leave out pairs of equal pictures."""
     skip_cuts: bool = False
     """Leave out pairs whose flow explains nothing: cuts that were not found, or failures of the teacher."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_occluded_share", "max_photometric"):
+            _require(getattr(self, name) <= 1, f"loader.pairs.{name}", getattr(self, name), "use 0 to 1, or -1 for any")
+        if self.max_motion_px >= 0:
+            rule = f"use at most max_motion_px={self.max_motion_px}"
+            fits = self.min_motion_px <= self.max_motion_px
+            _require(fits, "loader.pairs.min_motion_px", self.min_motion_px, rule)
 
 
 @dataclass(frozen=True)
@@ -485,6 +505,8 @@ class TrainConfig:
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "use 1 or more steps")
         _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "use 1 or more")
         _require(self.log_every >= 1, "log_every", self.log_every, "use 1 or more steps")
+        rule = "it takes several teachers; name the others' flow: other_flow=[DIR]"
+        _require(self.flow_use == "choose" or bool(self.other_flow), "flow_use", self.flow_use, rule)
         world = self.num_workers * self.accumulate
         if self.batch_size % world:
             low, high = self.batch_size // world * world, -(-self.batch_size // world) * world

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +14,30 @@ from kinema.configs.schema import PairFilterConfig
 from kinema.models.flow_geometry import resize_flow
 from kinema.pipelines.flow_codec import FlowBlob, FlowHeader, FlowPair
 
+_BOTH_WAYS = "teach with directions=[forward,backward]"
+_SOURCES = {
+    "pair_consistency_px": _BOTH_WAYS,
+    "pair_occluded_share": _BOTH_WAYS,
+    "pair_uncertainty_px": "teach with a sea_raft_* teacher and uncertainty=true",
+    "pair_disagreement_px": "teach with compare=OTHER_FLOW",
+}
+"""How each signal comes about that flow need not have."""
+
 
 def signal_columns(limits: PairFilterConfig) -> tuple[str, ...]:
     """The signals that the limits ask for, as columns of the flow's samples.parquet."""
-    return tuple(dict.fromkeys(column for column, *_ in _ranges(limits)))
+    return tuple(dict.fromkeys(limit.column for limit in _limits(limits)))
+
+
+def check_signals(limits: PairFilterConfig, known: Set[str]) -> None:
+    """Args: known, columns of `signal_columns` in which some pair has a value.
+
+    Raises: ValueError for a limit that would do nothing, because no pair has its signal.
+    """
+    for limit in _limits(limits):
+        if limit.column not in known:
+            how = _SOURCES.get(limit.column, "teach the flow anew")
+            raise ValueError(f"loader.pairs.{limit.setting} has nothing to go by: no pair has {limit.column}; {how}")
 
 
 def usable_pairs(limits: PairFilterConfig, row: Mapping[str, Any]) -> list[bool]:
@@ -26,27 +47,33 @@ def usable_pairs(limits: PairFilterConfig, row: Mapping[str, Any]) -> list[bool]
     every pixel leaves the picture (such a pair is a cut).
     """
     kept = [True] * row["num_pairs"]
-    for column, low, high in _ranges(limits):
-        for number, value in enumerate(row[column]):
-            if value is not None and not low <= value <= high:
+    for limit in _limits(limits):
+        for number, value in enumerate(row[limit.column]):
+            if value is not None and not limit.low <= value <= limit.high:
                 kept[number] = False
     return kept
 
 
-def _ranges(limits: PairFilterConfig) -> list[tuple[str, float, float]]:
-    """(column, lowest, highest) of every limit that is set."""
-    ranges = [
-        ("pair_motion_px", -np.inf, limits.max_motion_px),
-        ("pair_consistency_px", -np.inf, limits.max_consistency_px),
-        ("pair_occluded_share", -np.inf, limits.max_occluded_share),
-        ("pair_photometric", -np.inf, limits.max_photometric),
-        ("pair_uncertainty_px", -np.inf, limits.max_uncertainty_px),
-        ("pair_disagreement_px", -np.inf, limits.max_disagreement_px),
-    ]
-    ranges = [limit for limit in ranges if limit[2] >= 0]
-    ranges += [("pair_motion_px", limits.min_motion_px, np.inf)] if limits.min_motion_px >= 0 else []
-    ranges += [("pair_static", 0, 0)] if limits.skip_static else []
-    return ranges + ([("pair_cut", 0, 0)] if limits.skip_cuts else [])
+class _Limit(NamedTuple):
+    """A setting of PairFilterConfig that is in force."""
+
+    setting: str
+    column: str
+    low: float
+    high: float
+
+
+def _limits(limits: PairFilterConfig) -> list[_Limit]:
+    """Those that are set."""
+    found = []
+    for name in ("motion_px", "consistency_px", "occluded_share", "photometric", "uncertainty_px", "disagreement_px"):
+        if (high := getattr(limits, f"max_{name}")) >= 0:
+            found.append(_Limit(f"max_{name}", f"pair_{name}", -math.inf, high))
+    if limits.min_motion_px >= 0:
+        found.append(_Limit("min_motion_px", "pair_motion_px", limits.min_motion_px, math.inf))
+    if limits.skip_static:
+        found.append(_Limit("skip_static", "pair_static", 0, 0))
+    return found + ([_Limit("skip_cuts", "pair_cut", 0, 0)] if limits.skip_cuts else [])
 
 
 class AveragedFlow:

@@ -15,7 +15,7 @@ from kinema.configs.schema import PairFilterConfig
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts.layout import MAKERS
 from kinema.pipelines.loader.clip import Clip, ReadCounter
-from kinema.pipelines.loader.flows import signal_columns, usable_pairs
+from kinema.pipelines.loader.flows import check_signals, signal_columns, usable_pairs
 
 FlowUse = Literal["choose", "average"]
 
@@ -97,16 +97,19 @@ class ClipIndex:
         if min_motion > 0:
             judged = _with_motion(judged, min_motion, left_out)
         flow = None if flow_url is None else Artifact.read(flow_url)
+        others = [Artifact.read(url) for url in other_flows]
         if flow is not None:
             judged = _with_flow(judged, flow, left_out, pairs)
-        others = [Artifact.read(url) for url in other_flows]
         for number, other in enumerate(others, start=1):
             judged = _with_flow(judged, other, left_out, pairs, f"_{number}")
+        if pairs is not None and flow is not None and judged.num_rows:
+            check_signals(pairs, _known_signals([flow, *others], signal_columns(pairs)))
         tracks = None if tracks_url is None else Artifact.read(tracks_url)
         if tracks is not None:
             judged = _with_sidecar(judged, tracks, "tracks", _TRACKS_COLUMNS, left_out)
         if not judged.num_rows:
-            raise ValueError(_nothing_left(clips, flow, tracks, left_out))
+            sidecars = [artifact for artifact in (flow, *others, tracks) if artifact is not None]
+            raise ValueError(_nothing_left(clips, sidecars, left_out))
 
         wanted = [*_PLAIN_COLUMNS, *_MEMBER_COLUMNS, *_PACKET_COLUMNS]
         table = samples.select([name for name in wanted if name in samples.column_names])
@@ -232,6 +235,17 @@ def _with_flow(
     return _keep(table, pa.array([any(kept) for kept in usable], pa.bool_()), left_out, "without a usable flow pair")
 
 
+def _known_signals(flows: Sequence[Artifact], columns: Sequence[str]) -> set[str]:
+    """Columns in which some pair of some flow has a value."""
+    known = set()
+    for flow in flows:
+        for name in columns:
+            values = flow.samples([name])[name].combine_chunks().flatten()
+            if len(values) > values.null_count:
+                known.add(name)
+    return known
+
+
 def _with_sidecar(
     table: pa.Table,
     sidecar: Artifact,
@@ -267,8 +281,7 @@ def _listed(left_out: dict[str, int]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in left_out.items())
 
 
-def _nothing_left(clips: Artifact, flow: Artifact | None, tracks: Artifact | None, left_out: dict[str, int]) -> str:
-    sidecars = [artifact for artifact in (flow, tracks) if artifact is not None]
+def _nothing_left(clips: Artifact, sidecars: Sequence[Artifact], left_out: dict[str, int]) -> str:
     places = " and ".join(f"{artifact.kind} {artifact.url}" for artifact in sidecars)
     places = f"{clips.url} with {places}" if sidecars else clips.url
     sources = clips.quarantined().filter(pc.is_null(clips.quarantined()["key"])).num_rows
@@ -277,8 +290,8 @@ def _nothing_left(clips: Artifact, flow: Artifact | None, tracks: Artifact | Non
         text += f", left out: {_listed(left_out)}"
     if sources:
         text += f"; {sources} sources were quarantined before they gave a clip (see quarantine.parquet)"
-    for artifact in sidecars:
-        if f"without {artifact.kind}" in left_out and f"quarantined by {MAKERS[artifact.kind]}" not in left_out:
-            was = "were" if artifact.kind == "tracks" else "was"
-            text += f"; {was} the {artifact.kind} made from these clips?"
+    for kind in dict.fromkeys(artifact.kind for artifact in sidecars):
+        if f"without {kind}" in left_out and f"quarantined by {MAKERS[kind]}" not in left_out:
+            was = "were" if kind == "tracks" else "was"
+            text += f"; {was} the {kind} made from these clips?"
     return text

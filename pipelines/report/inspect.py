@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.artifacts.layout import MANIFEST
 from kinema.pipelines.report import sections
 from kinema.pipelines.report.page import Page
 
@@ -54,7 +56,7 @@ def _artifact(page: Page, artifact: Artifact) -> None:
     elif artifact.kind in ("flow", "tracks"):
         clips = _clips_beside(artifact)
         if clips is None:
-            page.text("The clips were not found beside this artifact (../../clips), so no pictures are shown.")
+            page.text("The clips were not found beside this artifact or its folder, so no pictures are shown.")
         add = sections.add_flow if artifact.kind == "flow" else sections.add_tracks
         add(page, artifact.url, clips)
     else:
@@ -67,15 +69,21 @@ def _artifact(page: Page, artifact: Artifact) -> None:
 
 
 def _clips_beside(sidecar: Artifact) -> str | None:
-    """The clips artifact at the usual place, if it is the one this sidecar belongs to."""
-    if "://" in sidecar.url:
+    """The clips artifact that a sidecar on this machine was made from, in a folder beside it or beside its parent."""
+    wanted = sidecar.manifest["inputs"].get("clips")
+    if "://" in sidecar.url or not wanted:
         return None
-    for candidate in (Path(sidecar.url).parent.parent / "clips", Path(sidecar.url).parent / "clips"):
-        if (candidate / "manifest.json").is_file():
-            clips = Artifact.read(str(candidate))
-            if sidecar.manifest["inputs"].get("clips") in (None, clips.plan8):
-                return str(candidate)
-    return None
+    folder = Path(sidecar.url).parent
+    places = [folder.parent / "clips", folder / "clips", *sorted(folder.iterdir()), *sorted(folder.parent.iterdir())]
+    return next((str(place) for place in places if _holds_clips(place, wanted)), None)
+
+
+def _holds_clips(folder: Path, plan8: str) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest["kind"] == "clips" and manifest["plan8"] == plan8
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # no artifact, or none of ours
 
 
 def _flat(config: dict, prefix: str = "") -> list[tuple[str, object]]:

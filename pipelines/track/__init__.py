@@ -47,12 +47,12 @@ def run(config: TrackConfig, *, report: Callable[[str], None] | None = None) -> 
     """Compute what is missing in config.out. Raises: ValueError for bad arguments, StageError when it cannot end."""
     started = time.monotonic()
     say = report or (lambda line: print(line, file=sys.stderr, flush=True))
+    if config.tracker == "chain" and config.iters:
+        raise ValueError(f"iters={config.iters}: the tracker chain refines nothing; leave iters out")
     inputs = {"clips": open_input(config.clips, "clips")}
     if config.tracker == "chain":
         inputs["flow"] = _open_flow(config.flow, inputs["clips"])
     weights, weights_hash = locate_weights(config.tracker, config.weights)
-    if config.tracker == "chain" and config.iters:
-        raise ValueError(f"iters={config.iters}: the tracker chain refines nothing; leave iters out")
     spec = TrackerSpec(
         name=config.tracker,
         weights=weights,

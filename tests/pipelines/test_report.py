@@ -69,5 +69,8 @@ def test_page_about_flow_has_histograms_and_pictures_of_pairs(tmp_path, monkeypa
     with av.open(io.BytesIO(mp4)) as container:
         decoded = list(container.decode(video=0))
     assert (len(decoded), decoded[0].height, decoded[0].width) == (3, 64, 96)
-    (tmp_path / "clips").rename(tmp_path / "elsewhere")
+    (tmp_path / "clips").rename(tmp_path / "renamed")
+    assert "no pictures" not in open(inspect(str(tmp_path / "flow" / "dis")).page).read()
+    (tmp_path / "far").mkdir()
+    (tmp_path / "renamed").rename(tmp_path / "far" / "clips")
     assert "no pictures" in open(inspect(str(tmp_path / "flow" / "dis")).page).read()

@@ -87,7 +87,8 @@ def test_pixels_that_are_not_known_or_hidden_do_not_count(data, tmp_path):
     assert 0 < np.mean(hidden) < 0.5
     assert recipe.read_sample(clip, np.random.default_rng(0))["valid"].shape == (128, 128)
     large = FlowRecipe("raft_small", dataclasses.replace(SMALL, crop=(256, 128)))
-    assert large.read_sample(clip, np.random.default_rng(0)) == Skip("frames smaller than flow_network.crop=[256,128]: lower it")
+    reason = Skip("frames smaller than flow_network.crop=[256,128]: lower it")
+    assert large.read_sample(clip, np.random.default_rng(0)) == reason
 
 
 def mean_error_px(network) -> float:
