@@ -24,6 +24,14 @@ def _norm(kind: Norm, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.Identity()
 
 
+def name_twice(state: dict[str, Tensor], module: nn.Module, prefix1: str, prefix2: str) -> None:
+    """Gives a module's tensors, which `state` holds under one of two prefixes, both names."""
+    for name in module.state_dict():
+        for missing, present in ((prefix1 + name, prefix2 + name), (prefix2 + name, prefix1 + name)):
+            if missing not in state and present in state:
+                state[missing] = state[present]
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with norms, added to the (strided) input."""
 
@@ -41,11 +49,8 @@ class ResidualBlock(nn.Module):
 
     def adapt_state_dict(self, state: dict[str, Tensor], prefix: str) -> None:
         """Fills in the other name of the shared norm, which safetensors files leave out."""
-        for name in self.norm3.state_dict() if self.downsample is not None else ():
-            names = (f"{prefix}norm3.{name}", f"{prefix}downsample.1.{name}")
-            for missing, present in (names, names[::-1]):
-                if missing not in state and present in state:
-                    state[missing] = state[present]
+        if self.downsample is not None:
+            name_twice(state, self.norm3, f"{prefix}norm3.", f"{prefix}downsample.1.")
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinema.models.raft_layers import MotionEncoder
+from kinema.models.raft_layers import MotionEncoder, name_twice
 
 HIDDEN_CHANNELS = 128
 """Channels of the state, of the context and of the motion features."""
@@ -34,12 +34,8 @@ class ResNetBlock(nn.Module):
 
     def adapt_state_dict(self, state: dict[str, Tensor], prefix: str) -> None:
         """Fills in the other name of the shared norm, which safetensors files leave out."""
-        for name in self.bn3.state_dict() if self.downsample is not None else ():
-            first, second = f"{prefix}bn3.{name}", f"{prefix}downsample.1.{name}"
-            if first in state:
-                state.setdefault(second, state[first])
-            elif second in state:
-                state[first] = state[second]
+        if self.downsample is not None:
+            name_twice(state, self.bn3, f"{prefix}bn3.", f"{prefix}downsample.1.")
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)

@@ -142,15 +142,19 @@ class DISTeacher:
 
 
 class _NetworkTeacher:
-    """What the networks share: weights, device, precision."""
+    """What the networks share: weights, device, precision, and features that are computed once per frame."""
 
     def __init__(self, spec: TeacherSpec):
         self.spec = spec
         network = flow_network(spec.name, weights=spec.weights, scale=spec.scale)
         self.network: Any = network.to(spec.device).eval()
 
-    def _image(self, frame: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "1 3 h w"]:
-        return to_image(frame, self.spec.flow_size(*frame.shape[:2]), self.spec.device)
+    @torch.inference_mode()
+    def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> Any:
+        """What `encode` of the network gives of one frame."""
+        image = to_image(frame, self.spec.flow_size(*frame.shape[:2]), self.spec.device)
+        with self._autocast():
+            return self.network.encode(image)
 
     def _autocast(self) -> AbstractContextManager:
         if self.spec.precision == "fp32":
@@ -168,12 +172,6 @@ class RAFTTeacher(_NetworkTeacher):
         self.network.padding = spec.padding
 
     @torch.inference_mode()
-    def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> FrameFeatures:
-        """Correlation features and context of one frame."""
-        with self._autocast():
-            return self.network.encode(self._image(frame))
-
-    @torch.inference_mode()
     def flow(self, pairs: Sequence[tuple[FrameFeatures, FrameFeatures]]) -> FlowEstimate:
         """All pairs in one network call."""
         first, second = (FrameFeatures.stack(features) for features in zip(*pairs, strict=True))
@@ -185,12 +183,6 @@ class SeaRaftTeacher(_NetworkTeacher):
     """SEA-RAFT; the correlation features are computed once per frame, the context once per pair."""
 
     network: SEARAFT
-
-    @torch.inference_mode()
-    def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> SeaRaftFeatures:
-        """Correlation features and the image of one frame."""
-        with self._autocast():
-            return self.network.encode(self._image(frame))
 
     @torch.inference_mode()
     def flow(self, pairs: Sequence[tuple[SeaRaftFeatures, SeaRaftFeatures]]) -> FlowEstimate:
