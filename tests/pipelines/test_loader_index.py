@@ -249,6 +249,10 @@ def test_one_of_two_teachers_is_drawn_or_both_are_averaged(tmp_path):
     clip = pickle.loads(pickle.dumps(mean)).drawn(0, np.random.default_rng(0))
     assert (clip.flow(0, 1) == 1.5).all() and clip.flow_pairs == [(0, 1)]
     assert clip.flow_pair(0, 1).occlusion.sum() == 2 and clip.flow_size == (4, 6)
+    one_way = write_scored_flow(tmp_path / "c", clips, 1.0, {key: [None, None] for key in KEYS[:4]})
+    assert len(ClipIndex.open(clips.url, one_way.url, other_flows=[second.url], pairs=limits)) == 3
+    with pytest.raises(ValueError, match=r"max_consistency_px has nothing to go by: .*; teach with directions="):
+        ClipIndex.open(clips.url, one_way.url, pairs=limits)
     single = ClipIndex.open(clips.url, first.url)
     rng = np.random.default_rng(0)
     assert single.drawn(0, rng).flow(0, 1)[0, 0, 0] == 1.0

@@ -261,8 +261,10 @@ class NaNTeacher:
 )
 def test_bad_flow_is_quarantined_with_its_reason_and_never_stored(clips, tmp_path, monkeypatch, value, reason):
     monkeypatch.setattr(teach.TeacherSpec, "load", lambda self: NaNTeacher(value))
-    summary = teach.run(config(clips, tmp_path / "flow"))
+    said: list[str] = []
+    summary = teach.run(config(clips, tmp_path / "flow"), report=said.append)
     assert (summary.clips, summary.quarantined, summary.exit_status) == (2, 1, 3)
+    assert "1 of 3 clips quarantined (1 BadFlow; the first: " in said[-1] and reason in said[-1]
     entry = Artifact.read(tmp_path / "flow").quarantined().to_pylist()[0]
     assert (entry["source"], entry["stage"], entry["error_class"]) == ("zoom.mp4", "teach", "BadFlow")
     assert reason in entry["message"]
