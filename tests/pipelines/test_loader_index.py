@@ -22,10 +22,10 @@ def plan(keys: list[str]) -> pa.Table:
     return pa.Table.from_pylist(rows, pa.schema([("shard", pa.int32()), ("key", pa.string()), ("source", pa.string())]))
 
 
-def write(artifact: Artifact, samples: dict[str, tuple[dict, dict]], quarantined: set[str] = frozenset()) -> Artifact:
+def write(artifact: Artifact, samples: dict[str, tuple[dict, dict]], schema: pa.Schema | None = None) -> Artifact:
     """Fill a planned artifact: members and columns by key; the rest is quarantined."""
     for shard in artifact.pending():
-        with artifact.shard_writer(shard) as writer:
+        with artifact.shard_writer(shard, schema) as writer:
             for key in artifact.plan_of(shard)["key"].to_pylist():
                 if key in samples:
                     writer.add(key, *samples[key])
@@ -216,7 +216,10 @@ def write_scored_flow(url, clips: Artifact, value: float, consistency: dict[str,
         blob = encode_clip_flow(pairs, height=4, width=6, teacher="x", weights_hash="none", frames=10)
         row = {"height": 4, "width": 6, "num_pairs": 2, "pair_consistency_px": signals, "pair_static": [False, True]}
         samples[key] = ({"flow": blob}, row)
-    return write(artifact, samples)
+    lists = {"pair_consistency_px": pa.list_(pa.float32()), "pair_static": pa.list_(pa.bool_())}
+    return write(
+        artifact, samples, pa.schema({"height": pa.int32(), "width": pa.int32(), "num_pairs": pa.int32()} | lists)
+    )
 
 
 def test_pairs_are_filtered_by_their_signals_and_clips_without_a_pair_counted(tmp_path):
