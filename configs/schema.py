@@ -322,7 +322,7 @@ class FlowNetworkConfig:
 class FPTConfig:
     """The Flow Poke Transformer: what it is shown, and its size (ICCV 2025, section 3 and supplement)."""
 
-    preset: Literal["fpt_base", "fpt_tiny"] = "fpt_base"
+    preset: Literal["fpt_base", "fpt_tiny", "fpt_nano"] = "fpt_base"
     """The published model, or one that trains on a CPU."""
     encoder_weights: str = ""
     """Checkpoint the image encoder starts from: file, URL, `published` (ledger) or empty (untrained, said aloud)."""

@@ -436,8 +436,9 @@ def test_published_weights_load_and_wrong_ones_are_listed(tmp_path, miniature):
 
 
 def test_presets_build_and_bad_arguments_are_named(miniature, fill, scene):
-    assert set(PRESETS) == {"fpt_base", "fpt_tiny"}
-    assert sum(p.numel() for p in flow_poke_transformer("fpt_tiny").parameters()) < 6e6
+    assert set(PRESETS) == {"fpt_base", "fpt_tiny", "fpt_nano"}
+    for name, limit in {"fpt_tiny": 6e6, "fpt_nano": 2e6}.items():
+        assert sum(p.numel() for p in flow_poke_transformer(name).parameters()) < limit
     with pytest.raises(ValueError, match="'fpt_huge' is not known; use one of fpt_base, fpt_tiny"):
         flow_poke_transformer("fpt_huge")
     with pytest.raises(ValueError, match="image_encoder='resnet' is not known"):
