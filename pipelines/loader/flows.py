@@ -65,10 +65,15 @@ class _Limit(NamedTuple):
 
 def _limits(limits: PairFilterConfig) -> list[_Limit]:
     """Those that are set."""
-    found = []
-    for name in ("motion_px", "consistency_px", "occluded_share", "photometric", "uncertainty_px", "disagreement_px"):
-        if (high := getattr(limits, f"max_{name}")) >= 0:
-            found.append(_Limit(f"max_{name}", f"pair_{name}", -math.inf, high))
+    highest = {
+        "motion_px": limits.max_motion_px,
+        "consistency_px": limits.max_consistency_px,
+        "occluded_share": limits.max_occluded_share,
+        "photometric": limits.max_photometric,
+        "uncertainty_px": limits.max_uncertainty_px,
+        "disagreement_px": limits.max_disagreement_px,
+    }
+    found = [_Limit(f"max_{name}", f"pair_{name}", -math.inf, high) for name, high in highest.items() if high >= 0]
     if limits.min_motion_px >= 0:
         found.append(_Limit("min_motion_px", "pair_motion_px", limits.min_motion_px, math.inf))
     if limits.skip_static:
