@@ -21,7 +21,7 @@ from kinema.pipelines.scenes import Scene
 
 ALLOWED_PX = 0.01
 BATCH_PAIRS = 4
-ROUNDS = 3
+ROUNDS = 2
 FULL_HD = 1080, 1920
 
 _PEAK_OF_ONE_PAIR = """
@@ -37,7 +37,7 @@ print(next(int(line.split()[1]) * 1024 for line in status if line.startswith("Vm
 
 
 def run(
-    side: int = 448, num_frames: int = 5, iters: int = 12, full_hd: tuple[int, int] = FULL_HD
+    side: int = 448, num_frames: int = 12, iters: int = 12, full_hd: tuple[int, int] = FULL_HD
 ) -> list[dict[str, Any]]:
     """Rows of {name, value, baseline, ratio, unit}; gaps 1 and 2, both directions."""
     torch.manual_seed(0)
