@@ -178,10 +178,21 @@ def unbiased_queries(num_tracks: int, rule: SamplingRule, rng: np.random.Generat
 
     Without overlap, group g draws from the tracks that are not among its g known pokes.
     """
-    ranks = rng.random((rule.num_pokes, num_tracks))
-    if not rule.allow_overlap:
-        ranks[np.arange(num_tracks) < np.arange(rule.num_pokes)[:, None]] = np.inf
-    return np.argpartition(ranks, rule.queries_per_poke - 1, axis=1)[:, : rule.queries_per_poke]
+    num, length = rule.num_pokes, rule.queries_per_poke
+    first = np.zeros(num, np.int64) if rule.allow_overlap else np.arange(num)
+    if length**2 > num_tracks - first[-1]:
+        ranks = rng.random((num, num_tracks))
+        ranks[np.arange(num_tracks) < first[:, None]] = np.inf
+        return np.argpartition(ranks, length - 1, axis=1)[:, :length]
+    # With many tracks hardly a group of free draws holds one twice: those are drawn anew as a whole, which is even.
+    room = (num_tracks - first)[:, None]
+    queries = (rng.random((num, length)) * room).astype(np.int64) + first[:, None]
+    while True:
+        repeated = np.flatnonzero((np.diff(np.sort(queries, axis=1), axis=1) == 0).any(axis=1))
+        if not len(repeated):
+            return queries
+        drawn = rng.random((len(repeated), length)) * room[repeated]
+        queries[repeated] = drawn.astype(np.int64) + first[repeated][:, None]
 
 
 def published_queries(num_tracks: int, rule: SamplingRule, rng: np.random.Generator) -> np.ndarray:
