@@ -60,9 +60,12 @@ class ModelSpec:
             registry = Registry.at(tracking.tracking_uri(), model)
             version, content_hash = registry.resolve(model)
             return cls(f"models:/{registry.name}/{version}", registry.uri, content_hash)
-        from kinema.pipelines.train.checkpoint import MODEL_FILE, resolve_checkpoint
+        from kinema.pipelines.train.checkpoint import MODEL_FILE, read_meta, resolve_checkpoint
 
         checkpoint = resolve_checkpoint(model).resolve()
+        trained = read_meta(checkpoint)["train_config"]["model"]
+        if trained != "flowfeat":
+            raise ValueError(f"model={model} is a run of {trained}, which gives no features; use a run of flowfeat")
         with (checkpoint / MODEL_FILE).open("rb") as file:
             return cls(str(checkpoint), "", hashlib.file_digest(file, "sha256").hexdigest())
 

@@ -103,7 +103,8 @@ def feature_model(model: str, weights: str = "") -> FlowFeat:
         from kinema.pipelines.train.checkpoint import load_model
 
         loaded = load_model(model)
-    assert isinstance(loaded, FlowFeat)  # the only architecture of the registry and of the recipes
+    if not isinstance(loaded, FlowFeat):
+        raise ValueError(f"model={model} is a {type(loaded).__name__}, which gives no dense features; use a FlowFeat")
     return loaded
 
 

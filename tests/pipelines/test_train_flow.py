@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.configs.schema import EvaluateConfig, FlowNetworkConfig, LoaderConfig, TeachConfig, TrainConfig
+from kinema.configs.schema import EmbedConfig, EvaluateConfig, FlowNetworkConfig, LoaderConfig, TeachConfig, TrainConfig
 from kinema.models.flow_geometry import warp
 from kinema.models.raft import raft_small
-from kinema.pipelines import teach, train
+from kinema.pipelines import embed, teach, train
 from kinema.pipelines.evaluate import stage as evaluate
 from kinema.pipelines.loader import ClipIndex, Skip
 from kinema.pipelines.scenes import Scene
@@ -121,6 +121,10 @@ def test_published_weights_are_tuned_to_other_footage_then_teach_and_are_evaluat
     assert 0 < evaluate.run(asked).metrics["middlebury_epe"] < 20
     with pytest.raises(ValueError, match="has its own; leave weights out"):
         evaluate.run(dataclasses.replace(asked, weights=published))
+    with pytest.raises(ValueError, match="is a run of raft_small, which gives no features"):
+        embed.run(EmbedConfig(model=str(tmp_path / "run"), clips=str(data / "clips"), out=str(tmp_path / "features")))
+    with pytest.raises(ValueError, match="is a RAFT, which gives no dense features"):
+        evaluate.run(EvaluateConfig(model=str(tmp_path / "run"), data=str(shared_data / "davis" / "DAVIS")))
 
 
 @pytest.mark.parametrize("model", ["sea_raft_s", "smurf"])
