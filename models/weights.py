@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import os
 import pickle
+import struct
 import tempfile
 import urllib.parse
 import urllib.request
@@ -156,6 +157,7 @@ _UNREADABLE = (
     OverflowError,
     MemoryError,
     OSError,
+    struct.error,
 )
 
 

@@ -121,6 +121,17 @@ def test_files_that_are_no_checkpoints(kind, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_an_old_file_cut_anywhere_is_named(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save(STATE, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for length in range(1, len(whole), 3):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"w\.pth"):
+            read_state_dict(path)
+
+
 @pytest.mark.parametrize("kind", ["empty", "text", "cut"])
 def test_files_that_are_no_safetensors(kind, tmp_path):
     path = tmp_path / "w.safetensors"
