@@ -143,7 +143,9 @@ def resolve_stage(config: WorkflowConfig, stage: str, workspace: Path, outputs: 
 def _run_folder(section: Any, workspace: Path) -> Path:
     """A training's folder is named by what it is, so that another recipe or other data never resumes into it."""
     settings = {k: v for k, v in dataclasses.asdict(section).items() if k not in RUN_CADENCE}
-    data = [content_hash(url) for url in (section.clips, section.flow, *filter(None, [section.tracks]))]
+    data = [
+        content_hash(url) for url in (section.clips, section.flow, *filter(None, [section.tracks]), *section.other_flow)
+    ]
     identity = config_hash({"settings": settings, "data": data})
     return workspace / "runs" / f"{section.model}-{identity[:8]}"
 

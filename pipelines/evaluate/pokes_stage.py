@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from kinema.configs import EvaluateConfig
+from kinema.configs.load import build
+from kinema.configs.schema import TrainConfig
 from kinema.models.fpt import PRESETS, FlowPokeTransformer, flow_poke_transformer
 from kinema.models.fpt_data_rules import SamplingRule
 from kinema.pipelines.evaluate.pokes import PokeModel, PokeSample, predict_samples, score
@@ -32,10 +34,13 @@ from kinema.pipelines.evaluate.pokes_pictures import (
 from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.pictures import write_png
 from kinema.pipelines.progress import Progress
+from kinema.pipelines.registry import load_trained
+from kinema.pipelines.train.checkpoint import read_meta, resolve_checkpoint
 
 SCENES = "scenes"
 """`data=scenes` asks for rendered scenes instead of a folder (a folder of that name is `data=./scenes`)."""
 EXAMPLE_COUNTS = 4
+_WANTED = "this benchmark takes a Flow Poke Transformer"
 
 
 @dataclass(frozen=True)
@@ -71,24 +76,16 @@ def load_poke_model(model: str, weights: str = "") -> EvaluatedModel:
     if weights:
         raise ValueError(f"weights={weights} goes with a name ({names}); model={model} has its own")
     if model.startswith(("models:/", "runs:/")):
-        from kinema.pipelines.registry import load_registered
-
-        return EvaluatedModel(_checked(model, load_registered(model)).to(device))
+        return EvaluatedModel(load_trained(model, FlowPokeTransformer, _WANTED).to(device))
     if not Path(model).is_dir():
         raise ValueError(
             f"model={model} is no folder; give a run of `kinema train model=fpt`, or {names} with weights="
         )
-    from kinema.configs.load import build
-    from kinema.configs.schema import TrainConfig
-    from kinema.pipelines.train.checkpoint import load_model, read_meta, resolve_checkpoint
-
     config = build(TrainConfig, read_meta(resolve_checkpoint(model))["train_config"])
-    if config.model != "fpt":
-        raise ValueError(f"model={model} is a run of {config.model}; this benchmark takes a run of fpt")
+    network = load_trained(model, FlowPokeTransformer, _WANTED)
     shown = config.fpt
     rule = SamplingRule(static_flow=shown.static_flow, static_share=shown.static_share)
-    network = _checked(model, load_model(model)).to(device)
-    return EvaluatedModel(network, shown.gap_s, shown.image_px, rule, config.clips)
+    return EvaluatedModel(network.to(device), shown.gap_s, shown.image_px, rule, config.clips)
 
 
 def run_pokes(config: EvaluateConfig) -> tuple[dict[str, float], list[Path]]:
@@ -189,12 +186,6 @@ def run_moving_part(config: EvaluateConfig) -> tuple[dict[str, float], list[Path
             named[f"example_{number}"] = part_picture(image, maps, scores.threshold_nats)
         pictures = _write_pictures(out, named)
     return {f"moving_part_{name}": value for name, value in scores.flat().items()}, pictures
-
-
-def _checked(model: str, network: Any) -> FlowPokeTransformer:
-    if not isinstance(network, FlowPokeTransformer):
-        raise ValueError(f"model={model} is a {type(network).__name__}; this benchmark takes a Flow Poke Transformer")
-    return network
 
 
 def _examples(model: EvaluatedModel, samples: TrackSamples, count: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -95,17 +95,9 @@ def feature_model(model: str, weights: str = "") -> FlowFeat:
 
     if model in VARIANTS:
         return flowfeat(model, pretrained=not weights, weights=weights or None)
-    if model.startswith(("models:/", "runs:/")):
-        from kinema.pipelines.registry import load_registered
+    from kinema.pipelines.registry import load_trained
 
-        loaded = load_registered(model)
-    else:
-        from kinema.pipelines.train.checkpoint import load_model
-
-        loaded = load_model(model)
-    if not isinstance(loaded, FlowFeat):
-        raise ValueError(f"model={model} is a {type(loaded).__name__}, which gives no dense features; use a FlowFeat")
-    return loaded
+    return load_trained(model, FlowFeat, "dense features come from a FlowFeat")
 
 
 def dense_features(model: FlowFeat, which: str) -> Callable[[Tensor], Any]:

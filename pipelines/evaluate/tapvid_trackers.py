@@ -16,8 +16,8 @@ from kinema.pipelines.evaluate.tapvid import Tracker
 from kinema.pipelines.evaluate.tapvid_metrics import QueryMode
 from kinema.pipelines.teach.protocol import Teacher
 from kinema.pipelines.teach.teachers import TeacherSpec, locate_weights
+from kinema.pipelines.track.trackers import TRACKERS
 
-TRACKERS = ("chain", "cotracker3")
 CHAIN_GAPS = (1, 2, 4, 8)
 CACHED_FLOWS = 512
 """Flows of 256 x 256 kept at a time, half a MB each: the walks forwards and backwards in time read the same."""

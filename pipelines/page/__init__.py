@@ -21,6 +21,7 @@ from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.page.predictor import Predictor
 from kinema.pipelines.page.server import PageFacts, PageServer
 from kinema.pipelines.progress import format_seconds
+from kinema.pipelines.registry import load_trained
 
 __all__ = ["PageSummary", "run"]
 
@@ -97,17 +98,7 @@ def load_page_model(name: str, weights: str = "") -> FlowPokeTransformer:
         return flow_poke_transformer(name, pretrained=published, weights=None if published else weights or None)
     if weights:
         raise ValueError(f"weights={weights} goes with model={' or '.join(PRESETS)}; model={name} has its own")
-    if name.startswith("models:/"):
-        from kinema.pipelines.registry import load_registered
-
-        model = load_registered(name)
-    else:
-        from kinema.pipelines.train import load_model
-
-        model = load_model(name)
-    if not isinstance(model, FlowPokeTransformer):
-        raise ValueError(f"model={name} is a {type(model).__name__}; the page needs a Flow Poke Transformer")
-    return model
+    return load_trained(name, FlowPokeTransformer, "the page needs a Flow Poke Transformer")
 
 
 class _WebServer(uvicorn.Server):

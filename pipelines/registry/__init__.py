@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -20,10 +20,12 @@ from kinema.pipelines import tracking
 from kinema.pipelines.registry.package import ARCHITECTURES, Package, package
 from kinema.pipelines.registry.shipped.network import build_model
 from kinema.pipelines.registry.versions import Registry
-from kinema.pipelines.train.checkpoint import read_meta, read_tensors, resolve_checkpoint
+from kinema.pipelines.train.checkpoint import load_model, read_meta, read_tensors, resolve_checkpoint
 from kinema.pipelines.train.recipes import make_recipe
 
-__all__ = ["RegisterSummary", "load_registered", "run"]
+__all__ = ["RegisterSummary", "load_registered", "load_trained", "run"]
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # The metric that decides when none is named: this one, else the first by name among the evaluation's.
 PREFERRED_METRIC = "davis_jf"
@@ -129,6 +131,19 @@ def load_registered(address: str, uri: str = "") -> nn.Module:
         if config["architecture"] not in ARCHITECTURES:
             raise ValueError(f"{address} is a {config['architecture']}, which this kinema cannot build; update it")
         return build_model(config, files / "weights.safetensors", "kinema")
+
+
+def load_trained(address: str, kind: type[Network], wanted: str) -> Network:
+    """The trained model behind a run folder, a checkpoint or a registry address, in eval mode on the CPU.
+
+    Args: kind, its class; wanted, what to give instead, for the message.
+    Raises: ValueError if there is none, or it is of another kind; StageError if MLflow does not answer.
+    """
+    registered = address.startswith(("models:/", "runs:/"))
+    model = load_registered(address) if registered else load_model(address)
+    if not isinstance(model, kind):
+        raise ValueError(f"model={address} is a {type(model).__name__}; {wanted}")
+    return model
 
 
 def evaluation_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

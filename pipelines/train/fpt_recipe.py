@@ -35,7 +35,7 @@ from kinema.models.fpt_data_rules import (
 )
 from kinema.models.weights import LEDGER, load_weights, published_file
 from kinema.pipelines.loader import Clip, Skip
-from kinema.pipelines.train.checkpoint import MODEL_FILE, resolve_checkpoint
+from kinema.pipelines.train.checkpoint import weights_file
 from kinema.pipelines.train.fpt_metrics import prediction_metrics
 from kinema.pipelines.train.fpt_pictures import prediction_pictures
 from kinema.pipelines.train.recipe import Batch, ExportedModel, Loss
@@ -175,9 +175,7 @@ class FPTRecipe:
                 )
             load_weights(model.image_embedder.model, published_file(name) if source == "published" else source, name)
         if self.weights:
-            run = Path(self.weights)
-            path = resolve_checkpoint(run) / MODEL_FILE if run.is_dir() else self.weights
-            load_weights(model, path, self.config.preset)
+            load_weights(model, weights_file(self.weights), self.config.preset)
 
 
 def draw_motion(
