@@ -30,7 +30,7 @@ _expose_package(_Path(__file__).resolve().parent)
 
 
 def _backbone(name, pretrained=False, weights=None, **options):
-    from kinema.models.vision_transformer import vision_transformer
+    from kinema.models.backbones.vision_transformer import vision_transformer
 
     return vision_transformer(name, pretrained=pretrained, weights=weights, **options)
 
@@ -60,21 +60,21 @@ def flowfeat(name="dinov2_vits14_yt", pretrained=False, weights=None, **options)
     Names: dino_vits16_yt, dino_vitb16_yt, dino_vitb16_kt, mae_vitb16_kt, dinov2_vits14_yt,
     dinov2_vitb14_yt, dinov2_vitb14_kt.
     """
-    from kinema.models.flowfeat import flowfeat as build
+    from kinema.models.flowfeat.model import flowfeat as build
 
     return build(name, pretrained=pretrained, weights=weights, **options)
 
 
 def raft(pretrained=False, weights=None):
     """RAFT: `model(image1, image2, iters=None, flow_init=None)` -> flow [B, 2, H, W] in pixels."""
-    from kinema.models.raft import raft as build
+    from kinema.models.flow.raft.network import raft as build
 
     return build(pretrained=pretrained, weights=weights)
 
 
 def raft_small(pretrained=False, weights=None):
     """RAFT-small: `model(image1, image2, iters=None, flow_init=None)` -> flow [B, 2, H, W] in pixels."""
-    from kinema.models.raft import raft_small as build
+    from kinema.models.flow.raft.network import raft_small as build
 
     return build(pretrained=pretrained, weights=weights)
 
@@ -84,21 +84,21 @@ def sea_raft_s(pretrained=False, weights=None, scale=0):
 
     The network sees the images at 2^scale times their size; the published weights were made for scale=-1 on 1080p.
     """
-    from kinema.models.sea_raft import sea_raft_s as build
+    from kinema.models.flow.sea_raft.network import sea_raft_s as build
 
     return build(pretrained=pretrained, weights=weights, scale=scale)
 
 
 def sea_raft_m(pretrained=False, weights=None, scale=0):
     """SEA-RAFT M: as sea_raft_s, with deeper encoders."""
-    from kinema.models.sea_raft import sea_raft_m as build
+    from kinema.models.flow.sea_raft.network import sea_raft_m as build
 
     return build(pretrained=pretrained, weights=weights, scale=scale)
 
 
 def sea_raft_l(pretrained=False, weights=None, scale=0):
     """SEA-RAFT L: as sea_raft_m, with 12 refinements instead of 4."""
-    from kinema.models.sea_raft import sea_raft_l as build
+    from kinema.models.flow.sea_raft.network import sea_raft_l as build
 
     return build(pretrained=pretrained, weights=weights, scale=scale)
 
@@ -108,7 +108,7 @@ def smurf(pretrained=False, weights=None):
 
     weights is a state dict of the PyTorch port; no converted weights are published.
     """
-    from kinema.models.smurf import smurf as build
+    from kinema.models.flow.smurf.network import smurf as build
 
     return build(pretrained=pretrained, weights=weights)
 
@@ -118,7 +118,7 @@ def cotracker3(pretrained=False, weights=None):
 
     video is [B, T, 3, H, W] in 0..255, queries [B, N, 3] (t, x, y). Published weights are non-commercial.
     """
-    from kinema.models.cotracker3 import cotracker3 as build
+    from kinema.models.tracks.cotracker3.network import cotracker3 as build
 
     return build(pretrained=pretrained, weights=weights)
 
@@ -130,6 +130,6 @@ def fpt_base(pretrained=False, weights=None):
     poke_flow, query_pos, camera_static, d_img)` or `model.predict_autoregressive(...)` with positions (x, y) in 0..1
     and flow in the same units. Published weights are non-commercial.
     """
-    from kinema.models.fpt import flow_poke_transformer as build
+    from kinema.models.fpt.model import flow_poke_transformer as build
 
     return build("fpt_base", pretrained=pretrained, weights=weights)

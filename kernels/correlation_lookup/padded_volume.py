@@ -66,7 +66,7 @@ class PaddedVolume:
     ) -> None:
         """Products of every pixel of fmap1 with every pixel of fmap2 at every level, divided by sqrt(C).
 
-        Args: linear multiplies rows with rows; `models.inference_linear.linear` does it faster on some CPUs.
+        Args: linear multiplies rows with rows; `models.backbones.inference_linear.linear` does it faster on some CPUs.
         Raises: ValueError for maps that do not fit each other or this volume.
         """
         check_maps(fmap1, [fmap2])

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import cv2
 import numpy as np
 
-from kinema.pipelines.flow_codec import FlowBlob, FlowPair, encode_clip_flow
 from kinema.pipelines.scenes import Scene
+from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair, encode_clip_flow
 
 T = TypeVar("T")
 

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from kinema.configs import load_stage
 from kinema.configs.schema import ClipConfig, TrainConfig
-from kinema.models.fpt import NUM_COMPONENTS
-from kinema.models.gaussian_mixture import GaussianMixture
+from kinema.models.fpt.mixture import GaussianMixture
+from kinema.models.fpt.model import NUM_COMPONENTS
 from kinema.pipelines import train
-from kinema.pipelines.evaluate.pokes import predict_samples, score
-from kinema.pipelines.evaluate.pokes_data import TrackSamples
+from kinema.pipelines.evaluate.pokes.data import TrackSamples
+from kinema.pipelines.evaluate.pokes.scores import predict_samples, score
 from kinema.pipelines.loader import ClipIndex, Skip
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_tracks
-from kinema.pipelines.train.fpt_recipe import FPTRecipe
+from kinema.pipelines.train.recipes.fpt.recipe import FPTRecipe
 
 NUM_SCENES, NUM_HELD_OUT = 120, 24
 FIRST_HELD_OUT_SEED = 10_000

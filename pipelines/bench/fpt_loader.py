@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from kinema.configs.schema import ClipConfig, FPTConfig, LoaderConfig
-from kinema.models.fpt_data_rules import build_targets, extract_motion, gap_in_frames, points_in_square
+from kinema.models.fpt.data_rules import build_targets, extract_motion, gap_in_frames, points_in_square
 from kinema.pipelines.loader import Clip, ClipIndex, Loader
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_tracks
-from kinema.pipelines.train.fpt_recipe import FPTRecipe, square_pixels
+from kinema.pipelines.train.recipes.fpt.recipe import FPTRecipe, square_pixels
 
 SIDE_PX = 512
 # Frames, time gap and number of clips; the published gap of 25 frames does not fit into 24.

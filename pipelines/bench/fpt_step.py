@@ -24,11 +24,11 @@ from torch import Tensor
 from kinema.configs.schema import FPTConfig
 from kinema.kernels import cosine_attention
 from kinema.kernels.cosine_attention import as_pattern
-from kinema.models import fpt_layers
-from kinema.models.fpt import FlowPokeTransformer
-from kinema.models.fpt_layers import prepare
+from kinema.models.fpt import layers as fpt_layers
+from kinema.models.fpt.layers import prepare
+from kinema.models.fpt.model import FlowPokeTransformer
 from kinema.pipelines.bench.cosine_attention import dense_mask
-from kinema.pipelines.train.fpt_recipe import FPTRecipe
+from kinema.pipelines.train.recipes.fpt.recipe import FPTRecipe
 
 # As wide as the published model, with fewer layers: layers repeat, and so does the ratio.
 MODEL = {"width": 768, "depth": 2, "head_dim": 64, "image_encoder": "tiny_vit8", "image_size": 96}

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kinema.models.raft import RAFT
-from kinema.models.raft_layers import ContextGRU, UpdateBlock
+from kinema.models.flow.raft.layers import ContextGRU, UpdateBlock
+from kinema.models.flow.raft.network import RAFT
 
 NUM_LEVELS = 4
 

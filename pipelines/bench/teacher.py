@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kinema.kernels.correlation_lookup import volume_bytes
-from kinema.models.raft import RAFT, FrameFeatures, raft, raft_small
+from kinema.models.flow.raft.network import RAFT, FrameFeatures, raft, raft_small
 from kinema.pipelines.bench.plain_raft import plain_predictions
 from kinema.pipelines.scenes import Scene
 
@@ -27,7 +27,7 @@ FULL_HD = 1080, 1920
 _PEAK_OF_ONE_PAIR = """
 import sys, torch
 from pathlib import Path
-from kinema.models.raft import raft
+from kinema.models.flow.raft.network import raft
 height, width = map(int, sys.argv[1:])
 with torch.inference_mode():
     raft()(*torch.rand(2, 1, 3, height, width), iters=2)

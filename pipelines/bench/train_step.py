@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from kinema.configs.schema import FlowFeatConfig, LoaderConfig, TrainConfig
-from kinema.models.flowfeat import encoder_maps
-from kinema.models.flowfeat_training import FlowFeatTraining, edge_loss, sample_crop, standardise_flow
-from kinema.models.raft import raft
+from kinema.models.flow.raft.network import raft
+from kinema.models.flowfeat.model import encoder_maps
+from kinema.models.flowfeat.training import FlowFeatTraining, edge_loss, sample_crop, standardise_flow
 from kinema.pipelines.bench.plain_raft import plain_predictions
 from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.loader.clip import Clip
 from kinema.pipelines.loader.reader import Skip, stack
-from kinema.pipelines.pictures import normalise_images
+from kinema.pipelines.pictures.images import normalise_images
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
-from kinema.pipelines.train.flowfeat_recipe import FlowFeatRecipe
 from kinema.pipelines.train.optimizer import make_optimizer
+from kinema.pipelines.train.recipes.flowfeat import FlowFeatRecipe
 
 RAFT_ITERS = 20
 

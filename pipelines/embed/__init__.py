@@ -16,7 +16,7 @@ from kinema.configs.schema import EmbedConfig
 from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.embed.shard_embedder import ModelSpec, ShardEmbedder
-from kinema.pipelines.sidecar import (
+from kinema.pipelines.sidecars.sidecar import (
     Place,
     SidecarSummary,
     build_shards,

@@ -20,7 +20,7 @@ from kinema.pipelines import tracking
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader.clip import Clip, ReadCounter
-from kinema.pipelines.pictures import normalise_images, size_for_model
+from kinema.pipelines.pictures.images import normalise_images, size_for_model
 from kinema.pipelines.teach.teachers import use_threads
 
 COLUMNS = pa.schema(

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from kinema.configs import EvaluateConfig
 from kinema.pipelines import tracking
-from kinema.pipelines.pictures import normalise_images
+from kinema.pipelines.pictures.images import normalise_images
 from kinema.pipelines.progress import Progress
 
 if TYPE_CHECKING:
-    from kinema.models.flowfeat import FlowFeat
+    from kinema.models.flowfeat.model import FlowFeat
 
 FLOW_BENCHMARKS = ("sintel", "kitti", "middlebury")
 
@@ -69,7 +69,7 @@ def run(config: EvaluateConfig, *, report: Callable[[Any], None] | None = None) 
     elif config.benchmark == "tapvid":
         metrics = _tapvid(config)
     elif config.benchmark in ("pokes", "moving_part"):
-        from kinema.pipelines.evaluate.pokes_stage import run_moving_part, run_pokes
+        from kinema.pipelines.evaluate.pokes.stage import run_moving_part, run_pokes
 
         metrics, pictures = (run_pokes if config.benchmark == "pokes" else run_moving_part)(config)
     else:
@@ -91,7 +91,7 @@ def _check_writable(folder: Path) -> None:
 
 def feature_model(model: str, weights: str = "") -> FlowFeat:
     """A FlowFeat from a run folder, checkpoint, registry URI, or hub name (then with `weights` or published ones)."""
-    from kinema.models.flowfeat import VARIANTS, FlowFeat, flowfeat
+    from kinema.models.flowfeat.model import VARIANTS, FlowFeat, flowfeat
 
     if model in VARIANTS:
         return flowfeat(model, pretrained=not weights, weights=weights or None)
@@ -123,8 +123,8 @@ def dense_features(model: FlowFeat, which: str) -> Callable[[Tensor], Any]:
 
 
 def _flow(config: EvaluateConfig) -> dict[str, float]:
-    from kinema.models.flow_networks import FLOW_NETWORKS, flow_network
-    from kinema.pipelines.evaluate.flow import evaluate_flow, find_samples
+    from kinema.models.flow.networks import FLOW_NETWORKS, flow_network
+    from kinema.pipelines.evaluate.flow.scores import evaluate_flow, find_samples
 
     if Path(config.model).is_dir():
         network = _trained_flow_network(config)
@@ -148,7 +148,7 @@ def _flow(config: EvaluateConfig) -> dict[str, float]:
 
 
 def _trained_flow_network(config: EvaluateConfig) -> Any:
-    from kinema.models.flow_networks import FLOW_NETWORKS, flow_network
+    from kinema.models.flow.networks import FLOW_NETWORKS, flow_network
     from kinema.pipelines.train.checkpoint import MODEL_FILE, read_meta, resolve_checkpoint
 
     if config.weights:
@@ -161,9 +161,9 @@ def _trained_flow_network(config: EvaluateConfig) -> Any:
 
 
 def _tapvid(config: EvaluateConfig) -> dict[str, float]:
-    from kinema.pipelines.evaluate.tapvid import SCENES, evaluate_tapvid, scene_videos
-    from kinema.pipelines.evaluate.tapvid_files import TapVidFiles
-    from kinema.pipelines.evaluate.tapvid_trackers import load_tracker
+    from kinema.pipelines.evaluate.tapvid.files import TapVidFiles
+    from kinema.pipelines.evaluate.tapvid.scores import SCENES, evaluate_tapvid, scene_videos
+    from kinema.pipelines.evaluate.tapvid.trackers import load_tracker
 
     videos = scene_videos() if config.data == SCENES else TapVidFiles(config.data)
     tracker = load_tracker(
@@ -184,9 +184,9 @@ def _tapvid(config: EvaluateConfig) -> dict[str, float]:
 
 
 def _davis(config: EvaluateConfig) -> dict[str, float]:
-    from kinema.pipelines.evaluate.davis import evaluate_davis
-    from kinema.pipelines.evaluate.davis_folder import find_sequences
-    from kinema.pipelines.evaluate.probe_fitting import ProbeFit
+    from kinema.pipelines.evaluate.davis.folder import find_sequences
+    from kinema.pipelines.evaluate.davis.scores import evaluate_davis
+    from kinema.pipelines.evaluate.probes.fitting import ProbeFit
 
     sequences = list(config.sequences) or None
     names = [sequence.name for sequence in find_sequences(config.data, sequences)]

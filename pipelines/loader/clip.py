@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
 from kinema.pipelines.artifacts import read_range
-from kinema.pipelines.flow_codec import FlowBlob, FlowPair
 from kinema.pipelines.loader._h264 import is_unreferenced, length_size
 from kinema.pipelines.loader.flows import AveragedFlow
-from kinema.pipelines.tracks_codec import Tracks, TracksBlob
+from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair
+from kinema.pipelines.sidecars.tracks_codec import Tracks, TracksBlob
 from kinema.pipelines.video.packets import DECODERS, PacketTable, decode_gop, packet_table
 
 # Two ranges closer than this are read as one: a request costs more than these bytes, on disks and on buckets.

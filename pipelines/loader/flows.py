@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float32
 
 from kinema.configs.schema import PairFilterConfig
-from kinema.models.flow_geometry import resize_flow
-from kinema.pipelines.flow_codec import FlowBlob, FlowHeader, FlowPair
+from kinema.models.flow.geometry import resize_flow
+from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowHeader, FlowPair
 
 _BOTH_WAYS = "teach with directions=[forward,backward]"
 _SOURCES = {

@@ -15,7 +15,7 @@ import torch
 import uvicorn
 
 from kinema.configs.schema import PageConfig
-from kinema.models.fpt import PRESETS, FlowPokeTransformer, flow_poke_transformer
+from kinema.models.fpt.model import PRESETS, FlowPokeTransformer, flow_poke_transformer
 from kinema.models.weights import LEDGER
 from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.page.predictor import Predictor

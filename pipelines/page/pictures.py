@@ -17,8 +17,8 @@ from matplotlib import colormaps
 from PIL import Image
 from scipy.ndimage import binary_erosion, center_of_mass, label, maximum_filter
 
-from kinema.models.gaussian_mixture import GaussianMixture
-from kinema.pipelines.pictures import flow_picture
+from kinema.models.fpt.mixture import GaussianMixture
+from kinema.pipelines.pictures.images import flow_picture
 
 OVERLAY_PX = 256
 DENSITY_PX = 161

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from kinema.models.fpt import FlowPokeTransformer
-from kinema.models.fpt_data_rules import frame_to_image
-from kinema.models.gaussian_mixture import GaussianMixture
+from kinema.models.fpt.data_rules import frame_to_image
+from kinema.models.fpt.mixture import GaussianMixture
+from kinema.models.fpt.model import FlowPokeTransformer
 from kinema.pipelines.page.pictures import Density, density_of
 from kinema.pipelines.page.questions import Question
 

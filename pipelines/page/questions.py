@@ -126,7 +126,7 @@ def decode_upload(data: bytes, max_megapixels: float) -> UInt8[np.ndarray, "S S 
 
 
 def _upright_square(image: Image.Image) -> Image.Image:
-    from kinema.models.fpt_data_rules import central_square
+    from kinema.models.fpt.data_rules import central_square
 
     image = ImageOps.exif_transpose(image)
     top, left, side = central_square(image.height, image.width)

@@ -23,10 +23,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from kinema.models.fpt_data_rules import central_square
+from kinema.models.fpt.data_rules import central_square
 from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.loader.clip import DamagedClip
-from kinema.pipelines.motion_pictures import wheel_picture
 from kinema.pipelines.page import pictures
 from kinema.pipelines.page.guard import Guard
 from kinema.pipelines.page.predictor import Abandoned, ImageGone, NotFinite, Predictor, SeenImage, Timing
@@ -42,6 +41,7 @@ from kinema.pipelines.page.questions import (
     read_question,
 )
 from kinema.pipelines.page.turns import Busy, Stale, Turns
+from kinema.pipelines.pictures.motion import wheel_picture
 from kinema.pipelines.scenes import Scene
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from kinema.pipelines.registry.package import ARCHITECTURES, Package, package
 from kinema.pipelines.registry.shipped.network import build_model
 from kinema.pipelines.registry.versions import Registry
 from kinema.pipelines.train.checkpoint import load_model, read_meta, read_tensors, resolve_checkpoint
-from kinema.pipelines.train.recipes import make_recipe
+from kinema.pipelines.train.recipes.choose import make_recipe
 
 __all__ = ["RegisterSummary", "load_registered", "load_trained", "run"]
 

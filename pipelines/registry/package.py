@@ -19,10 +19,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from kinema.pipelines.train.recipe import ExportedModel
+from kinema.pipelines.train.recipes.protocol import ExportedModel
 
 # Architecture -> module below kinema, class, names of what it returns.
-ARCHITECTURES = {"flowfeat": ("models.flowfeat", "FlowFeat", ("y_enc", "y_dec"))}
+ARCHITECTURES = {"flowfeat": ("models.flowfeat.model", "FlowFeat", ("y_enc", "y_dec"))}
 
 SHIPPED = Path(__file__).parent / "shipped"
 ALLOWED = frozenset({"torch", "numpy", "mlflow"}) | sys.stdlib_module_names

@@ -15,14 +15,14 @@ from PIL import Image
 
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.loader import Clip, ClipIndex
-from kinema.pipelines.motion_pictures import (
+from kinema.pipelines.pictures.images import flow_picture
+from kinema.pipelines.pictures.motion import (
     arrows_picture,
     encode_mp4,
     track_trails,
     warped_difference,
     wheel_picture,
 )
-from kinema.pipelines.pictures import flow_picture
 from kinema.pipelines.report.page import Page
 
 SHOWN_HEIGHT = 150

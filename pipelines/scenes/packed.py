@@ -18,9 +18,9 @@ import pyarrow as pa
 from kinema.configs.schema import ClipConfig
 from kinema.pipelines.artifacts import Artifact, content_hash, sample_key
 from kinema.pipelines.artifacts.tables import canonical_json
-from kinema.pipelines.flow_codec import FlowBlob, FlowPair, encode_clip_flow
 from kinema.pipelines.scenes.scene import Scene
-from kinema.pipelines.tracks_codec import Tracks, TracksBlob, encode_tracks
+from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair, encode_clip_flow
+from kinema.pipelines.sidecars.tracks_codec import Tracks, TracksBlob, encode_tracks
 from kinema.pipelines.video.encode import ClipEncoder
 from kinema.pipelines.video.orient import Orientation
 from kinema.pipelines.video.packets import packet_table

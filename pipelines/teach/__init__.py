@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow.compute as pc
 
 from kinema.configs.schema import TeachConfig
-from kinema.models.flow_networks import FLOW_NETWORKS
+from kinema.models.flow.networks import FLOW_NETWORKS
 from kinema.pipelines.artifacts import Artifact
-from kinema.pipelines.flow_codec import SCALE
-from kinema.pipelines.sidecar import (
+from kinema.pipelines.sidecars.flow_codec import SCALE
+from kinema.pipelines.sidecars.sidecar import (
     Count,
     Place,
     SidecarSummary,

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from kinema.models.flow_geometry import RoundTrip, round_trip
-from kinema.pipelines.flow_codec import FlowPair
-from kinema.pipelines.sidecar import BadResult
+from kinema.models.flow.geometry import RoundTrip, round_trip
+from kinema.pipelines.sidecars.flow_codec import FlowPair
+from kinema.pipelines.sidecars.sidecar import BadResult
 from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
 from kinema.pipelines.teach.quality import PairQuality, pair_quality
 

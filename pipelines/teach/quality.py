@@ -26,7 +26,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kinema.models.flow_geometry import RoundTrip, warp
+from kinema.models.flow.geometry import RoundTrip, warp
 
 STATIC_MOTION_PX = 0.1
 STATIC_STILL = 0.01

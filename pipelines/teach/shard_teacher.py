@@ -10,10 +10,10 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float32
 
-from kinema.models.flow_geometry import resize_flow
+from kinema.models.flow.geometry import resize_flow
 from kinema.pipelines.artifacts import Artifact, read_range
-from kinema.pipelines.flow_codec import FlowBlob, encode_clip_flow
-from kinema.pipelines.sidecar import Count, Sample, ShardOutcome, clip_frames, read_clip, write_shard
+from kinema.pipelines.sidecars.flow_codec import FlowBlob, encode_clip_flow
+from kinema.pipelines.sidecars.sidecar import Count, Sample, ShardOutcome, clip_frames, read_clip, write_shard
 from kinema.pipelines.teach import quality
 from kinema.pipelines.teach.clip_flow import OtherFlow, Pairing, clip_flow
 from kinema.pipelines.teach.protocol import Teacher

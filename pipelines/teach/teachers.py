@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from kinema.models.dis import DIS
-from kinema.models.flow_networks import flow_network
-from kinema.models.raft import RAFT, FrameFeatures
-from kinema.models.sea_raft import SEARAFT, SeaRaftFeatures
+from kinema.models.flow.dis import DIS
+from kinema.models.flow.networks import flow_network
+from kinema.models.flow.raft.network import RAFT, FrameFeatures
+from kinema.models.flow.sea_raft.network import SEARAFT, SeaRaftFeatures
 from kinema.models.weights import file_sha256, local_file
 from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
 from kinema.pipelines.teach.tiling import TiledTeacher
@@ -32,7 +32,7 @@ class TeacherSpec:
     """All that decides a teacher's numbers, and where it runs. Travels to actors; weights go by path."""
 
     name: str
-    """One of `models.flow_networks.FLOW_NETWORKS`."""
+    """One of `models.flow.networks.FLOW_NETWORKS`."""
     weights: str = ""
     """Local path of the checkpoint; empty for dis."""
     weights_hash: str = ""

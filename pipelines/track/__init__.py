@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from kinema.configs.schema import TrackConfig
-from kinema.models.track_chaining import check_pairs
+from kinema.models.tracks.chaining import check_pairs
 from kinema.pipelines.artifacts import Artifact
-from kinema.pipelines.sidecar import (
+from kinema.pipelines.sidecars.sidecar import (
     Place,
     SidecarSummary,
     build_shards,

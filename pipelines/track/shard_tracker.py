@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kinema.models.track_chaining import grid_queries
+from kinema.models.tracks.chaining import grid_queries
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.loader.clip import Clip, ReadCounter
-from kinema.pipelines.sidecar import Count, Sample, ShardOutcome, read_clip, write_shard
+from kinema.pipelines.sidecars.sidecar import Count, Sample, ShardOutcome, read_clip, write_shard
+from kinema.pipelines.sidecars.tracks_codec import Tracks, TracksBlob, encode_tracks
 from kinema.pipelines.teach.teachers import use_threads
 from kinema.pipelines.track.trackers import Tracker, TrackerSpec, check_tracks, starting_frames
-from kinema.pipelines.tracks_codec import Tracks, TracksBlob, encode_tracks
 from kinema.pipelines.video.errors import Missing
 
 TRACKS_COLUMNS = pa.schema(

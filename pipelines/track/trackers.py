@@ -1,6 +1,6 @@
 """The point trackers behind one call: a clip and queries in, tracks out.
 
-`chain` follows stored flow (models/track_chaining.py) and needs no weights; its tracks are in pixels of the flow.
+`chain` follows stored flow (models/tracks/chaining.py) and needs no weights; its tracks are in pixels of the flow.
 `cotracker3` looks at the frames (models/cotracker3*.py); its tracks are in pixels of the clip.
 """
 
@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from kinema.models.cotracker3 import cotracker3
-from kinema.models.cotracker3_predictor import CoTracker3Predictor
-from kinema.models.track_chaining import chain_tracks
+from kinema.models.tracks.chaining import chain_tracks
+from kinema.models.tracks.cotracker3.network import cotracker3
+from kinema.models.tracks.cotracker3.predictor import CoTracker3Predictor
 from kinema.models.weights import file_sha256, local_file
 from kinema.pipelines.loader.clip import Clip
-from kinema.pipelines.sidecar import BadResult
-from kinema.pipelines.tracks_codec import Tracks
+from kinema.pipelines.sidecars.sidecar import BadResult
+from kinema.pipelines.sidecars.tracks_codec import Tracks
 
 TRACKERS = ("chain", "cotracker3")
 PUBLISHED_NAMES = {"cotracker3": "cotracker3_offline"}

@@ -27,7 +27,7 @@ from kinema.pipelines.train.checkpoint import load_model
 from kinema.pipelines.train.launch import launch
 from kinema.pipelines.train.loop import Finished, TrainJob, rank_batch_size, refuse_other_identity
 from kinema.pipelines.train.parallel import Place, seed_step
-from kinema.pipelines.train.recipes import make_recipe
+from kinema.pipelines.train.recipes.choose import make_recipe
 
 __all__ = ["Stopped", "TrainSummary", "build_model", "load_model", "run"]
 

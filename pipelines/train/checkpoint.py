@@ -137,7 +137,7 @@ def load_model(run_or_checkpoint: str | Path, ema: bool = True) -> nn.Module:
     """
     from kinema.configs.load import build
     from kinema.configs.schema import TrainConfig
-    from kinema.pipelines.train.recipes import make_recipe
+    from kinema.pipelines.train.recipes.choose import make_recipe
 
     checkpoint = resolve_checkpoint(run_or_checkpoint)
     config = build(TrainConfig, read_meta(checkpoint)["train_config"])

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kinema.models.flow_geometry import known_flow
-from kinema.models.flowfeat_training import NormalEquations, random_crop_matrix, sample_crop
-from kinema.pipelines.pictures import normalise_images
-from kinema.pipelines.train.flowfeat_recipe import square_image
+from kinema.models.flow.geometry import known_flow
+from kinema.models.flowfeat.training import NormalEquations, random_crop_matrix, sample_crop
+from kinema.pipelines.pictures.images import normalise_images
+from kinema.pipelines.train.recipes.flowfeat import square_image
 
 
 @dataclass(frozen=True)

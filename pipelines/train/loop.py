@@ -22,7 +22,7 @@ from torch import nn
 
 from kinema.configs.schema import TrainConfig
 from kinema.pipelines.errors import StageError
-from kinema.pipelines.pictures import write_png
+from kinema.pipelines.pictures.images import write_png
 from kinema.pipelines.tracking import RunHandle, Tracker
 from kinema.pipelines.train import checkpoint as checkpoints
 from kinema.pipelines.train.meter import MetricsFile, ProgressFile, StepSums, Window, memory_mb
@@ -37,7 +37,7 @@ from kinema.pipelines.train.parallel import (
     seed_step,
     without_sync,
 )
-from kinema.pipelines.train.recipe import Batch, Recipe, to_device
+from kinema.pipelines.train.recipes.protocol import Batch, Recipe, to_device
 from kinema.pipelines.train.stop import Stop
 
 MAX_EMPTY_STEPS = 10

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kinema.pipelines.train.recipe import Batch, Loss, Recipe
+from kinema.pipelines.train.recipes.protocol import Batch, Loss, Recipe
 
 T = TypeVar("T")
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.models import cotracker3, cotracker3_layers
-from kinema.models.cotracker3 import CoTracker3, encode_motion
-from kinema.models.cotracker3_correlation import window_correlation, windows
-from kinema.models.cotracker3_predictor import BenchmarkTracker, CoTracker3Predictor, grid_points
-from kinema.models.cotracker3_windowed import window_spans
+from kinema.models.tracks.cotracker3 import layers as cotracker3_layers
+from kinema.models.tracks.cotracker3 import network as cotracker3
+from kinema.models.tracks.cotracker3.correlation import window_correlation, windows
+from kinema.models.tracks.cotracker3.network import CoTracker3, encode_motion
+from kinema.models.tracks.cotracker3.predictor import BenchmarkTracker, CoTracker3Predictor, grid_points
+from kinema.models.tracks.cotracker3.windowed import window_spans
 from kinema.models.weights import NonCommercialWeightsWarning
 from kinema.pipelines.scenes import Scene
 

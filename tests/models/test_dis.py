@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kinema.models.dis import DIS
-from kinema.pipelines.flow_io import read_flow
+from kinema.models.flow.dis import DIS
+from kinema.pipelines.sidecars.flow_files import read_flow
 
 
 @pytest.mark.parametrize("preset", ["ultrafast", "fast", "medium"])

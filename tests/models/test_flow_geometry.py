@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from kinema.models import flow_geometry as geometry
-from kinema.models.padding import Padding, padding_for
+from kinema.models.flow import geometry
+from kinema.models.flow.padding import Padding, padding_for
 
 
 def _affine_flow(height, width):

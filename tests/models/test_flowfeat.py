@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kinema.models.dpt import ChannelNorm, DPTDecoder, tokens_to_map
-from kinema.models.flowfeat import VARIANTS, FlowFeat, encoder_maps, flowfeat
+from kinema.models.backbones.dpt import ChannelNorm, DPTDecoder, tokens_to_map
+from kinema.models.flowfeat.model import VARIANTS, FlowFeat, encoder_maps, flowfeat
 
 GOLDENS = [
     "flowfeat_dino_vits16_yt__s0_b1_96x128",

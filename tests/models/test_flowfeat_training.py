@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kinema.models.ema import EMA
-from kinema.models.flowfeat_training import (
+from kinema.models.flowfeat.training import (
     FlowFeatLossConfig,
     FlowFeatTraining,
     NormalEquations,
@@ -151,7 +151,7 @@ def test_steps_lower_the_loss_and_the_average_follows(inputs):
 
 
 def test_student_is_the_averaged_model_and_loads_strictly(module, normalised_image):
-    from kinema.models.flowfeat import FlowFeat
+    from kinema.models.flowfeat.model import FlowFeat
 
     student = module.student(ema=True)
     assert not any(p.is_meta for p in student.parameters())
@@ -284,7 +284,7 @@ def test_step_does_not_depend_on_the_pieces(module, inputs, monkeypatch, pixels)
     whole.total.backward()
     weight = module.decoder.scratch.output_conv1[2].weight
     gradient = weight.grad.clone()
-    monkeypatch.setattr("kinema.models.flowfeat_training.PIXELS_PER_PIECE", {"cpu": pixels})
+    monkeypatch.setattr("kinema.models.flowfeat.training.PIXELS_PER_PIECE", {"cpu": pixels})
     module.zero_grad()
     pieces = module.training_losses(*inputs)
     pieces.total.backward()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kinema.models import fpt as module
-from kinema.models.fpt import PRESETS, FlowPokeTransformer, flow_poke_transformer
-from kinema.models.gaussian_mixture import GaussianMixture
+from kinema.models.fpt import model as module
+from kinema.models.fpt.mixture import GaussianMixture
+from kinema.models.fpt.model import PRESETS, FlowPokeTransformer, flow_poke_transformer
 from kinema.models.weights import NonCommercialWeightsWarning, load_weights
 
 TOLERANCE = 2e-5
@@ -467,7 +467,7 @@ def test_hub_entry(monkeypatch):
 
 COMPILED = """
 import torch
-from kinema.models.fpt import FlowPokeTransformer
+from kinema.models.fpt.model import FlowPokeTransformer
 torch.manual_seed(0)
 model = FlowPokeTransformer(64, 1, 32, "tiny_vit8", 48)
 for parameter in model.out_mlp.parameters():

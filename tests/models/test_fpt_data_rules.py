@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.models.fpt_data_rules import (
+from kinema.models.fpt.data_rules import (
     Motion,
     NoTrainingSample,
     SamplingRule,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kinema.models.gaussian_mixture import GaussianMixture, coverage
+from kinema.models.fpt.mixture import GaussianMixture, coverage
 
 
 def seeded(seed: int = 0) -> torch.Generator:

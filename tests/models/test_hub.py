@@ -91,7 +91,7 @@ sys.path = [p for p in sys.path if not p.startswith({root!r})]
 sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f).lower()]
 import torch
 model = torch.hub.load({repo!r}, "dino_vits16", source="local")
-import kinema.models.vision_transformer as module
+import kinema.models.backbones.vision_transformer as module
 print(module.__file__)
 """
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kinema.models.inference_linear import Linear, linear
+from kinema.models.backbones.inference_linear import Linear, linear
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (3, 257, 7), (0, 7), (2, 1, 5, 7)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kinema.models.probe import AttentionProbe, CrossAttentionProbe
+from kinema.models.flowfeat.probe import AttentionProbe, CrossAttentionProbe
 
 
 @pytest.mark.parametrize("with_norm", [False, True])

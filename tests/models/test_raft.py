@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from kinema.models.flow_geometry import px_to_half
-from kinema.models.raft import RAFT, raft, raft_small
-from kinema.models.raft_loss import flow_errors, sequence_loss
-from kinema.pipelines.flow_io import read_flow
+from kinema.models.flow.geometry import px_to_half
+from kinema.models.flow.raft.loss import flow_errors, sequence_loss
+from kinema.models.flow.raft.network import RAFT, raft, raft_small
+from kinema.pipelines.sidecars.flow_files import read_flow
 
 VARIANTS = {"raft": "large", "raft_small": "small"}
 
@@ -217,7 +217,7 @@ def test_full_hd_takes_less_than_2_gigabytes():
     script = """
 import torch
 from pathlib import Path
-from kinema.models.raft import RAFT
+from kinema.models.flow.raft.network import RAFT
 torch.set_num_threads(1)
 with torch.inference_mode():
     RAFT().eval()(*torch.rand(2, 1, 3, 1080, 1920), iters=2)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from kinema.models.sea_raft import (
+from kinema.models.flow.sea_raft.loss import expected_error_px, mixture_nll, mixture_sequence_loss
+from kinema.models.flow.sea_raft.network import (
     RESNET18,
     RESNET34,
     SEARAFT,
@@ -16,7 +17,6 @@ from kinema.models.sea_raft import (
     sea_raft_m,
     sea_raft_s,
 )
-from kinema.models.sea_raft_loss import expected_error_px, mixture_nll, mixture_sequence_loss
 
 BUILDERS = {"sea_raft_s": sea_raft_s, "sea_raft_m": sea_raft_m, "sea_raft_l": sea_raft_l}
 

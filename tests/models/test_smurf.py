@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from kinema.models.flow_geometry import px_to_half
-from kinema.models.smurf import SMURF, smurf
+from kinema.models.flow.geometry import px_to_half
+from kinema.models.flow.smurf.network import SMURF, smurf
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kinema.models import smurf_loss
-from kinema.models.flow_geometry import warp
-from kinema.models.smurf_loss import (
+from kinema.models.flow.geometry import warp
+from kinema.models.flow.smurf import loss as smurf_loss
+from kinema.models.flow.smurf.loss import (
     SmurfLossWeights,
     census_distance,
     census_loss,

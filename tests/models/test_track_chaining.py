@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from kinema.models.track_chaining import chain_tracks, grid_queries
+from kinema.models.tracks.chaining import chain_tracks, grid_queries
 from kinema.pipelines.scenes import Scene
 
 HEIGHT, WIDTH, NUM_FRAMES = 112, 144, 24

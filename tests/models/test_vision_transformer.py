@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kinema.models.vision_transformer import CONFIGS, VisionTransformer, sincos_table, vision_transformer
+from kinema.models.backbones.vision_transformer import CONFIGS, VisionTransformer, sincos_table, vision_transformer
 
 # Sizes of the goldens; L/14 is minutes-free but large, so it is built once here.
 GOLDENS = [

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from kinema.models import weights as weights_module
-from kinema.models.flowfeat import VARIANTS, FlowFeat
-from kinema.models.vision_transformer import CONFIGS
+from kinema.models.backbones.vision_transformer import CONFIGS
+from kinema.models.flowfeat.model import VARIANTS, FlowFeat
 from kinema.models.weights import (
     LEDGER,
     NonCommercialWeightsWarning,

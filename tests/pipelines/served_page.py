@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kinema.models.fpt import FlowPokeTransformer
+from kinema.models.fpt.model import FlowPokeTransformer
 from kinema.pipelines import page
 from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.page.server import PageFacts, PageServer

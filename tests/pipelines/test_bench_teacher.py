@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kinema.models.raft import raft, raft_small
+from kinema.models.flow.raft.network import raft, raft_small
 from kinema.pipelines.bench import teacher
 from kinema.pipelines.bench.plain_raft import plain_predictions
 

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from kinema.configs.schema import EmbedConfig, FlowFeatConfig, TrainConfig
-from kinema.models.vision_transformer import CONFIGS
+from kinema.models.backbones.vision_transformer import CONFIGS
 from kinema.pipelines import embed
 from kinema.pipelines.artifacts import Artifact, read_range
 from kinema.pipelines.loader import ClipIndex
-from kinema.pipelines.pictures import normalise_images
+from kinema.pipelines.pictures.images import normalise_images
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips
 from kinema.pipelines.train import checkpoint, load_model
-from kinema.pipelines.train.recipes import make_recipe
+from kinema.pipelines.train.recipes.choose import make_recipe
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kinema.pipelines.evaluate import davis_measures as measures
-from kinema.pipelines.evaluate.davis import evaluate_davis, score_results, score_sequence, summarise
-from kinema.pipelines.evaluate.davis_folder import find_sequences, read_labels, write_labels
-from kinema.pipelines.evaluate.probe_fitting import ProbeFit
+from kinema.pipelines.evaluate.davis.folder import find_sequences, read_labels, write_labels
+from kinema.pipelines.evaluate.davis.scores import evaluate_davis, measures, score_results, score_sequence, summarise
+from kinema.pipelines.evaluate.probes.fitting import ProbeFit
 
 
 def _masks(fill, seed, objects, frames, height, width):

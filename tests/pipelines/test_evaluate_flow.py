@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from kinema.models.raft import raft_small
-from kinema.pipelines.evaluate.flow import evaluate_flow, find_samples
-from kinema.pipelines.evaluate.flow_metrics import FlowErrors
-from kinema.pipelines.flow_io import read_flow, write_flow
+from kinema.models.flow.raft.network import raft_small
+from kinema.pipelines.evaluate.flow.metrics import FlowErrors
+from kinema.pipelines.evaluate.flow.scores import evaluate_flow, find_samples
+from kinema.pipelines.sidecars.flow_files import read_flow, write_flow
 
 
 @pytest.fixture(scope="module")

@@ -13,23 +13,23 @@ from torch import Tensor
 
 from kinema.configs import EvaluateConfig, TrackConfig
 from kinema.configs.schema import PokesConfig
-from kinema.models.fpt import flow_poke_transformer
-from kinema.models.fpt_data_rules import central_square
-from kinema.models.gaussian_mixture import GaussianMixture
+from kinema.models.fpt.data_rules import central_square
+from kinema.models.fpt.mixture import GaussianMixture
+from kinema.models.fpt.model import flow_poke_transformer
 from kinema.pipelines import track
-from kinema.pipelines.evaluate import pokes_parts_data
-from kinema.pipelines.evaluate import pokes_stage as stage_module
-from kinema.pipelines.evaluate.pokes import PokeSample, predict_samples, score
-from kinema.pipelines.evaluate.pokes_data import TrackSamples
-from kinema.pipelines.evaluate.pokes_measures import (
+from kinema.pipelines.evaluate.pokes import parts_data as pokes_parts_data
+from kinema.pipelines.evaluate.pokes import stage as stage_module
+from kinema.pipelines.evaluate.pokes.data import TrackSamples
+from kinema.pipelines.evaluate.pokes.measures import (
     REMOVED_SHARES,
     area_to_oracle,
     average_precision,
     iou_by_threshold,
     sparsification,
 )
-from kinema.pipelines.evaluate.pokes_parts import PartImage, PartPoke, evaluate_parts
-from kinema.pipelines.evaluate.pokes_parts_data import PartFolder, scene_images
+from kinema.pipelines.evaluate.pokes.parts import PartImage, PartPoke, evaluate_parts
+from kinema.pipelines.evaluate.pokes.parts_data import PartFolder, scene_images
+from kinema.pipelines.evaluate.pokes.scores import PokeSample, predict_samples, score
 from kinema.pipelines.evaluate.stage import run
 from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.scenes import Scene

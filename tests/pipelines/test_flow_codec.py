@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kinema.pipelines.flow_codec import FlowBlob, FlowPair, encode_clip_flow
+from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair, encode_clip_flow
 
 
 def smooth_flow(seed: int, height: int, width: int, amplitude_px: float = 20.0) -> np.ndarray:

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kinema.pipelines import flow_io
+from kinema.pipelines.sidecars import flow_files as flow_io
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from PIL import Image
 
 from kinema.configs import PageConfig, build
 from kinema.configs.describe import describe
-from kinema.models import fpt
-from kinema.models.gaussian_mixture import GaussianMixture
+from kinema.models.fpt import model as fpt
+from kinema.models.fpt.mixture import GaussianMixture
 from kinema.pipelines import page
 from kinema.pipelines.page import pictures
 from kinema.pipelines.page.predictor import Abandoned, NotFinite, Predictor, grid_points

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from kinema.configs.schema import FPTConfig, LoaderConfig, TrainConfig
-from kinema.models.fpt import FlowPokeTransformer
-from kinema.models.fpt_data_rules import NoTrainingSample, SamplingRule, frame_to_image
-from kinema.models.gaussian_mixture import GaussianMixture
+from kinema.models.fpt.data_rules import NoTrainingSample, SamplingRule, frame_to_image
+from kinema.models.fpt.mixture import GaussianMixture
+from kinema.models.fpt.model import FlowPokeTransformer
 from kinema.pipelines import train
 from kinema.pipelines.bench import fpt_step
 from kinema.pipelines.bench.fpt_learning import fit_mixture
@@ -23,8 +23,8 @@ from kinema.pipelines.loader import ClipIndex, Loader, Skip
 from kinema.pipelines.loader.reader import stack
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_tracks
-from kinema.pipelines.train.fpt_metrics import observed_coverage, poke_bins
-from kinema.pipelines.train.fpt_recipe import FPTRecipe, draw_motion, model_image, square_pixels
+from kinema.pipelines.train.recipes.fpt.metrics import observed_coverage, poke_bins
+from kinema.pipelines.train.recipes.fpt.recipe import FPTRecipe, draw_motion, model_image, square_pixels
 
 GAP = 3
 SMALL = FPTConfig(preset="fpt_tiny", image_px=64, gap_s=GAP / 24, num_pokes=6, queries_per_poke=4, min_tracks=16)

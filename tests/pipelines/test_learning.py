@@ -10,7 +10,7 @@ from kinema.configs.schema import ClipConfig, EvaluateConfig, FlowFeatConfig, Lo
 from kinema.pipelines import tracking, train
 from kinema.pipelines.demo import HELD_OUT_SEED, held_out_flow
 from kinema.pipelines.evaluate import stage as evaluate
-from kinema.pipelines.evaluate.davis import evaluate_davis
+from kinema.pipelines.evaluate.davis.scores import evaluate_davis
 from kinema.pipelines.evaluate.stage import dense_features
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow

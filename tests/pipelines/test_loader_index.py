@@ -8,11 +8,11 @@ import pytest
 
 from kinema.configs.schema import LoaderConfig, PairFilterConfig
 from kinema.pipelines.artifacts import Artifact, sample_key
-from kinema.pipelines.flow_codec import FlowPair, encode_clip_flow
 from kinema.pipelines.loader import ClipIndex, Loader
 from kinema.pipelines.loader.order import Order
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
+from kinema.pipelines.sidecars.flow_codec import FlowPair, encode_clip_flow
 
 KEYS = [sample_key("clip", i) for i in range(8)]
 

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.pipelines.motion_pictures import (
+from kinema.pipelines.pictures.images import flow_picture
+from kinema.pipelines.pictures.motion import (
     arrows_picture,
     track_trails,
     warped_difference,
     wheel_picture,
     write_mp4,
 )
-from kinema.pipelines.pictures import flow_picture
 from kinema.pipelines.scenes import Scene
 
 

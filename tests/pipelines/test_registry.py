@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from kinema.configs.schema import FlowFeatConfig, RegisterConfig, TrainConfig
-from kinema.models.vision_transformer import CONFIGS
+from kinema.models.backbones.vision_transformer import CONFIGS
 from kinema.pipelines import registry, tracking
 from kinema.pipelines.registry.package import module_closure, package
 from kinema.pipelines.registry.shipped.network import images_to_input
 from kinema.pipelines.registry.shipped.weights_file import read_weights
 from kinema.pipelines.train import checkpoint, load_model
 from kinema.pipelines.train.parallel import seed_step
-from kinema.pipelines.train.recipe import ExportedModel
-from kinema.pipelines.train.recipes import make_recipe
+from kinema.pipelines.train.recipes.choose import make_recipe
+from kinema.pipelines.train.recipes.protocol import ExportedModel
 
 NAME = "kinema-flowfeat"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -206,11 +206,15 @@ def test_no_pickle_and_no_path_of_this_machine_in_the_registered_files(store, fi
 
 
 def test_package_holds_only_what_the_model_needs(tmp_path):
-    names = set(module_closure("kinema.models.flowfeat"))
-    assert {"kinema.models.flowfeat", "kinema.models.dpt", "kinema.models.vision_transformer"} <= names
+    names = set(module_closure("kinema.models.flowfeat.model"))
+    assert {
+        "kinema.models.flowfeat.model",
+        "kinema.models.backbones.dpt",
+        "kinema.models.backbones.vision_transformer",
+    } <= names
     assert not any("raft" in name or "pipelines" in name for name in names)
     with pytest.raises(ValueError, match="imports cv2, which consumers"):
-        module_closure("kinema.models.dis")
+        module_closure("kinema.models.flow.dis")
 
 
 def test_unknown_architecture_is_refused(tmp_path):

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from kinema.configs import EvaluateConfig
-from kinema.models.cotracker3 import CoTracker3
-from kinema.pipelines.evaluate import tapvid_trackers
+from kinema.models.tracks.cotracker3.network import CoTracker3
 from kinema.pipelines.evaluate.stage import run
-from kinema.pipelines.evaluate.tapvid import evaluate_tapvid, sample_queries, scene_videos
-from kinema.pipelines.evaluate.tapvid_files import TapVidFiles, TapVidVideo, read_arrays, write_npz
-from kinema.pipelines.evaluate.tapvid_metrics import mean_metrics, tapvid_metrics
-from kinema.pipelines.evaluate.tapvid_trackers import FlowChain
+from kinema.pipelines.evaluate.tapvid import trackers as tapvid_trackers
+from kinema.pipelines.evaluate.tapvid.files import TapVidFiles, TapVidVideo, read_arrays, write_npz
+from kinema.pipelines.evaluate.tapvid.metrics import mean_metrics, tapvid_metrics
+from kinema.pipelines.evaluate.tapvid.scores import evaluate_tapvid, sample_queries, scene_videos
+from kinema.pipelines.evaluate.tapvid.trackers import FlowChain
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.teach.protocol import FlowEstimate
 
@@ -290,7 +290,7 @@ def tracking_store(tmp_path_factory):
 def test_command_evaluates_chain_on_rendered_scenes(monkeypatch):
     monkeypatch.setattr(tapvid_trackers, "CHAIN_GAPS", (1,))
     short = functools.partial(scene_videos, 1, num_frames=5, num_points=16)
-    monkeypatch.setattr("kinema.pipelines.evaluate.tapvid.scene_videos", short)
+    monkeypatch.setattr("kinema.pipelines.evaluate.tapvid.scores.scene_videos", short)
     metrics = run(EvaluateConfig(model="chain", benchmark="tapvid", data="scenes")).metrics
     assert metrics["tapvid_pts_within_2"] > 0.8 and metrics["tapvid_occlusion_accuracy"] > 0.7
 

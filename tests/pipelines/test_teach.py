@@ -16,17 +16,17 @@ import pytest
 import torch
 
 from kinema.configs.schema import TeachConfig
-from kinema.models.dis import DIS
-from kinema.models.flow_geometry import occlusion
-from kinema.models.flow_networks import flow_network
-from kinema.models.raft import raft_small
+from kinema.models.flow.dis import DIS
+from kinema.models.flow.geometry import occlusion
+from kinema.models.flow.networks import flow_network
+from kinema.models.flow.raft.network import raft_small
 from kinema.pipelines import teach
 from kinema.pipelines.artifacts import Artifact, read_range, sample_key
 from kinema.pipelines.artifacts import store as store_module
-from kinema.pipelines.flow_codec import FlowBlob
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips
-from kinema.pipelines.sidecar import clip_frames
+from kinema.pipelines.sidecars.flow_codec import FlowBlob
+from kinema.pipelines.sidecars.sidecar import clip_frames
 from kinema.pipelines.teach import clip_flow
 from kinema.pipelines.teach.protocol import FlowEstimate
 from kinema.pipelines.teach.shard_teacher import ShardTeacher
@@ -175,7 +175,7 @@ def test_gaps_directions_and_stride_choose_the_pairs(clips, tmp_path, changes, p
 def test_raft_stores_what_the_network_gives_and_encodes_each_frame_once(clips, tmp_path, monkeypatch, fill, manifest):
     weights = tmp_path / "weights.safetensors"
     save_filled_raft(weights, fill, manifest)
-    from kinema.models.raft import RAFT
+    from kinema.models.flow.raft.network import RAFT
 
     encoded = []
     original = RAFT.encode

@@ -8,9 +8,9 @@ import pytest
 
 from kinema.configs.schema import ClipConfig, ShardConfig, TeachConfig
 from kinema.pipelines import teach
-from kinema.pipelines.flow_io import read_flow, valid_pixels
 from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.shard import run as shard
+from kinema.pipelines.sidecars.flow_files import read_flow, valid_pixels
 
 # From the data's own table: published code, fp32 on a CPU, all valid pixels.
 SINTEL = {"alley_1_clean": 0.274, "alley_1_final": 0.274, "cave_2_clean": 1.189, "cave_2_final": 1.344}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.models.dis import DIS
-from kinema.models.flow_geometry import round_trip
+from kinema.models.flow.dis import DIS
+from kinema.models.flow.geometry import round_trip
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.teach import quality
 from kinema.pipelines.teach.quality import pair_quality

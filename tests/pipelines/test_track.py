@@ -18,9 +18,9 @@ from kinema.pipelines.artifacts import store as store_module
 from kinema.pipelines.loader import ClipIndex, DamagedClip
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
+from kinema.pipelines.sidecars.tracks_codec import Tracks
 from kinema.pipelines.track.shard_tracker import ShardTracker
 from kinema.pipelines.track.trackers import ClipFrames, TrackerSpec, starting_frames
-from kinema.pipelines.tracks_codec import Tracks
 
 HEIGHT, WIDTH = 96, 128
 NUM_FRAMES = {920: 24, 921: 9, 922: 2}
@@ -246,7 +246,7 @@ def test_smaller_flow_gives_tracks_in_its_pixels(data, tmp_path):
 def cotracker_weights(tmp_path_factory, fill, manifest) -> Path:
     from safetensors.torch import save_file
 
-    from kinema.models.cotracker3 import cotracker3
+    from kinema.models.tracks.cotracker3.network import cotracker3
 
     network = cotracker3()
     fill.fill_(network, 0, manifest("cotracker3_offline"))
@@ -256,8 +256,8 @@ def cotracker_weights(tmp_path_factory, fill, manifest) -> Path:
 
 
 def test_cotracker3_stores_what_the_network_gives(data, tmp_path, cotracker_weights):
-    from kinema.models.cotracker3 import cotracker3
-    from kinema.models.cotracker3_predictor import CoTracker3Predictor
+    from kinema.models.tracks.cotracker3.network import cotracker3
+    from kinema.models.tracks.cotracker3.predictor import CoTracker3Predictor
 
     small = tmp_path / "small"
     film = Scene(930, 48, 64, 2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kinema.pipelines.tracks_codec import Tracks, TracksBlob, encode_tracks, scale_for
+from kinema.pipelines.sidecars.tracks_codec import Tracks, TracksBlob, encode_tracks, scale_for
 
 
 def make_tracks(num_frames=9, num_tracks=13, height=120, width=200, seed=0, spread=1.0):

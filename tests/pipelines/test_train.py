@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kinema.configs.schema import FlowFeatConfig, LoaderConfig, TrainConfig
-from kinema.models import vision_transformer
-from kinema.models.flow_geometry import resize_flow
+from kinema.models.backbones import vision_transformer
+from kinema.models.flow.geometry import resize_flow
 from kinema.pipelines import train
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader import ClipIndex, Skip
@@ -20,8 +20,8 @@ from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
 from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.flow_error import flow_error
-from kinema.pipelines.train.flowfeat_recipe import FlowFeatRecipe, square_flow, square_image
 from kinema.pipelines.train.meter import read_metrics
+from kinema.pipelines.train.recipes.flowfeat import FlowFeatRecipe, square_flow, square_image
 from kinema.pipelines.train.stop import Stop
 
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from kinema.configs.schema import EmbedConfig, EvaluateConfig, FlowNetworkConfig, LoaderConfig, TeachConfig, TrainConfig
-from kinema.models.flow_geometry import warp
-from kinema.models.raft import raft_small
+from kinema.models.flow.geometry import warp
+from kinema.models.flow.raft.network import raft_small
 from kinema.pipelines import embed, teach, train
 from kinema.pipelines.evaluate import stage as evaluate
 from kinema.pipelines.loader import ClipIndex, Skip
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
-from kinema.pipelines.train.flow_recipe import FlowRecipe
 from kinema.pipelines.train.loop import TrainJob, train_worker
 from kinema.pipelines.train.parallel import Place
+from kinema.pipelines.train.recipes.flow import FlowRecipe
 from kinema.pipelines.train.stop import Stop
 
 SCENES = [Scene(seed=s, height=144, width=160, num_frames=3, speed_px=4.0) for s in range(4)]

@@ -12,7 +12,7 @@ from torch import nn
 from kinema.configs.schema import TrainConfig
 from kinema.pipelines.train.loop import TrainJob, rank_batch_size
 from kinema.pipelines.train.parallel import Place
-from kinema.pipelines.train.recipe import Loss
+from kinema.pipelines.train.recipes.protocol import Loss
 
 NUM_SAMPLES = 23
 WIDTH = 5

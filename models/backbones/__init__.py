@@ -1,0 +1,1 @@
+"""Image encoders and the dense decoder on top of them."""

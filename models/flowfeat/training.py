@@ -1,0 +1,364 @@
+"""How FlowFeat learns: features whose linear map, fitted on one crop, predicts the flow of another.
+
+Two square crops of a frame are encoded. On the first, ridge regression maps the averaged decoder's
+features to the teacher's flow; that map, applied to the trained decoder's features of the second crop,
+has to give the teacher's flow there. Only the trained features carry gradient.
+
+Source: Araslanov, Sonnweber, Cremers, FlowFeat, NeurIPS 2025, section 3. Deviation: samples whose loss
+would be 0/0 are left out of the mean and counted.
+
+Shape legend: B batch, N = 2 B crops, H W image pixels, h w crop pixels, P pixels, F feature width,
+G = F + 1 rows of a linear map (features, then the constant).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kinema.models.backbones.dpt import DPTDecoder
+from kinema.models.backbones.vision_transformer import CONFIGS, VisionTransformer
+from kinema.models.ema import EMA
+from kinema.models.flowfeat.model import FlowFeat, build_decoder, encoder_maps
+
+# Pixels whose features exist at a time. On a CPU a piece (2 MiB) stays in the cache from the convolution's
+# output to the flow; an accelerator wants few large pieces.
+PIXELS_PER_PIECE = {"cpu": 4096}
+PIXELS_PER_PIECE_ELSEWHERE = 1 << 20
+
+
+@dataclass(frozen=True)
+class FlowFeatLossConfig:
+    """Weights and constants of FlowFeat's training loss, with their published values."""
+
+    ridge_alpha: float = 0.1
+    """Ridge added to the normal equations: 0.1 for YouTube-VOS, 1.0 for Kinetics."""
+    flow_weight: float = 0.1
+    """Weight of the flow loss (L1)."""
+    edge_weight: float = 1.0
+    """Weight of the loss on flow edges."""
+    edge_sigma: float = 0.1
+    """Teacher edge strength, in standard deviations of the flow, at which edges begin to count."""
+
+    def __post_init__(self) -> None:
+        for name in ("ridge_alpha", "edge_sigma"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive; use {getattr(type(self), name)}")
+
+
+@dataclass
+class TrainingLosses:
+    """What one training step yields; losses are means over the valid samples."""
+
+    total: Float[Tensor, ""]
+    """Weighted sum; the only term with gradient a trainer needs. 0 if no sample is valid."""
+    flow: Float[Tensor, ""]
+    """L1 between student's and teacher's flow, u and v added, mean over pixels."""
+    edge: Float[Tensor, ""]
+    """Weighted difference of flow gradients, x and y added."""
+    valid: Bool[Tensor, "B"]
+    """Samples that entered the losses; the others' teacher flow is not finite or has no edges to weigh."""
+    student_flow: Float[Tensor, "B 2 h w"]
+    """Flow that the student predicts on the second crop, in standard deviations of the teacher's."""
+    teacher_flow: Float[Tensor, "B 2 h w"]
+    """Standardised teacher flow on the second crop."""
+
+    @property
+    def num_skipped(self) -> int:
+        """Samples left out of the losses."""
+        return int((~self.valid).sum())
+
+
+def crop_matrix(
+    size: tuple[int, int],
+    dy: float,
+    dx: float,
+    scale: float,
+    angle_deg: float = 0.0,
+    flip: float = 1.0,
+) -> Float[Tensor, "2 3"]:
+    """Matrix for `affine_grid` that cuts a window out of an image.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        dy, dx: offset of the window's centre from the image's, in pixels.
+        scale: image side over window side.
+        angle_deg: rotation of the window.
+        flip: -1 mirrors the columns.
+    """
+    height, width = size
+    aspect = height / width
+    cos, sin = np.cos(np.radians(angle_deg)), np.sin(np.radians(angle_deg))
+    turn = np.array([[flip * cos, -sin * aspect], [sin / aspect, cos]])
+    # The published code divides by the whole number of pixels in half a side.
+    centre = np.array([(cos * dx + sin * dy) / (width // 2), (cos * dy - sin * dx) / (height // 2)])
+    matrix = np.concatenate([turn / scale, (turn @ centre)[:, None]], axis=1)
+    return torch.from_numpy(matrix.astype(np.float32))
+
+
+def random_crop_matrix(
+    size: tuple[int, int], rng: np.random.Generator, scale_range: tuple[float, float] = (0.5, 0.75)
+) -> Float[Tensor, "2 3"]:
+    """Matrix of a random window with the image's proportions, whole inside the image.
+
+    Args: scale_range bounds window side over image side, drawn uniformly.
+    """
+    height, width = size
+    scale = rng.uniform(*scale_range)
+    window_h, window_w = int(scale * height), int(scale * width)
+    top = int(rng.integers(0, height - window_h + 1))
+    left = int(rng.integers(0, width - window_w + 1))
+    dy, dx = top + window_h / 2 - height / 2, left + window_w / 2 - width / 2
+    return crop_matrix(size, dy, dx, scale=1 / scale)
+
+
+def sample_crop(
+    image: Float[Tensor, "B C H W"], matrix: Float[Tensor, "B 2 3"], size: tuple[int, int]
+) -> Float[Tensor, "B C h w"]:
+    """Bilinear crop of `size` = (h, w); 0 outside the image. Values (of a flow, say) are not rescaled."""
+    grid = F.affine_grid(matrix, [*image.shape[:2], *size], align_corners=False)
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def standardise_flow(flow: Float[Tensor, "B 2 H W"]) -> Float[Tensor, "B 2 H W"]:
+    """Zero mean and unit (unbiased) standard deviation per image and channel."""
+    mean = flow.mean(dim=(2, 3), keepdim=True)
+    return (flow - mean) / (flow.std(dim=(2, 3), keepdim=True) + 1e-5)
+
+
+class NormalEquations:
+    """Ridge regression from features, and a constant, to flow, over pixels that come in pieces.
+
+    The solution (X'X / P + alpha I)^-1 X'Y / P minimises squared error; X ends in a column of ones, which
+    is regularised like the features and never built: its products are sums. Computed in float32.
+    """
+
+    def __init__(self) -> None:
+        self.num_pixels = 0
+        self.gram = torch.zeros(())  # [F, F] from the first pixels on
+        self.sums = torch.zeros(())  # [F]
+        self.products = torch.zeros(())  # [F + 1, 2]
+
+    def add(self, features: Float[Tensor, "P F"], flow: Float[Tensor, "P 2"]) -> None:
+        """Take in P more pixels."""
+        gram, sums = features.T @ features, features.sum(dim=0)
+        products = torch.cat([features.T @ flow, flow.sum(dim=0, keepdim=True)])
+        if self.num_pixels:
+            gram, sums, products = self.gram + gram, self.sums + sums, self.products + products
+        self.gram, self.sums, self.products = gram, sums, products
+        self.num_pixels += len(features)
+
+    def solve(self, ridge_alpha: float) -> Float[Tensor, "G 2"]:
+        """Linear map from [features, 1] to flow; not finite if the features are not."""
+        width = len(self.sums)
+        lhs = self.gram.new_full((width + 1, width + 1), self.num_pixels)
+        lhs[:-1, :-1] = self.gram
+        lhs[:-1, -1] = lhs[-1, :-1] = self.sums
+        lhs = lhs / self.num_pixels
+        lhs.diagonal().add_(ridge_alpha)
+        # Symmetric with eigenvalues of at least alpha, so Cholesky agrees with least squares to rounding.
+        # The variant that does not raise lets a diverged network show as a loss that is not finite.
+        factor, _ = torch.linalg.cholesky_ex(lhs)
+        return torch.cholesky_solve(self.products / self.num_pixels, factor)
+
+
+def edge_loss(
+    student: Float[Tensor, "B 2 h w"], teacher: Float[Tensor, "B 2 h w"], sigma: float
+) -> tuple[Float[Tensor, "B"], Bool[Tensor, "B"]]:
+    """Difference of flow gradients, weighted towards the teacher's edges.
+
+    Returns: the loss of each sample (mean over channels, x and y added), and whether it is defined: a
+    channel in which the teacher has no gradient at all in x or in y has no weights to share out. The
+    loss of an undefined sample is a finite number without meaning.
+    """
+    loss = student.new_zeros(len(student))
+    defined = torch.ones(len(student), dtype=torch.bool, device=student.device)
+    for dim in (3, 2):
+        student_edge = student.diff(dim=dim).abs()
+        teacher_edge = teacher.diff(dim=dim).abs()
+        weight = 1 - torch.exp(-teacher_edge / sigma)
+        total = weight.sum(dim=(2, 3), keepdim=True)  # [B, 2, 1, 1]
+        has_edges = total > 0
+        weight = weight / torch.where(has_edges, total, 1.0)
+        loss = loss + (weight * (student_edge - teacher_edge).abs()).sum(dim=(2, 3)).mean(dim=1)
+        defined = defined & has_edges.flatten(1).all(dim=1)
+    return loss, defined
+
+
+class FlowFeatTraining(nn.Module):
+    """Frozen encoder, trained decoder and averaged decoder, with the state dict of published training runs.
+
+    Args:
+        backbone: a key of `vision_transformer.CONFIGS`.
+        loss: constants of the loss.
+        input_size: (h, w) of the crops the encoder sees.
+        ema_beta, ema_every: decay limit of the averaged decoder, and the steps between its moves.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        loss: FlowFeatLossConfig | None = None,
+        input_size: tuple[int, int] = (224, 224),
+        ema_beta: float = 0.999,
+        ema_every: int = 5,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.loss_config = loss or FlowFeatLossConfig()
+        self.input_size = input_size
+        self.encoder = VisionTransformer(CONFIGS[backbone], image_size=input_size).requires_grad_(False)
+        self.decoder = build_decoder(backbone)
+        # The coarsest fusion has no finer map to add, so its first unit never runs. Data-parallel training
+        # would wait for its gradient.
+        self.decoder.scratch.refinenet4.resConfUnit1.requires_grad_(False)
+        self.decoder_ema = EMA(self.decoder, beta=ema_beta, update_every=ema_every)
+
+    @property
+    def averaged_decoder(self) -> DPTDecoder:
+        """The decoder whose features the flow is fitted on, and which is published."""
+        decoder = self.decoder_ema.ema_model
+        assert isinstance(decoder, DPTDecoder)
+        return decoder
+
+    def forward(self, frame: Tensor, teacher_flow: Tensor, params1: Tensor, params2: Tensor) -> TrainingLosses:
+        """Same as `training_losses`; the name that data-parallel wrappers call."""
+        return self.training_losses(frame, teacher_flow, params1, params2)
+
+    def training_losses(
+        self,
+        frame: Float[Tensor, "B 3 H W"],
+        teacher_flow: Float[Tensor, "B 2 Ht Wt"],
+        params1: Float[Tensor, "B 2 3"],
+        params2: Float[Tensor, "B 2 3"],
+    ) -> TrainingLosses:
+        """Losses of a batch.
+
+        Args:
+            frame: images, normalised with ImageNet's mean and standard deviation, any size.
+            teacher_flow: the teacher's flow of the whole frame, at any size and in any unit (it is
+                standardised).
+            params1, params2: crop matrices (see `random_crop_matrix`) of averaged and trained decoder.
+        """
+        crops = self.sample_crops(frame, params1, params2)
+        maps1, maps2 = self.encode(crops)
+        flow1, flow2, usable = self.sample_flow(teacher_flow, params1, params2)
+        flow_map = self.fit(maps1, flow1)
+        student_flow = self.predict(maps2, flow_map)
+        return self._losses(student_flow, flow2, usable)
+
+    def sample_crops(self, frame: Tensor, params1: Tensor, params2: Tensor) -> Float[Tensor, "N 3 h w"]:
+        """The first crops of all frames, then the second ones."""
+        crops = [sample_crop(frame.float(), params, self.input_size) for params in (params1, params2)]
+        return torch.cat(crops)
+
+    @torch.no_grad()
+    def encode(self, crops: Float[Tensor, "N 3 h w"]) -> tuple[list[Tensor], list[Tensor]]:
+        """Token maps of the first and of the second crops; both go through the encoder together."""
+        maps, _ = encoder_maps(self.encoder, crops)
+        first, second = zip(*(m.chunk(2) for m in maps), strict=True)
+        return list(first), list(second)
+
+    @torch.no_grad()
+    def fit(self, maps: list[Tensor], flow: Float[Tensor, "B 2 h w"]) -> Float[Tensor, "B G 2"]:
+        """Linear map from the averaged decoder's features, and a constant, to the flow."""
+        decoder = self.averaged_decoder
+        equations = [NormalEquations() for _ in flow]
+        targets = _pixels(flow)
+        for samples, pixels, hidden in _pieces(_pixels(decoder.hidden(maps, self.input_size))):
+            features = decoder.head(hidden)
+            with torch.autocast(hidden.device.type, enabled=False):
+                for i, x in zip(range(samples.start, samples.stop), features.float(), strict=True):
+                    equations[i].add(x, targets[i, pixels])
+        return torch.stack([e.solve(self.loss_config.ridge_alpha) for e in equations])
+
+    def predict(self, maps: list[Tensor], flow_map: Float[Tensor, "B G 2"]) -> Float[Tensor, "B 2 h w"]:
+        """Flow that the trained decoder's features give through a linear map."""
+        flows = []
+        # Features at full size are the largest tensors of a step, and only two numbers a pixel are wanted
+        # of them: they are made in pieces, and made again for the gradient.
+        for samples, _, hidden in _pieces(_pixels(self.decoder.hidden(maps, self.input_size))):
+            flow = checkpoint(self._flow, hidden, flow_map[samples], use_reentrant=False, preserve_rng_state=False)
+            flows.append(flow.flatten(0, 1))
+        flow = torch.cat(flows).unflatten(0, (len(flow_map), -1))
+        return flow.transpose(1, 2).unflatten(2, self.input_size)
+
+    def _flow(self, hidden: Float[Tensor, "B P F"], matrix: Float[Tensor, "B G 2"]) -> Float[Tensor, "B P 2"]:
+        features = self.decoder.head(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.baddbmm(matrix[:, -1:], features.float(), matrix[:, :-1])
+
+    def sample_flow(
+        self, teacher_flow: Tensor, params1: Tensor, params2: Tensor
+    ) -> tuple[Float[Tensor, "B 2 h w"], Float[Tensor, "B 2 h w"], Bool[Tensor, "B"]]:
+        """Standardised teacher flow on both crops, and which samples are usable.
+
+        A sample whose flow is not finite, or the same everywhere in u or in v, is not; it becomes 0.
+        """
+        teacher_flow = teacher_flow.float()
+        low, high = teacher_flow.amin(dim=(2, 3)), teacher_flow.amax(dim=(2, 3))
+        # Asked of the flow itself: sampling a constant leaves rounding that looks like edges.
+        usable = teacher_flow.isfinite().flatten(1).all(dim=1) & (high > low).all(dim=1)
+        teacher_flow = torch.where(usable[:, None, None, None], teacher_flow, 0.0)
+        flow = standardise_flow(teacher_flow)
+        flow1, flow2 = (sample_crop(flow, params, self.input_size) for params in (params1, params2))
+        return flow1, flow2, usable
+
+    def update_ema(self) -> None:
+        """To be called once after every optimiser step."""
+        self.decoder_ema.update()
+
+    def student(self, ema: bool = True) -> FlowFeat:
+        """The model to use or publish: encoder and averaged (or trained) decoder, sharing these tensors."""
+        with torch.device("meta"):  # its own tensors are replaced, so none need be drawn
+            model = FlowFeat(self.backbone, image_size=self.input_size)
+        model.encoder = self.encoder
+        model.decoder = self.averaged_decoder if ema else self.decoder
+        return model.eval()
+
+    def train(self, mode: bool = True) -> "FlowFeatTraining":
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def _losses(self, student_flow: Tensor, teacher_flow: Tensor, usable: Tensor) -> TrainingLosses:
+        config = self.loss_config
+        edge, defined = edge_loss(student_flow, teacher_flow, config.edge_sigma)
+        flow = (student_flow - teacher_flow).abs().sum(dim=1).mean(dim=(1, 2))
+        valid = usable & defined
+        num_valid = valid.sum().clamp(min=1)
+        flow = torch.where(valid, flow, 0.0).sum() / num_valid
+        edge = torch.where(valid, edge, 0.0).sum() / num_valid
+        total = config.flow_weight * flow + config.edge_weight * edge
+        return TrainingLosses(total, flow.detach(), edge.detach(), valid, student_flow.detach(), teacher_flow)
+
+
+def _pieces(hidden: Float[Tensor, "B P F"]) -> Iterator[tuple[slice, slice, Float[Tensor, "b p F"]]]:
+    """Views of all pixels of some samples, or of some pixels of one, with the samples and pixels they show.
+
+    Splitting, unlike indexing, gives the pieces' gradients back in one copy.
+    """
+    num_pixels = hidden.shape[1]
+    budget = PIXELS_PER_PIECE.get(hidden.device.type, PIXELS_PER_PIECE_ELSEWHERE)
+    group = max(1, budget // num_pixels)
+    rest = [num_pixels % budget] if num_pixels % budget else []
+    first = 0
+    for block in hidden.split(group):
+        samples = slice(first, first + len(block))
+        first = samples.stop
+        if group > 1 or num_pixels <= budget:
+            yield samples, slice(0, num_pixels), block
+            continue
+        start = 0
+        for piece in block.split([budget] * (num_pixels // budget) + rest, dim=1):
+            yield samples, slice(start, start + piece.shape[1]), piece
+            start += piece.shape[1]
+
+
+def _pixels(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P C"]:
+    return x.permute(0, 2, 3, 1).flatten(1, 2)

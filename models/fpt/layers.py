@@ -1,0 +1,357 @@
+"""Building blocks of the Flow Poke Transformer: image encoder, token input, transformer with two attentions, head.
+
+Source: Baumann et al., "What If: Understanding Motion Through Sparse Interactions", ICCV 2025, arXiv:2510.12777,
+section 3, and its published code. State-dict keys equal the published file's.
+
+Precision: weights may be of any floating dtype and autocast may be on. Positions, flow embedding, norms, the residual
+stream and the head are computed in float32 (float64 in a float64 model), matrix products in the dtype asked for.
+
+Shape legend: B batch, I images (1 that all share, or B), L tokens, D width, E channels of the image encoder, h w its
+grid, M = h w, H heads, e head size, R rotary angles, C tokens in a cache.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from kinema.kernels.cosine_attention import AttentionPattern, cosine_attention
+from kinema.models.backbones.vision_transformer import VisionTransformer, ViTConfig
+from kinema.models.fpt.data_rules import central_square
+
+COSINE_EPS = 1e-6
+NORM_EPS = 1e-6
+INPUT_NORM_EPS = torch.finfo(torch.float32).eps
+"""The published input norm names no epsilon, and torch then takes that of the input's dtype; float32's is meant."""
+FLOW_PRESCALE = 0.5
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, or x in float32 if its dtype is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class ImageEncoder(nn.Module):
+    """A vision transformer over the central square of an image: its normed patch tokens as a map."""
+
+    def __init__(self, config: ViTConfig, image_size: int):
+        super().__init__()
+        if image_size % config.patch_size:
+            raise ValueError(
+                f"image_size={image_size} is not a multiple of the encoder's patch, {config.patch_size}; "
+                f"use {max(1, round(image_size / config.patch_size)) * config.patch_size}"
+            )
+        self.model = VisionTransformer(config, image_size=(image_size, image_size))
+        self.image_size = image_size
+
+    @property
+    def grid(self) -> int:
+        """Side of the feature map."""
+        return self.image_size // self.model.patch_size
+
+    def forward(self, image: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B E h w"]:
+        """Features of images in -1..1 of any size; what lies outside the central square is not seen."""
+        image = at_least_float32(image)
+        top, left, side = central_square(*image.shape[-2:])
+        square = image[..., top : top + side, left : left + side]
+        square = F.interpolate(square, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        mean, std = (square.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        tokens = self.model((((square + 1) / 2 - mean) / std).to(self.model.cls_token.dtype))
+        patches = tokens[:, self.model.num_prefix_tokens :]
+        return patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+
+def cell_centres(height: int, width: int, *, device: torch.device) -> Float[Tensor, "h w 2"]:
+    """(x, y) of the cells of a feature map, 0..1 over its longer side and centred over the other."""
+    longer = max(height, width)
+    y, x = (
+        ((torch.arange(n, device=device, dtype=torch.float32) + 0.5) * 2 - n) / longer * 0.5 + 0.5
+        for n in (height, width)
+    )
+    return torch.stack([x[None, :].expand(height, -1), y[:, None].expand(-1, width)], dim=-1)
+
+
+class _ExactConstants(nn.Module):
+    """A module whose constant `constant_name` stays float32 when its weights are cast to a narrower dtype."""
+
+    constant_name: str
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_ExactConstants":
+        exact = getattr(self, self.constant_name).detach()
+        super()._apply(fn, recurse)
+        moved = getattr(self, self.constant_name)
+        if moved.dtype.itemsize < torch.float32.itemsize:
+            moved.data = exact.to(moved.device, torch.float32)
+        return self
+
+
+class AxialRotary(_ExactConstants):
+    """Rotary angles of points (x, y) in 0..1: the row's frequencies first, then the column's.
+
+    Frequencies run from pi to 10 pi, evenly in the logarithm, over all heads; consecutive ones go to different heads.
+    """
+
+    constant_name = "freqs"
+
+    def __init__(self, head_dim: int, num_heads: int):
+        super().__init__()
+        slots = head_dim // 4
+        exponents = torch.linspace(math.log(math.pi), math.log(10 * math.pi), num_heads * slots + 1)[:-1]
+        freqs = exponents.exp().view(slots, num_heads).T.expand(2, -1, -1).contiguous()
+        self.freqs = nn.Parameter(freqs, requires_grad=False)
+
+    def forward(self, pos: Float[Tensor, "B L 2"]) -> Float[Tensor, "B H L R"]:
+        """Angles in radians, R = head size / 2."""
+        x, y = (at_least_float32(pos) * 2 - 1).to(self.freqs.dtype)[:, None, :, :, None].unbind(3)
+        return torch.cat([y * self.freqs[1][:, None], x * self.freqs[0][:, None]], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with gain, computed in float32 or better; the result has the gain's dtype."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        x = at_least_float32(x)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+
+
+class AdaptiveRMSNorm(nn.Module):
+    """Root-mean-square norm whose gain is 1 + a linear function of the conditioning."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, x: Float[Tensor, "B L D"], cond: Float[Tensor, "B D"]) -> Float[Tensor, "B L D"]:
+        x = at_least_float32(x)
+        gain = 1 + self.linear(cond).to(x.dtype)
+        return (F.rms_norm(x, x.shape[-1:], None, NORM_EPS) * gain[:, None]).to(self.linear.weight.dtype)
+
+
+class ResidualMlp(nn.Sequential):
+    """Norm and two linear layers beside an identity."""
+
+    def __init__(self, width: int):
+        super().__init__(
+            RMSNorm(width, INPUT_NORM_EPS),
+            nn.Linear(width, width, bias=False),
+            nn.SiLU(),
+            nn.Linear(width, width, bias=False),
+        )
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        return x + super().forward(x)
+
+
+class TokenInput(_ExactConstants):
+    """Tokens from what is known at points: the flow of pokes, a learnt vector for queries, and image features."""
+
+    constant_name = "coeffs"
+    coeffs: Tensor
+
+    def __init__(self, width: int, feature_width: int, depth: int = 2):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * width + feature_width, width, bias=False), *(ResidualMlp(width) for _ in range(depth))
+        )
+        self.query_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, 2 * width)))
+        self.register_buffer("coeffs", (2 * math.pi * torch.arange(1, width // 2 + 1)).view(1, 1, 1, -1))
+
+    def forward(
+        self,
+        pos: Float[Tensor, "B L 2"],
+        flow: Float[Tensor, "B L 2"],
+        is_query: Bool[Tensor, "B L"],
+        features: Float[Tensor, "B E h w"],
+    ) -> Float[Tensor, "B L D"]:
+        """Tokens of points at `pos` in 0..1 with `flow` in the same units (any value where `is_query`)."""
+        embedded = torch.where(is_query[..., None], self.query_token.to(self.coeffs.dtype), self._fourier(flow))
+        features = at_least_float32(features)
+        grid = pos[:, :, None].to(features.dtype) * 2 - 1
+        # Positions are centres of pixels, yet the published model samples as if 0 and 1 were the outer cells' centres.
+        sampled = F.grid_sample(features, grid, mode="bilinear", align_corners=True, padding_mode="border")
+        joint = torch.cat([embedded, sampled.squeeze(-1).transpose(1, 2)], dim=-1)
+        return self.mlp(joint.to(self.query_token.dtype))
+
+    def _fourier(self, flow: Tensor) -> Tensor:
+        """Sines and cosines of the squashed flow, x then y: [B, L, 2 D]. Narrower than float32 would be noise."""
+        squashed = ((flow.to(self.coeffs.dtype) * FLOW_PRESCALE).tanh() + 1) / 2
+        phase = squashed[..., None] * self.coeffs  # [B, L, 2, D / 2]
+        return torch.cat([phase.sin(), phase.cos()], dim=-1).flatten(2)
+
+
+@dataclass
+class LayerCache:
+    """What one layer remembers between the steps of sampling. Keys are scaled to unit length and rotated."""
+
+    keys: Float[Tensor, "B H C e"]
+    values: Float[Tensor, "B H C e"]
+    image_keys: Float[Tensor, "I H M e"]
+    image_values: Float[Tensor, "I H M e"]
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention among points, cross-attention to the image, gated feed-forward; each behind an adaptive norm."""
+
+    def __init__(self, width: int, feature_width: int, head_dim: int, expansion: int = 3):
+        super().__init__()
+        self.head_dim = head_dim
+        self.num_heads = width // head_dim
+        self.self_norm, self.cross_norm, self.ffn_norm = (AdaptiveRMSNorm(width) for _ in range(3))
+        self.self_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.self_out = nn.Linear(width, width, bias=False)
+        self.cross_q = nn.Linear(width, width, bias=False)
+        self.cross_kv = nn.Linear(feature_width, 2 * width, bias=False)
+        # Never used: the published model adds the cross-attention as it is, but its checkpoint holds this.
+        self.cross_out = nn.Linear(width, width, bias=False)
+        self.ffn_up = nn.Linear(width, 2 * expansion * width, bias=False)
+        self.ffn_down = nn.Linear(expansion * width, width, bias=False)
+        self.self_scale = nn.Parameter(torch.full((self.num_heads,), 10.0))
+        self.cross_scale = nn.Parameter(torch.full((self.num_heads,), 10.0))
+        for closed in (self.self_out, self.cross_out, self.ffn_down):
+            nn.init.zeros_(closed.weight)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L D"],
+        image: tuple[Tensor, Tensor],
+        theta: Float[Tensor, "B H L R"],
+        image_theta: Float[Tensor, "I H M R"],
+        cond: Float[Tensor, "B D"],
+        pattern: AttentionPattern,
+    ) -> Float[Tensor, "B L D"]:
+        """One layer over all tokens; `image` are the keys and values of `image_keys_values`."""
+        q, k, v = self._self_qkv(x, cond)
+        attended = cosine_attention(q, k, v, theta, theta, self.self_scale, pattern)
+        x = x + self.self_out(_merge_heads(attended))
+        q = self._heads(self.cross_q(self.cross_norm(x, cond)))[0]
+        k, v = (part.expand(len(x), -1, -1, -1).to(q.dtype) for part in image)
+        x = x + _merge_heads(cosine_attention(q, k, v, theta, image_theta, self.cross_scale, "full"))
+        return x + self._feed_forward(x, cond)
+
+    def image_keys_values(self, features: Float[Tensor, "I M E"]) -> Float[Tensor, "2 I H M e"]:
+        """Keys (neither scaled nor rotated) and values of the image, to be computed once per image."""
+        return self._heads(self.cross_kv(features))
+
+    def new_cache(
+        self, image: tuple[Tensor, Tensor], image_theta: Float[Tensor, "I H M R"], batch: int, length: int
+    ) -> LayerCache:
+        """An empty cache for `length` tokens, in the dtype of the image's keys."""
+        k, v = image
+        shape = (batch, self.num_heads, length, self.head_dim)
+        ready = prepare(k, image_theta, self.cross_scale)
+        return LayerCache(k.new_empty(shape), k.new_empty(shape), ready, v)
+
+    def step(
+        self,
+        x: Float[Tensor, "B L D"],
+        cache: LayerCache,
+        start: int,
+        theta: Float[Tensor, "B H L R"],
+        cond: Float[Tensor, "B D"],
+        visible: Bool[Tensor, "L C"] | None,
+    ) -> Float[Tensor, "B L D"]:
+        """The layer over new tokens that continue a cached sequence at index `start`; writes them to the cache.
+
+        Args: visible says which of the start + L cached tokens each new one sees; None is causal from an empty cache.
+        """
+        q, k, v = self._self_qkv(x, cond)
+        end = start + x.shape[1]
+        cache.keys[:, :, start:end] = prepare(k, theta, self.self_scale)
+        cache.values[:, :, start:end] = v
+        q = prepare(q, theta, self.self_scale)
+        keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
+        attended = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=visible, is_causal=visible is None, scale=1.0
+        )
+        x = x + self.self_out(_merge_heads(attended))
+        q = prepare(self._heads(self.cross_q(self.cross_norm(x, cond)))[0], theta, self.cross_scale)
+        keys, values = (part.expand(len(x), -1, -1, -1) for part in (cache.image_keys, cache.image_values))
+        x = x + _merge_heads(F.scaled_dot_product_attention(q, keys, values, scale=1.0))
+        return x + self._feed_forward(x, cond)
+
+    def _self_qkv(self, x: Tensor, cond: Tensor) -> Tensor:
+        return self._heads(self.self_qkv(self.self_norm(x, cond)))
+
+    def _heads(self, x: Float[Tensor, "B L _"]) -> Float[Tensor, "n B H L e"]:
+        return x.unflatten(-1, (-1, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+
+    def _feed_forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        up, gate = self.ffn_up(self.ffn_norm(x, cond)).chunk(2, dim=-1)
+        return self.ffn_down(up * F.silu(gate))
+
+
+def _merge_heads(x: Float[Tensor, "B H L e"]) -> Float[Tensor, "B L D"]:
+    return x.transpose(1, 2).flatten(2)
+
+
+def prepare(
+    x: Float[Tensor, "B H L e"], theta: Float[Tensor, "_ H L R"], scale: Float[Tensor, "H"]
+) -> Float[Tensor, "B H L e"]:
+    """Queries or keys whose plain inner products are the logits of `cosine_attention`; for caches."""
+    wide = at_least_float32(x)
+    strength = (scale.to(wide.dtype).abs() + COSINE_EPS).sqrt()[:, None, None]
+    unit = wide * (strength * torch.rsqrt(wide.square().sum(-1, keepdim=True) + COSINE_EPS))
+    cos, sin = theta.to(wide.dtype).cos(), theta.to(wide.dtype).sin()
+    first, second = unit.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class Transformer(nn.Module):
+    """The layers and the rotary positions they share."""
+
+    def __init__(self, width: int, depth: int, feature_width: int, head_dim: int):
+        super().__init__()
+        self.layers = nn.ModuleList(TransformerLayer(width, feature_width, head_dim) for _ in range(depth))
+        self.pos_emb = AxialRotary(head_dim, width // head_dim)
+
+    def layer_list(self) -> list[TransformerLayer]:
+        """The layers, first to last."""
+        return list(self.layers)  # type: ignore[arg-type]  # a ModuleList forgets what it holds
+
+    def image_keys_values(self, features: Float[Tensor, "I E h w"]) -> Float[Tensor, "layers 2 I H M e"]:
+        """What every layer attends to in the image."""
+        flat = features.flatten(2).transpose(1, 2)
+        return torch.stack([layer.image_keys_values(flat) for layer in self.layer_list()])
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L D"],
+        pos: Float[Tensor, "B L 2"],
+        features: Float[Tensor, "I E h w"],
+        feature_pos: Float[Tensor, "I h w 2"],
+        keys_values: Float[Tensor, "layers 2 I H M e"] | None,
+        cond: Float[Tensor, "B D"],
+        pattern: AttentionPattern,
+    ) -> Float[Tensor, "B L D"]:
+        """Tokens after all layers. `keys_values`, if there are any, save projecting the image."""
+        theta, image_theta = self.pos_emb(pos), self.pos_emb(feature_pos.flatten(1, 2))
+        flat = features.flatten(2).transpose(1, 2)
+        x = at_least_float32(x)
+        for index, layer in enumerate(self.layer_list()):
+            image = layer.image_keys_values(flat) if keys_values is None else keys_values[index]
+            x = layer(x, (image[0], image[1]), theta, image_theta, cond, pattern)
+        return x
+
+
+class HeadMlp(nn.Sequential):
+    """Norm and perceptron to the raw parameters of the mixture, in float32 or better also under autocast."""
+
+    def __init__(self, width: int, num_outputs: int, depth: int = 2):
+        hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.SiLU())]
+        super().__init__(RMSNorm(width, NORM_EPS), *hidden, nn.Linear(width, num_outputs))
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L outputs"]:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)

@@ -1,0 +1,1 @@
+"""DAVIS video object segmentation: folder, protocols, official measures."""

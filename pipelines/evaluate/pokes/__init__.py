@@ -1,0 +1,1 @@
+"""How well a Flow Poke Transformer knows what moves where."""

@@ -1,0 +1,1 @@
+"""Small networks fitted on frozen features."""

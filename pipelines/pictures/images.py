@@ -1,0 +1,92 @@
+"""Pictures of what models see and say: images, flow wheels, feature maps, side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kinema.models.backbones.vision_transformer import VisionTransformer
+from kinema.models.flow.geometry import flow_to_colour
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalise_images(images: Tensor) -> Tensor:
+    """Images [..., 3, H, W] in 0..1 to ImageNet's zero mean and unit deviation."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
+
+
+def size_for_model(size: tuple[int, int], short_side: int, encoder: VisionTransformer) -> tuple[int, int]:
+    """(height, width) at which an encoder sees images of `size`: about this shorter side, multiples of its patch.
+
+    An encoder of one fixed size (MAE) gets that.
+    """
+    if encoder.config.positions == "fixed_table":
+        height, width = encoder.image_size
+        return height, width
+    patch, scale = encoder.patch_size, short_side / min(size)
+    height, width = (max(patch, round(side * scale / patch) * patch) for side in size)
+    return height, width
+
+
+def image_picture(normalised: Tensor) -> np.ndarray:
+    """A normalised image [3, H, W] as uint8 [H, W, 3]."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = (normalised.detach().float().cpu() * std + mean).clamp(0, 1) * 255
+    return pixels.round().byte().permute(1, 2, 0).numpy()
+
+
+def flow_picture(flow_px: Tensor, max_px: float | None = None) -> np.ndarray:
+    """A flow field [2, H, W] as a colour wheel picture, uint8 [H, W, 3]."""
+    return flow_to_colour(flow_px.detach().float().cpu(), max_px).numpy()
+
+
+def feature_pca(features: Tensor, outlier_share: float = 0.01) -> np.ndarray:
+    """The three main components of a feature map [C, H, W] as red, green and blue, uint8 [H, W, 3].
+
+    Each component is stretched between its `outlier_share` and 1 - `outlier_share` quantiles, and its sign is
+    chosen so that its largest deviation is positive: equal features give equal pictures.
+    """
+    channels, height, width = features.shape
+    pixels = features.detach().double().cpu().flatten(1).T  # [H*W, C]
+    pixels = pixels - pixels.mean(dim=0)
+    _, vectors = torch.linalg.eigh(pixels.T @ pixels)
+    parts = pixels @ vectors.flip(1)[:, : min(3, channels)]  # [H*W, <=3]
+    largest = parts.gather(0, parts.abs().argmax(dim=0, keepdim=True))
+    parts = parts * torch.where(largest < 0, -1.0, 1.0)
+    ordered = parts.sort(dim=0).values
+    margin = min(int(outlier_share * len(ordered)), (len(ordered) - 1) // 2)
+    low, high = ordered[margin], ordered[-1 - margin]
+    shown = ((parts - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) * 255
+    picture = torch.zeros(height * width, 3, dtype=torch.uint8)
+    picture[:, : shown.shape[1]] = shown.round().byte()
+    return picture.view(height, width, 3).numpy()
+
+
+def panel(pictures: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
+    """Pictures of one size in rows of `columns`, on white."""
+    height, width = pictures[0].shape[:2]
+    rows = -(-len(pictures) // columns)
+    size = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    canvas = np.full(size, 255, np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = number // columns * (height + gap), number % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = picture
+    return canvas
+
+
+def write_png(path: str | Path, picture: np.ndarray) -> None:
+    """Write uint8 [H, W, 3] as PNG; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    Image.fromarray(picture).save(temporary, format="PNG")
+    os.replace(temporary, path)

@@ -1,0 +1,187 @@
+"""Training of the flow networks: RAFT and SEA-RAFT on stored flow, SMURF on frames alone.
+
+Stored flow may be ground truth, or a better teacher's. The module is the network itself, so a checkpoint's
+model.safetensors has the published keys and is what `kinema teach weights=` takes.
+
+Sources: Teed and Deng, arXiv:2003.12039, appendix B; Wang, Lipson and Deng, arXiv:2405.14793, section 4; Stone et al.,
+CVPR 2021, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kinema.configs.schema import FlowNetworkConfig
+from kinema.models.flow.geometry import crop_flow, flip_flow
+from kinema.models.flow.networks import flow_network
+from kinema.models.flow.raft.loss import MAX_MOTION_PX, flow_errors, sequence_loss
+from kinema.models.flow.sea_raft.loss import mixture_sequence_loss
+from kinema.models.flow.sea_raft.network import SEARAFT
+from kinema.models.flow.smurf.loss import SmurfLossWeights, self_supervision_loss, unsupervised_sequence_loss
+from kinema.models.flow.smurf.network import SMURF
+from kinema.models.weights import load_weights
+from kinema.pipelines.loader import Clip, Skip
+from kinema.pipelines.pictures.images import flow_picture, panel
+from kinema.pipelines.train.checkpoint import weights_file
+from kinema.pipelines.train.recipes.protocol import Batch, ExportedModel, Loss
+
+PICTURE_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class FlowRecipe:
+    """See `protocol.Recipe`. `network` is a name of `models.flow.networks` with weights to learn."""
+
+    network: str
+    config: FlowNetworkConfig
+    weights: str = ""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """SMURF learns from frames alone."""
+        return () if self.network == "smurf" else ("flow",)
+
+    def check(self) -> None:
+        """Refuse, before anything starts, weights that do not fit (ValueError)."""
+        self.build()
+
+    def build(self) -> nn.Module:
+        """The network, from its initialisation or from `weights`: a file, a URL or another run."""
+        network = flow_network(self.network)
+        if self.weights:
+            load_weights(network, weights_file(self.weights), self.network)
+        return network.train()
+
+    def read_sample(self, clip: Clip, rng: np.random.Generator) -> dict[str, Tensor] | Skip:
+        """Two frames at the size of the stored flow, the flow between them, cropped alike and flipped.
+
+        Returns: image1, image2 uint8 [3, h, w]; with stored flow also flow_px float32 [2, h, w] and valid [h, w].
+        """
+        pair = self._pair(clip, rng)
+        if isinstance(pair, Skip):
+            return pair
+        t, gap = pair
+        frames = [np.ascontiguousarray(frame) for frame in clip.frames([t, t + gap])]
+        flow: Tensor | None = None
+        valid: Tensor | None = None
+        if self.needs:
+            stored = clip.flow_pair(t, gap)
+            flow = torch.from_numpy(np.ascontiguousarray(stored.flow_px))
+            valid = flow.isfinite().all(dim=0)
+            if self.config.visible_only and stored.occlusion is not None:
+                valid &= ~torch.from_numpy(np.ascontiguousarray(stored.occlusion))
+            size = clip.flow_size[::-1]
+            frames = [cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames]
+        height, width = self.config.crop
+        if frames[0].shape[0] < height or frames[0].shape[1] < width:
+            return Skip(f"frames smaller than flow_network.crop=[{height},{width}]: lower it")
+        top = int(rng.integers(frames[0].shape[0] - height + 1))
+        left = int(rng.integers(frames[0].shape[1] - width + 1))
+        mirrored = bool(rng.random() < self.config.flip)
+        window = (slice(top, top + height), slice(left, left + width))
+        images = [torch.from_numpy(_flip(frame[window], mirrored)).permute(2, 0, 1).contiguous() for frame in frames]
+        sample = {"image1": images[0], "image2": images[1]}
+        if flow is not None and valid is not None:
+            cropped = crop_flow(flow, top, left, height, width)
+            sample["flow_px"] = (flip_flow(cropped, horizontal=True) if mirrored else cropped).contiguous()
+            sample["valid"] = torch.from_numpy(_flip(valid[window].numpy(), mirrored)).float()
+            if not bool(sample["valid"].any()):
+                return Skip("no pixel with known flow in the crop")
+        return sample
+
+    def loss(self, module: nn.Module, batch: Batch) -> Loss:
+        """The network's own sequence loss; every sample of a batch counts."""
+        if self.config.freeze_batch_norm:
+            for layer in module.modules():
+                if isinstance(layer, nn.BatchNorm2d):
+                    layer.eval()
+        images = [batch[name].float() / 255 for name in ("image1", "image2")]
+        shown = _jitter(images, self.config.jitter) if self.config.jitter and module.training else images
+        count = torch.tensor(float(len(images[0])), device=images[0].device)
+        if isinstance(module, SMURF):
+            return self._unsupervised(module, images, shown, count)
+        flow_px, valid, iters = batch["flow_px"], batch["valid"], self.config.iters
+        if isinstance(module, SEARAFT):
+            predictions = module.predictions(shown[0], shown[1], iters=iters)
+            value = mixture_sequence_loss(predictions, flow_px, valid, self.config.gamma, MAX_MOTION_PX)
+            last = predictions[-1].flow
+        else:
+            flows = module.predictions(shown[0], shown[1], iters=iters)  # type: ignore[operator]
+            value, last = sequence_loss(flows, flow_px, valid, self.config.gamma, MAX_MOTION_PX), flows[-1]
+        errors = flow_errors(last.detach(), flow_px, valid)
+        return Loss(value, count, {name: value.new_tensor(error) for name, error in errors.items()})
+
+    def after_step(self, module: nn.Module, step: int) -> None:
+        """Nothing follows the weights."""
+
+    def pictures(self, module: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
+        """Rows of frame, known flow (where there is one) and predicted flow."""
+        images = [batch[name][:PICTURE_SAMPLES].float() / 255 for name in ("image1", "image2")]
+        was_training = module.training
+        with torch.no_grad():
+            predicted = module.eval()(*images, iters=self.config.iters)
+        module.train(was_training)
+        shown: list[np.ndarray] = []
+        for i, flow in enumerate(predicted):
+            known = batch["flow_px"][i] if "flow_px" in batch else None
+            longest = float((flow if known is None else known).norm(dim=0).max())
+            shown.append((images[0][i] * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+            shown += [] if known is None else [flow_picture(known, longest)]
+            shown.append(flow_picture(flow, longest))
+        name = "input_teacher_prediction" if "flow_px" in batch else "input_prediction"
+        return {name: panel(shown, columns=name.count("_") + 1)}
+
+    def published_model(self, tensors: Mapping[str, Tensor], ema: bool = True) -> nn.Module:
+        """The network with a checkpoint's tensors."""
+        network = flow_network(self.network)
+        network.load_state_dict(tensors)
+        return network.eval()
+
+    def export(self, model: nn.Module) -> ExportedModel:
+        """Architecture and tensors under the published keys."""
+        return ExportedModel(architecture=self.network, config={}, tensors=dict(model.state_dict()))
+
+    def _pair(self, clip: Clip, rng: np.random.Generator) -> tuple[int, int] | Skip:
+        if self.needs:
+            pairs = [(t, gap) for t, gap in clip.flow_pairs if abs(gap) <= self.config.gap]
+            none = Skip(f"no flow pair over at most flow_network.gap={self.config.gap} frames: raise it")
+            return pairs[int(rng.integers(len(pairs)))] if pairs else none
+        if clip.num_frames < 2:
+            return Skip("a single frame")
+        gap = int(rng.integers(1, min(self.config.gap, clip.num_frames - 1) + 1))
+        return int(rng.integers(clip.num_frames - gap)), gap
+
+    def _unsupervised(self, module: SMURF, images: list[Tensor], shown: list[Tensor], count: Tensor) -> Loss:
+        config = self.config
+        forward = module.predictions(shown[0], shown[1], iters=config.iters)
+        backward = module.predictions(shown[1], shown[0], iters=config.iters)
+        weights = SmurfLossWeights(decay=config.gamma, smooth2=config.smoothness, edge_constant=config.edge_constant)
+        terms = unsupervised_sequence_loss(images[0], images[1], forward, backward, weights)
+        value = terms.pop("total")
+        if config.self_supervision:
+            border = config.self_supervision_crop
+            inner = [image[..., border:-border, border:-border] for image in shown]
+            students = [module(a, b, iters=config.iters) for a, b in (inner, inner[::-1])]
+            terms["self_supervision"] = config.self_supervision * self_supervision_loss(
+                forward[-1].detach(), backward[-1].detach(), students[0], students[1], border
+            )
+            value = value + terms["self_supervision"]
+        return Loss(value, count, {name: term.detach() for name, term in terms.items()})
+
+
+def _flip(array: np.ndarray, mirrored: bool) -> np.ndarray:
+    return np.ascontiguousarray(array[:, ::-1] if mirrored else array)
+
+
+def _jitter(images: list[Tensor], strength: float) -> list[Tensor]:
+    """Brightness and contrast of each sample changed by up to +-strength, alike in both frames. Seeded by the loop."""
+    shape = (len(images[0]), 1, 1, 1)
+    factors = [1 + strength * (2 * torch.rand(shape) - 1).to(images[0].device) for _ in range(2)]
+    means = images[0].mean(dim=(1, 2, 3), keepdim=True)
+    return [((image - means) * factors[0] + means * factors[1]).clamp(0, 1) for image in images]
