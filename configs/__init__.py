@@ -1,22 +1,19 @@
-"""Settings: dataclasses (`schema`) and how files and command lines become them (`load`)."""
+"""Settings: one file of dataclasses per stage, and how files and command lines become them (`load`)."""
 
+from kinema.configs.embed import EmbedConfig
+from kinema.configs.evaluate import EvaluateConfig, PokesConfig
 from kinema.configs.load import build, config_hash, load_stage, resolve_config_path
-from kinema.configs.schema import (
-    STAGES,
-    ClipConfig,
-    EmbedConfig,
-    EvaluateConfig,
-    FlowFeatConfig,
-    FPTConfig,
-    LoaderConfig,
-    PageConfig,
-    RegisterConfig,
-    ShardConfig,
-    TeachConfig,
-    TrackConfig,
-    TrainConfig,
-    WorkflowConfig,
-)
+from kinema.configs.loader import LoaderConfig, PairFilterConfig
+from kinema.configs.models.flow_network import FlowNetworkConfig
+from kinema.configs.models.flowfeat import FlowFeatConfig
+from kinema.configs.models.fpt import FPTConfig
+from kinema.configs.page import PageConfig
+from kinema.configs.register import RegisterConfig
+from kinema.configs.shard import ClipConfig, ShardConfig
+from kinema.configs.teach import TeachConfig
+from kinema.configs.track import TrackConfig
+from kinema.configs.train import TrainConfig
+from kinema.configs.workflow import STAGES, WorkflowConfig
 
 __all__ = [
     "STAGES",
@@ -25,8 +22,11 @@ __all__ = [
     "EvaluateConfig",
     "FPTConfig",
     "FlowFeatConfig",
+    "FlowNetworkConfig",
     "LoaderConfig",
     "PageConfig",
+    "PairFilterConfig",
+    "PokesConfig",
     "RegisterConfig",
     "ShardConfig",
     "TeachConfig",

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, safe_load
 
-from kinema.configs.schema import STAGES, WorkflowConfig
+from kinema.configs.workflow import STAGES, WorkflowConfig
 
 T = TypeVar("T")
 FOLDER = Path(__file__).resolve().parent

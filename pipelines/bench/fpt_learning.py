@@ -20,8 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kinema.configs import load_stage
-from kinema.configs.schema import ClipConfig, TrainConfig
+from kinema.configs import ClipConfig, TrainConfig, load_stage
 from kinema.models.fpt.mixture import GaussianMixture
 from kinema.models.fpt.model import NUM_COMPONENTS
 from kinema.pipelines import train

@@ -17,7 +17,7 @@ import av
 import numpy as np
 import torch
 
-from kinema.configs.schema import ClipConfig, FPTConfig, LoaderConfig
+from kinema.configs import ClipConfig, FPTConfig, LoaderConfig
 from kinema.models.fpt.data_rules import build_targets, extract_motion, gap_in_frames, points_in_square
 from kinema.pipelines.loader import Clip, ClipIndex, Loader
 from kinema.pipelines.scenes import Scene

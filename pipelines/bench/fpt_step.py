@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kinema.configs.schema import FPTConfig
+from kinema.configs import FPTConfig
 from kinema.kernels import cosine_attention
 from kinema.kernels.cosine_attention import as_pattern
 from kinema.models.fpt import layers as fpt_layers

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import torch
 
-from kinema.configs.schema import ClipConfig, LoaderConfig
+from kinema.configs import ClipConfig, LoaderConfig
 from kinema.pipelines.artifacts import read_range
 from kinema.pipelines.loader import Clip, ClipIndex, Loader
 from kinema.pipelines.scenes import Scene

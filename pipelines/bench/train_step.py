@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinema.configs.schema import FlowFeatConfig, LoaderConfig, TrainConfig
+from kinema.configs import FlowFeatConfig, LoaderConfig, TrainConfig
 from kinema.models.flow.raft.network import raft
 from kinema.models.flowfeat.model import encoder_maps
 from kinema.models.flowfeat.training import FlowFeatTraining, edge_loss, sample_crop, standardise_flow

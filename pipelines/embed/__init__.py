@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from kinema.configs.schema import EmbedConfig
+from kinema.configs import EmbedConfig
 from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.embed.shard_embedder import ModelSpec, ShardEmbedder

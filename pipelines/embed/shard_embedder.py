@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kinema.configs.schema import EmbedConfig
+from kinema.configs import EmbedConfig
 from kinema.pipelines import tracking
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.errors import StageError

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32
 
-from kinema.configs.schema import PairFilterConfig
+from kinema.configs import PairFilterConfig
 from kinema.models.flow.geometry import resize_flow
 from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowHeader, FlowPair
 

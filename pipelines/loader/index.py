@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kinema.configs.schema import PairFilterConfig
+from kinema.configs import PairFilterConfig
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts.layout import MAKERS
 from kinema.pipelines.loader.clip import Clip, ReadCounter

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from kinema.configs.schema import LoaderConfig
+from kinema.configs import LoaderConfig
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader.index import ClipIndex
 from kinema.pipelines.loader.order import Order

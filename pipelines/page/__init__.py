@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from kinema.configs.schema import PageConfig
+from kinema.configs import PageConfig
 from kinema.models.fpt.model import PRESETS, FlowPokeTransformer, flow_poke_transformer
 from kinema.models.weights import LEDGER
 from kinema.pipelines.loader import ClipIndex

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from kinema.configs import RegisterConfig, TrainConfig
 from kinema.configs.load import build
-from kinema.configs.schema import RegisterConfig, TrainConfig
 from kinema.pipelines import tracking
 from kinema.pipelines.registry.package import ARCHITECTURES, Package, package
 from kinema.pipelines.registry.shipped.network import build_model

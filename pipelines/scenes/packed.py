@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pyarrow as pa
 
-from kinema.configs.schema import ClipConfig
+from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact, content_hash, sample_key
 from kinema.pipelines.artifacts.tables import canonical_json
 from kinema.pipelines.scenes.scene import Scene

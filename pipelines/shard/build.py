@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pyarrow as pa
 
-from kinema.configs.schema import ClipConfig
+from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact, ShardWriter
 from kinema.pipelines.shard.media import Source, open_source, read_all
 from kinema.pipelines.shard.scan import THUMBNAIL_SIDE, FrameScan, load_scan, stall_watch

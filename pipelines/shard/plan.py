@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from kinema.configs.schema import ClipConfig
+from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import sample_key
 from kinema.pipelines.shard.media import Source
 from kinema.pipelines.shard.scan import FrameScan

@@ -23,7 +23,7 @@ from typing import Any
 import av
 import numpy as np
 
-from kinema.configs.schema import ClipConfig
+from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.shard.media import Source, content_hash, fingerprint, open_source
 from kinema.pipelines.video.cuts import CutDetector

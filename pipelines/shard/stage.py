@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from kinema.configs.schema import ShardConfig
+from kinema.configs import ShardConfig
 from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact, quarantine_row
 from kinema.pipelines.errors import StageError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from kinema.configs.schema import TeachConfig
+from kinema.configs import TeachConfig
 from kinema.models.flow.networks import FLOW_NETWORKS
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.sidecars.flow_codec import SCALE

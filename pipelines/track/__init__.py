@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from kinema.configs.schema import TrackConfig
+from kinema.configs import TrackConfig
 from kinema.models.tracks.chaining import check_pairs
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.sidecars.sidecar import (

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import kinema
+from kinema.configs import TrainConfig
 from kinema.configs.load import config_hash
-from kinema.configs.schema import TrainConfig
 from kinema.pipelines import tracking
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts.layout import MANIFEST, RUN_FILE

@@ -135,8 +135,8 @@ def load_model(run_or_checkpoint: str | Path, ema: bool = True) -> nn.Module:
     Args: ema chooses the averaged weights where the model keeps them.
     Raises: ValueError if the folder holds no complete checkpoint.
     """
+    from kinema.configs import TrainConfig
     from kinema.configs.load import build
-    from kinema.configs.schema import TrainConfig
     from kinema.pipelines.train.recipes.choose import make_recipe
 
     checkpoint = resolve_checkpoint(run_or_checkpoint)

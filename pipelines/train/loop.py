@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kinema.configs.schema import TrainConfig
+from kinema.configs import TrainConfig
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.pictures.images import write_png
 from kinema.pipelines.tracking import RunHandle, Tracker

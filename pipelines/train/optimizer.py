@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from kinema.configs.schema import TrainConfig
+from kinema.configs import TrainConfig
 
 POLY_POWER = 0.9
 

@@ -14,7 +14,7 @@ from jaxtyping import Float32, UInt8
 from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
-from kinema.configs.schema import ClipConfig
+from kinema.configs import ClipConfig
 from kinema.pipelines.video.dissolves import SPAN as DISSOLVE_SPAN
 from kinema.pipelines.video.dissolves import DissolveDetector
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import av
 
-from kinema.configs.schema import ClipConfig
+from kinema.configs import ClipConfig
 from kinema.pipelines.video.picture import PictureSpec
 
 _QP_TO_LAMBDA = 118  # FFmpeg's FF_QP2LAMBDA: the unit of global_quality

@@ -13,7 +13,7 @@ import av
 import cv2
 import numpy as np
 
-from kinema.configs.schema import ClipConfig
+from kinema.configs import ClipConfig
 from kinema.pipelines.video.encode import ClipEncoder
 from kinema.pipelines.video.orient import Orientation
 from kinema.pipelines.video.packets import to_rgb

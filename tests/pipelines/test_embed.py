@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kinema.configs.schema import EmbedConfig, FlowFeatConfig, TrainConfig
+from kinema.configs import EmbedConfig, FlowFeatConfig, TrainConfig
 from kinema.models.backbones.vision_transformer import CONFIGS
 from kinema.pipelines import embed
 from kinema.pipelines.artifacts import Artifact, read_range

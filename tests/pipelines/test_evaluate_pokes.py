@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kinema.configs import EvaluateConfig, TrackConfig
-from kinema.configs.schema import PokesConfig
+from kinema.configs import EvaluateConfig, PokesConfig, TrackConfig
 from kinema.models.fpt.data_rules import central_square
 from kinema.models.fpt.mixture import GaussianMixture
 from kinema.models.fpt.model import flow_poke_transformer

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.configs.schema import FPTConfig, LoaderConfig, TrainConfig
+from kinema.configs import FPTConfig, LoaderConfig, TrainConfig
 from kinema.models.fpt.data_rules import NoTrainingSample, SamplingRule, frame_to_image
 from kinema.models.fpt.mixture import GaussianMixture
 from kinema.models.fpt.model import FlowPokeTransformer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kinema.configs.schema import ClipConfig, EvaluateConfig, FlowFeatConfig, LoaderConfig, TrainConfig
+from kinema.configs import ClipConfig, EvaluateConfig, FlowFeatConfig, LoaderConfig, TrainConfig
 from kinema.pipelines import tracking, train
 from kinema.pipelines.demo import HELD_OUT_SEED, held_out_flow
 from kinema.pipelines.evaluate import stage as evaluate

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from kinema.configs.schema import LoaderConfig
+from kinema.configs import LoaderConfig
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader import ClipIndex, Loader, Skip
 from kinema.pipelines.loader.clip import DamagedClip
@@ -351,7 +351,7 @@ def test_workers_live_through_epochs_and_end_with_close(index):
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from kinema.configs.schema import LoaderConfig
+from kinema.configs import LoaderConfig
 from kinema.pipelines.loader import ClipIndex, Loader
 from loader_readers import read_pair
 import psutil

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kinema.configs.schema import ClipConfig
+from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact, sample_key
 from kinema.pipelines.loader import ClipIndex, DamagedClip
 from kinema.pipelines.loader.clip import Clip, ReadCounter

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kinema.configs.schema import LoaderConfig, PairFilterConfig
+from kinema.configs import LoaderConfig, PairFilterConfig
 from kinema.pipelines.artifacts import Artifact, sample_key
 from kinema.pipelines.loader import ClipIndex, Loader
 from kinema.pipelines.loader.order import Order

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.configs.schema import FlowFeatConfig, RegisterConfig, TrainConfig
+from kinema.configs import FlowFeatConfig, RegisterConfig, TrainConfig
 from kinema.models.backbones.vision_transformer import CONFIGS
 from kinema.pipelines import registry, tracking
 from kinema.pipelines.registry.package import module_closure, package

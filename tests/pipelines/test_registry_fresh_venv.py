@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.configs.schema import ClipConfig, FlowFeatConfig, LoaderConfig, RegisterConfig, TrainConfig
+from kinema.configs import ClipConfig, FlowFeatConfig, LoaderConfig, RegisterConfig, TrainConfig
 from kinema.pipelines import registry, train
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow

@@ -22,7 +22,7 @@ SETTINGS = ("clip.seconds=0.5", "clip.preset=ultrafast", "min_shards=6")
 KILLED_AT = """
 import os, sys
 from kinema.pipelines.artifacts import store
-from kinema.configs.schema import ClipConfig, ShardConfig
+from kinema.configs import ClipConfig, ShardConfig
 from kinema.pipelines.shard import run
 
 left = int(sys.argv[3])

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray import cloudpickle
 
-from kinema.configs.schema import ClipConfig, ShardConfig
+from kinema.configs import ClipConfig, ShardConfig
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.shard import build, run, scan, stage
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from kinema.configs.schema import ClipConfig, ShardConfig
+from kinema.configs import ClipConfig, ShardConfig
 from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact, read_range
 from kinema.pipelines.artifacts.store import disk_full_is_clear

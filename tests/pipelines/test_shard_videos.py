@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from kinema.configs.schema import ClipConfig, ShardConfig
+from kinema.configs import ClipConfig, ShardConfig
 from kinema.pipelines.artifacts import Artifact, read_range
 from kinema.pipelines.shard import run
 from kinema.pipelines.video.decode import VideoFile

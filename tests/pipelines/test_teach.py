@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from kinema.configs.schema import TeachConfig
+from kinema.configs import TeachConfig
 from kinema.models.flow.dis import DIS
 from kinema.models.flow.geometry import occlusion
 from kinema.models.flow.networks import flow_network

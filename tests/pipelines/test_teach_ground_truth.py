@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kinema.configs.schema import ClipConfig, ShardConfig, TeachConfig
+from kinema.configs import ClipConfig, ShardConfig, TeachConfig
 from kinema.pipelines import teach
 from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.shard import run as shard

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.configs.schema import TrackConfig
+from kinema.configs import TrackConfig
 from kinema.pipelines import track
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts import store as store_module

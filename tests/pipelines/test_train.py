@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.configs.schema import FlowFeatConfig, LoaderConfig, TrainConfig
+from kinema.configs import FlowFeatConfig, LoaderConfig, TrainConfig
 from kinema.models.backbones import vision_transformer
 from kinema.models.flow.geometry import resize_flow
 from kinema.pipelines import train

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.configs.schema import EmbedConfig, EvaluateConfig, FlowNetworkConfig, LoaderConfig, TeachConfig, TrainConfig
+from kinema.configs import EmbedConfig, EvaluateConfig, FlowNetworkConfig, LoaderConfig, TeachConfig, TrainConfig
 from kinema.models.flow.geometry import warp
 from kinema.models.flow.raft.network import raft_small
 from kinema.pipelines import embed, teach, train

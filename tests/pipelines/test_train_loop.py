@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kinema.configs.schema import TrainConfig
+from kinema.configs import TrainConfig
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.loop import rank_batch_size, train_worker
@@ -236,7 +236,7 @@ import sys
 from pathlib import Path
 import torch
 from toy_training import ToyRecipe, toy_job
-from kinema.configs.schema import TrainConfig
+from kinema.configs import TrainConfig
 from kinema.pipelines.train.loop import train_worker
 from kinema.pipelines.train.parallel import Place
 from kinema.pipelines.train.stop import CatchSignals, Stop

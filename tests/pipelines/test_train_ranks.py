@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from ray import cloudpickle
 
-from kinema.configs.schema import TrainConfig
+from kinema.configs import TrainConfig
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.launch import launch
@@ -131,7 +131,7 @@ import sys
 from pathlib import Path
 from ray import cloudpickle
 import toy_training
-from kinema.configs.schema import TrainConfig
+from kinema.configs import TrainConfig
 from kinema.pipelines.train.launch import launch
 cloudpickle.register_pickle_by_value(toy_training)
 config = TrainConfig(**eval(sys.argv[2]))

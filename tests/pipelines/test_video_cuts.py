@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kinema.configs.schema import ClipConfig
+from kinema.configs import ClipConfig
 from kinema.pipelines.video.cuts import CutDetector
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.orient import Orientation

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
 
-from kinema.configs.schema import ClipConfig
+from kinema.configs import ClipConfig
 from kinema.pipelines.video.encode import ClipEncoder
 from kinema.pipelines.video.orient import Orientation
 from kinema.pipelines.video.packets import to_rgb

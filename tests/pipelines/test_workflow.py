@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 import kinema.pipelines
-from kinema.configs import build
-from kinema.configs.schema import WorkflowConfig
+from kinema.configs import WorkflowConfig, build
 from kinema.pipelines import workflow
 
 

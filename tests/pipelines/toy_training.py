@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kinema.configs.schema import TrainConfig
+from kinema.configs import TrainConfig
 from kinema.pipelines.train.loop import TrainJob, rank_batch_size
 from kinema.pipelines.train.parallel import Place
 from kinema.pipelines.train.recipes.protocol import Loss

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kinema.configs import EvaluateConfig
+from kinema.configs import EvaluateConfig, TrainConfig
 from kinema.configs.load import build
-from kinema.configs.schema import TrainConfig
 from kinema.models.fpt.data_rules import SamplingRule
 from kinema.models.fpt.model import PRESETS, FlowPokeTransformer, flow_poke_transformer
 from kinema.pipelines.evaluate.pokes.data import TrackSamples

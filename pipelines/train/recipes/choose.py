@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kinema.configs.schema import TrainConfig
+from kinema.configs import TrainConfig
 from kinema.pipelines.train.recipes.flow import FlowRecipe
 from kinema.pipelines.train.recipes.flowfeat import FlowFeatRecipe
 from kinema.pipelines.train.recipes.fpt.recipe import FPTRecipe

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kinema.configs.schema import FlowNetworkConfig
+from kinema.configs import FlowNetworkConfig
 from kinema.models.flow.geometry import crop_flow, flip_flow
 from kinema.models.flow.networks import flow_network
 from kinema.models.flow.raft.loss import MAX_MOTION_PX, flow_errors, sequence_loss

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kinema.configs.schema import FlowFeatConfig
+from kinema.configs import FlowFeatConfig
 from kinema.models.backbones.vision_transformer import CONFIGS
 from kinema.models.flow.geometry import crop_flow, resize_flow
 from kinema.models.flowfeat.model import VARIANTS, FlowFeat

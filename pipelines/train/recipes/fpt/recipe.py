@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from kinema.configs.schema import FPTConfig
+from kinema.configs import FPTConfig
 from kinema.models.fpt.data_rules import (
     Motion,
     NoTrainingSample,

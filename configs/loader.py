@@ -1,0 +1,66 @@
+"""How training samples are drawn from clips and sidecars."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kinema.configs.checks import require
+
+
+@dataclass(frozen=True)
+class PairFilterConfig:
+    """Which flow pairs are learned from, by the quality signals of `kinema teach`; -1 sets no limit."""
+
+    min_motion_px: float = -1.0
+    """Smallest mean motion of a pair, in pixels of the stored flow."""
+    max_motion_px: float = -1.0
+    """Largest mean motion."""
+    max_consistency_px: float = -1.0
+    """Largest median distance between a pixel and where it comes back to, forward and backward."""
+    max_occluded_share: float = -1.0
+    """Largest share of pixels that fail the forward-backward check."""
+    max_photometric: float = -1.0
+    """Largest mean difference of grey values (0..1) after warping."""
+    max_uncertainty_px: float = -1.0
+    """Largest mean error that the teacher itself expects."""
+    max_disagreement_px: float = -1.0
+    """Largest mean distance to the other teacher (`teach compare=`)."""
+    skip_static: bool = False
+    """Leave out pairs of equal pictures."""
+    skip_cuts: bool = False
+    """Leave out pairs whose flow explains nothing: cuts that were not found, or failures of the teacher."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_occluded_share", "max_photometric"):
+            require(getattr(self, name) <= 1, f"loader.pairs.{name}", getattr(self, name), "use 0 to 1, or -1 for any")
+        if self.max_motion_px >= 0:
+            rule = f"use at most max_motion_px={self.max_motion_px}"
+            fits = self.min_motion_px <= self.max_motion_px
+            require(fits, "loader.pairs.min_motion_px", self.min_motion_px, rule)
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How training samples are drawn. Order and content follow from the seed alone, not from the workers."""
+
+    num_workers: int = 2
+    """Loader processes per rank; 0 reads in the training process."""
+    prefetch: int = 2
+    """Batches each worker keeps ready."""
+    samples_per_clip: int = 1
+    """Samples taken from a clip each epoch while it is open, spread by the shuffle window."""
+    shuffle_window: int = 256
+    """Clips among which samples of the same clip are spread (only when samples_per_clip > 1). `fpt` reads and holds a
+    whole window at a time: best the (global) batch size, or a small multiple of it."""
+    min_motion: float = 0.0
+    """Clips with a lower motion score are left out and counted."""
+    skip_duplicates: bool = True
+    """Clips marked as exact duplicates are left out and counted."""
+    pairs: PairFilterConfig = field(default_factory=PairFilterConfig)
+    """Which flow pairs are learned from."""
+
+    def __post_init__(self) -> None:
+        require(self.num_workers >= 0, "loader.num_workers", self.num_workers, "use 0 or more")
+        require(self.prefetch >= 1, "loader.prefetch", self.prefetch, "use 1 or more")
+        require(self.samples_per_clip >= 1, "loader.samples_per_clip", self.samples_per_clip, "use 1 or more")
+        require(self.shuffle_window >= 1, "loader.shuffle_window", self.shuffle_window, "use 1 or more clips")

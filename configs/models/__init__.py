@@ -1,0 +1,1 @@
+"""Settings of each model's training, one file a model."""

@@ -1,0 +1,25 @@
+"""Settings of `kinema register`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kinema.configs.checks import require
+
+
+@dataclass(frozen=True)
+class RegisterConfig:
+    """`kinema register`: a run in, a registry version out."""
+
+    model: str = ""
+    """Run folder or checkpoint."""
+    name: str = "kinema-flowfeat"
+    """Registered model name."""
+    metric: str = ""
+    """Metric that decides about `champion`, for example davis_jf; empty: the first of the evaluation."""
+    higher_is_better: bool = True
+    """Direction of the metric."""
+
+    def __post_init__(self) -> None:
+        rule = "use a name without / and :, for example kinema-flowfeat"
+        require(bool(self.name) and not set(self.name) & set("/:"), "name", self.name, rule)

@@ -1,0 +1,88 @@
+"""Settings of `kinema shard`: sources, clips, shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kinema.configs.checks import require
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """How clips are cut, resampled and encoded. Its hash is part of every sample key and of the artifact."""
+
+    seconds: float = 4.0
+    """Longest clip, in seconds; a shot is divided into clips of equal length no longer than this."""
+    fps: float = 0.0
+    """Frames per second of the clips; 0 keeps the source's average rate. Resampled by timestamps."""
+    min_frames: int = 2
+    """Shots and remainders with fewer frames (after resampling) are dropped and counted."""
+    short_side: int = 0
+    """Resize so that the shorter side has this many pixels (never enlarged); 0 keeps the size."""
+    cuts: Literal["content", "adaptive", "none"] = "content"
+    """Shot detector (PySceneDetect's ContentDetector or AdaptiveDetector), or no cuts at all."""
+    cut_threshold: float = 27.0
+    """Threshold of the detector, in its own units (27 is ContentDetector's published default)."""
+    codec: Literal["h264", "h264_lossless", "hevc", "av1", "mjpeg"] = "h264"
+    """`h264_lossless` keeps the RGB picture exactly (libx264rgb at quantiser 0); the others are 4:2:0 and lossy."""
+    crf: int = 18
+    """Quality of h264, hevc, av1 (constant rate factor, 0..51, lower is better); mjpeg: qscale 2 + crf/6."""
+    gop: int = 12
+    """Closed group of pictures, in frames: every `gop` frames a keyframe that nothing refers across."""
+    preset: str = "medium"
+    """Encoder speed preset of x264/x265, for example `veryfast`."""
+
+    def __post_init__(self) -> None:
+        require(self.seconds > 0, "clip.seconds", self.seconds, "use a positive number of seconds")
+        require(self.fps >= 0, "clip.fps", self.fps, "use a positive rate, or 0 to keep the source's")
+        require(self.min_frames >= 1, "clip.min_frames", self.min_frames, "use 1 or more")
+        require(
+            self.short_side == 0 or self.short_side >= 16,
+            "clip.short_side",
+            self.short_side,
+            "use 0 or >= 16",
+        )
+        require(0 <= self.crf <= 51, "clip.crf", self.crf, "use 0 (best) to 51")
+        require(self.gop >= 1, "clip.gop", self.gop, "use 1 or more frames")
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """`kinema shard`: videos in, clips/ out."""
+
+    videos: str = ""
+    """Folder, glob, file, bucket URL, list file (.txt), manifest (.csv, .parquet), frame folders, or tars."""
+    out: str = ""
+    """Folder or URL of the clips artifact."""
+    layout: Literal["auto", "videos", "frames", "webdataset", "manifest", "list"] = "auto"
+    """What `videos` holds; `auto` looks at it."""
+    frames_fps: float = 24.0
+    """Frame rate given to frame folders, which carry none (DAVIS 24; YouTube-VOS 30, or 6 if every fifth)."""
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    """How clips are cut and encoded."""
+    shard_mb: int = 384
+    """Intended size of a shard in MB; 256 to 512 keeps object stores and readers content."""
+    min_shards: int = 8
+    """At least this many shards where there are that many clips (4 per rank and loader worker is the aim)."""
+    motion: Literal["vectors", "flow", "none"] = "vectors"
+    """Motion score from the codec's motion vectors, from DIS flow on small frames, or not at all."""
+    near_duplicate_bits: int = 4
+    """Clips whose perceptual hashes differ in at most this many of 64 bits are marked as near duplicates."""
+    allowed_quarantine: float = 0.5
+    """Exit status 3 when more than this share of the sources was quarantined."""
+    source_timeout_s: float = 1800.0
+    """A source whose decoder makes no progress for this long is killed and quarantined."""
+    num_workers: int = 0
+    """Shards built at once; 0 means one per CPU that Ray has."""
+
+    def __post_init__(self) -> None:
+        require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "use 1 or more (256 to 512 is usual)")
+        require(self.min_shards >= 1, "min_shards", self.min_shards, "use 1 or more")
+        require(self.frames_fps > 0, "frames_fps", self.frames_fps, "use a positive rate")
+        require(
+            0 <= self.allowed_quarantine <= 1,
+            "allowed_quarantine",
+            self.allowed_quarantine,
+            "use a share, 0 to 1",
+        )

@@ -1,0 +1,107 @@
+"""Settings of `kinema train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kinema.configs.checks import require
+from kinema.configs.loader import LoaderConfig
+from kinema.configs.models.flow_network import FlowNetworkConfig
+from kinema.configs.models.flowfeat import FlowFeatConfig
+from kinema.configs.models.fpt import FPTConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`kinema train`: clips/ + sidecars in, a run out."""
+
+    clips: str = ""
+    """The clips artifact."""
+    flow: str = ""
+    """The flow artifact of one teacher."""
+    other_flow: tuple[str, ...] = ()
+    """Flow artifacts of further teachers over the same clips; a clip is used when all have it."""
+    flow_use: Literal["choose", "average"] = "choose"
+    """With several teachers: draw one for every sample, or average their flow."""
+    tracks: str = ""
+    """The tracks artifact; `fpt` learns from it."""
+    out: str = ""
+    """Folder of the run: checkpoints and logs."""
+    model: Literal["flowfeat", "raft", "raft_small", "sea_raft_s", "sea_raft_m", "sea_raft_l", "smurf", "fpt"] = (
+        "flowfeat"
+    )
+    """Which model trains."""
+    weights: str = ""
+    """Checkpoint to start the model from (file or URL); empty: from initialisation."""
+    flowfeat: FlowFeatConfig = field(default_factory=FlowFeatConfig)
+    """Settings of the FlowFeat recipe."""
+    flow_network: FlowNetworkConfig = field(default_factory=FlowNetworkConfig)
+    """Settings of the flow networks' recipe."""
+    fpt: FPTConfig = field(default_factory=FPTConfig)
+    """Settings of the Flow Poke Transformer's recipe."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """How samples are drawn."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 128
+    """Samples per optimizer step over all ranks; divisible by num_workers * accumulate."""
+    accumulate: int = 1
+    """Backward passes per optimizer step."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW moment decays."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    schedule: Literal["constant", "cosine", "poly", "linear"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end of cosine, poly and linear schedules."""
+    clip_norm: float = 0.0
+    """Largest gradient norm; 0 means no clipping."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on GPU, fp32 on CPU."""
+    seed: int = 0
+    """Seed of initialisation, order and every random choice."""
+    num_workers: int = 1
+    """Ray Train workers (ranks)."""
+    use_gpu: Literal["auto", "yes", "no"] = "auto"
+    """Whether each worker gets a GPU."""
+    cpus_per_worker: float = 1.0
+    """CPUs Ray reserves for each worker; threads follow it."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is also written at the end and at a stop signal."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    log_every: int = 10
+    """Steps between metric points."""
+    pictures_every: int = 500
+    """Steps between pictures (input, teacher flow, predicted flow, feature PCA); 0 means only at the end."""
+    max_failures: int = 3
+    """Lost workers that are replaced before the run fails."""
+    experiment: str = "kinema"
+    """MLflow experiment."""
+    run_name: str = ""
+    """MLflow run name; empty: model and config hash."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "use 1 or more")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
+        require(self.accumulate >= 1, "accumulate", self.accumulate, "use 1 or more")
+        require(self.num_workers >= 1, "num_workers", self.num_workers, "use 1 or more ranks")
+        require(self.lr > 0, "lr", self.lr, "use a positive rate")
+        require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "use a positive norm, or 0 for none")
+        require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "use 1 or more steps")
+        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "use 1 or more")
+        require(self.log_every >= 1, "log_every", self.log_every, "use 1 or more steps")
+        rule = "it takes several teachers; name the others' flow: other_flow=[DIR]"
+        require(self.flow_use == "choose" or bool(self.other_flow), "flow_use", self.flow_use, rule)
+        world = self.num_workers * self.accumulate
+        if self.batch_size % world:
+            low, high = self.batch_size // world * world, -(-self.batch_size // world) * world
+            sizes = f"{low} or {high}" if low else f"{high}"
+            rule = f"is not divisible by num_workers * accumulate = {world}"
+            raise ValueError(f"batch_size={self.batch_size} {rule}; use {sizes}")
