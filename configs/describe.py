@@ -10,18 +10,34 @@ import textwrap
 import typing
 from typing import Any
 
+from kinema.configs.models.table import MODELS
+
 
 def describe(schema: Any, prefix: str = "") -> str:
-    """One entry per key, sections flattened to dotted keys."""
+    """One entry per key with what it may be, sections flattened to dotted keys, those of models under their names."""
     docs, hints, lines = field_docs(schema), typing.get_type_hints(schema), []
     for field in dataclasses.fields(schema):
+        if "sections" in field.metadata:
+            for section, settings in MODELS.sections().items():
+                models = ", ".join(name for name, row in MODELS.items() if row.section == section and row.recipe)
+                lines += [f"  settings of model={models}:", describe(settings, f"{prefix}{section}.")]
+            continue
         if dataclasses.is_dataclass(hints[field.name]):
             lines.append(describe(hints[field.name], f"{prefix}{field.name}."))
             continue
         default = list(field.default) if isinstance(field.default, tuple) else field.default
-        lines.append(f"  {prefix}{field.name}={default}")
+        allowed = choices(hints[field.name], field.metadata)
+        lines.append(f"  {prefix}{field.name}={default}" + (f"  ({' | '.join(allowed)})" if allowed else ""))
         lines.append(textwrap.fill(docs.get(field.name, ""), 100, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
+
+
+def choices(hint: Any, metadata: Any) -> tuple[str, ...]:
+    """The values that a key may have, if they are words; empty otherwise."""
+    if "choices" in metadata:
+        return tuple(metadata["choices"]())
+    inner = next(iter(typing.get_args(hint)), None) if typing.get_origin(hint) is tuple else hint
+    return tuple(map(str, typing.get_args(inner))) if typing.get_origin(inner) is typing.Literal else ()
 
 
 @functools.cache

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kinema.configs.checks import require
+from kinema.configs.checks import require, require_choice
+from kinema.configs.models.benchmarks import BENCHMARKS
+from kinema.configs.models.table import MODELS
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class EvaluateConfig:
     or a tracker's (chain, cotracker3) or a Flow Poke Transformer's (fpt_base)."""
     weights: str = ""
     """Weights for a flow network, tracker or FlowFeat variant given by name; for chain, those of its teacher."""
-    benchmark: Literal["davis", "sintel", "kitti", "middlebury", "tapvid", "pokes", "moving_part"] = "davis"
+    benchmark: str = field(default="davis", metadata={"choices": lambda: tuple(BENCHMARKS)})
     """Which measures."""
     data: str = ""
     """The benchmark's folder; TAP-Vid: also a file; TAP-Vid and moving_part: also `scenes`, rendered with known motion.
@@ -88,7 +90,7 @@ class EvaluateConfig:
     """SEA-RAFT sees the images at 2^scale times their size."""
     queries: Literal["first", "strided"] = "first"
     """TAP-Vid: points are given where they are first seen, or in every 5th frame in which they are seen."""
-    teacher: Literal["dis", "raft", "raft_small", "sea_raft_s", "sea_raft_m", "sea_raft_l", "smurf"] = "dis"
+    teacher: str = field(default="dis", metadata={"choices": MODELS.teachers})
     """TAP-Vid: the flow network that chain follows."""
     single_queries: bool = False
     """TAP-Vid, cotracker3: each query in a run of its own with a local grid, as in the paper's tables, which takes
@@ -97,3 +99,7 @@ class EvaluateConfig:
     """Benchmarks pokes and moving_part: how they ask."""
     run_id: str = ""
     """MLflow run that gets the table; empty: the model's own run if it has one."""
+
+    def __post_init__(self) -> None:
+        require_choice("benchmark", self.benchmark, tuple(BENCHMARKS))
+        require_choice("teacher", self.teacher, MODELS.teachers())

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, safe_load
 
+from kinema.configs.models.table import MODELS
 from kinema.configs.workflow import STAGES, WorkflowConfig
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ def build(schema: type[T], values: Mapping[str, Any] | None = None, overrides: S
     """An instance of the dataclass `schema` from a nested mapping and `key=value` overrides."""
     values = dict(values or {})
     _check_keys(values, schema, where="config")
-    merged = _merge(OmegaConf.structured(schema), _yes_and_no(values, schema), "config file")
+    merged = _merge(OmegaConf.structured(_flat_schema(schema)), _yes_and_no(values, schema), "config file")
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
@@ -60,7 +61,23 @@ def build(schema: type[T], values: Mapping[str, Any] | None = None, overrides: S
         for part in reversed(key.split(".")):
             nested = {part: nested}
         merged = _merge(merged, nested, override)
-    return typing.cast(T, _tuples(OmegaConf.to_object(merged)))
+    found = typing.cast(dict, OmegaConf.to_container(merged, resolve=True))
+    for override in overrides:
+        _refuse_without_effect(override, schema, found)
+    return typing.cast(T, _construct(schema, found))
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """A config as nested mappings with the keys of files and of the command line, the way back from `build`."""
+    mapping: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if chooser := f.metadata.get("sections"):
+            if value is not None:
+                mapping[MODELS[getattr(config, chooser)].section] = to_mapping(value)
+        else:
+            mapping[f.name] = to_mapping(value) if dataclasses.is_dataclass(value) else value
+    return mapping
 
 
 def _merge(base: DictConfig, values: Mapping[str, Any], source: str) -> DictConfig:
@@ -87,7 +104,7 @@ def resolve_config_path(name: str | Path) -> Path:
 
 def config_hash(config: Any) -> str:
     """blake2b-128 hex of a dataclass (or mapping) in canonical JSON."""
-    mapping = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
+    mapping = to_mapping(config) if dataclasses.is_dataclass(config) else config
     text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -104,8 +121,51 @@ def _read_yaml(name: str | Path) -> dict[str, Any]:
 
 
 def _fields(schema: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(schema)
-    return {f.name: hints[f.name] for f in dataclasses.fields(schema)}
+    """{key: type} as files and the command line know them: a model's settings are sections, one for each model."""
+    hints, found = typing.get_type_hints(schema), dict[str, Any]()
+    for f in dataclasses.fields(schema):
+        found |= MODELS.sections() if "sections" in f.metadata else {f.name: hints[f.name]}
+    return found
+
+
+def _flat_schema(schema: Any) -> Any:
+    """The schema with those keys, for merging only: it checks types, and its values are checked when they are whole."""
+    defaults = {f.name: f for f in dataclasses.fields(schema)}
+    fields: list[tuple[str, Any, Any]] = []
+    for name, kind in _fields(schema).items():
+        if dataclasses.is_dataclass(kind):
+            flat = _flat_schema(kind)
+            fields.append((name, flat, dataclasses.field(default_factory=flat)))
+        else:
+            fields.append((name, kind, dataclasses.field(default=defaults[name].default)))
+    return dataclasses.make_dataclass(schema.__name__, fields)
+
+
+def _construct(schema: Any, values: Mapping[str, Any]) -> Any:
+    """The frozen dataclass, of whose models' sections only the chosen model's is taken; lists become tuples."""
+    hints, arguments = typing.get_type_hints(schema), {}
+    for f in dataclasses.fields(schema):
+        if chooser := f.metadata.get("sections"):
+            row = MODELS.get(values[chooser])
+            if row is not None and row.settings is not None:
+                arguments[f.name] = _construct(row.settings, values[row.section])
+        elif dataclasses.is_dataclass(hints[f.name]):
+            arguments[f.name] = _construct(hints[f.name], values[f.name])
+        else:
+            arguments[f.name] = _tuples(values[f.name])
+    return schema(**arguments)
+
+
+def _refuse_without_effect(override: str, schema: Any, values: Mapping[str, Any]) -> None:
+    """Raises: ValueError for an override in the section of a model that is not the chosen one."""
+    parts = override.partition("=")[0].split(".")
+    for part in parts[:-1]:
+        for f in dataclasses.fields(schema):
+            row = MODELS.get(values[f.metadata["sections"]]) if "sections" in f.metadata else None
+            if row is not None and part in MODELS.sections() and part != row.section:
+                theirs = f"its settings are {row.section}.*" if row.section else "it has no settings"
+                raise ValueError(f"{override} has no effect with model={row.name}; {theirs}")
+        schema, values = _fields(schema)[part], values[part]
 
 
 def _unknown(key: str, schema: Any, prefix: str, where: str) -> ValueError:
@@ -157,8 +217,5 @@ def _yes_and_no(values: Mapping[str, Any], schema: Any) -> dict[str, Any]:
 
 
 def _tuples(value: Any) -> Any:
-    """OmegaConf turns tuples into lists; the schema's frozen dataclasses hold tuples."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changes = {f.name: _tuples(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **changes)
+    """OmegaConf turns tuples into lists; frozen dataclasses hold tuples."""
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

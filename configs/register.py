@@ -13,8 +13,8 @@ class RegisterConfig:
 
     model: str = ""
     """Run folder or checkpoint."""
-    name: str = "kinema-flowfeat"
-    """Registered model name."""
+    name: str = ""
+    """Registered model name; empty: the one that `kinema models` shows, such as kinema-flowfeat."""
     metric: str = ""
     """Metric that decides about `champion`, for example davis_jf; empty: the first of the evaluation."""
     higher_is_better: bool = True
@@ -22,4 +22,4 @@ class RegisterConfig:
 
     def __post_init__(self) -> None:
         rule = "use a name without / and :, for example kinema-flowfeat"
-        require(bool(self.name) and not set(self.name) & set("/:"), "name", self.name, rule)
+        require(not set(self.name) & set("/:"), "name", self.name, rule)

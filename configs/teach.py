@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from kinema.configs.checks import require
+from kinema.configs.checks import require, require_choice
+from kinema.configs.models.table import MODELS
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class TeachConfig:
     """The clips artifact."""
     out: str = ""
     """Folder or URL of the flow artifact; empty: flow/TEACHER beside clips."""
-    teacher: Literal["dis", "raft", "raft_small", "sea_raft_s", "sea_raft_m", "sea_raft_l", "smurf"] = "dis"
+    teacher: str = field(default="dis", metadata={"choices": MODELS.teachers})
     """Flow network; `dis` needs no weights."""
     weights: str = ""
     """Checkpoint file or URL of the teacher; empty: the published weights of the ledger."""
@@ -58,6 +59,7 @@ class TeachConfig:
     """Exit status 3 when more than this share of the clips was quarantined."""
 
     def __post_init__(self) -> None:
+        require_choice("teacher", self.teacher, MODELS.teachers())
         require(
             bool(self.gaps) and min(self.gaps) >= 1,
             "gaps",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from kinema.configs.checks import require
+from kinema.configs.checks import require, require_choice
+from kinema.configs.models.table import MODELS
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class TrackConfig:
     """The flow artifact that `chain` follows (gap 1 in both directions; longer gaps bridge occlusions)."""
     out: str = ""
     """Folder or URL of the tracks artifact; empty: tracks/TRACKER beside clips."""
-    tracker: Literal["chain", "cotracker3"] = "chain"
+    tracker: str = field(default="chain", metadata={"choices": MODELS.trackers})
     """`chain` follows stored flow and needs no weights; `cotracker3` looks at the frames."""
     weights: str = ""
     """Checkpoint file or URL of the tracker; empty: the published weights of the ledger."""
@@ -41,6 +42,7 @@ class TrackConfig:
     """Exit status 3 when more than this share of the clips was quarantined."""
 
     def __post_init__(self) -> None:
+        require_choice("tracker", self.tracker, MODELS.trackers())
         require(1 <= self.grid <= 1024, "grid", self.grid, "use 1 to 1024 points a side")
         require(self.spread_starts >= 0, "spread_starts", self.spread_starts, "use 1 or more frames, or 0 for none")
         listed = bool(self.start_frames) or self.spread_starts > 0

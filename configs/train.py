@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from kinema.configs.checks import require
+from kinema.configs.checks import require, require_choice
 from kinema.configs.loader import LoaderConfig
-from kinema.configs.models.flow_network import FlowNetworkConfig
-from kinema.configs.models.flowfeat import FlowFeatConfig
-from kinema.configs.models.fpt import FPTConfig
+from kinema.configs.models.table import MODELS
 
 
 @dataclass(frozen=True)
@@ -28,18 +26,13 @@ class TrainConfig:
     """The tracks artifact; `fpt` learns from it."""
     out: str = ""
     """Folder of the run: checkpoints and logs."""
-    model: Literal["flowfeat", "raft", "raft_small", "sea_raft_s", "sea_raft_m", "sea_raft_l", "smurf", "fpt"] = (
-        "flowfeat"
-    )
+    model: str = field(default="flowfeat", metadata={"choices": MODELS.trainable})
     """Which model trains."""
     weights: str = ""
     """Checkpoint to start the model from (file or URL); empty: from initialisation."""
-    flowfeat: FlowFeatConfig = field(default_factory=FlowFeatConfig)
-    """Settings of the FlowFeat recipe."""
-    flow_network: FlowNetworkConfig = field(default_factory=FlowNetworkConfig)
-    """Settings of the flow networks' recipe."""
-    fpt: FPTConfig = field(default_factory=FPTConfig)
-    """Settings of the Flow Poke Transformer's recipe."""
+    settings: Any = field(default=None, metadata={"sections": "model"})
+    """Settings of that model's training, a dataclass of its row in the table of models; in files and on the command
+    line they stand under the row's section, as in flowfeat.crop=224."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How samples are drawn."""
     steps: int = 1000
@@ -88,6 +81,13 @@ class TrainConfig:
     """MLflow run name; empty: model and config hash."""
 
     def __post_init__(self) -> None:
+        require_choice("model", self.model, MODELS.trainable())
+        expected = MODELS[self.model].settings
+        if self.settings is None and expected is not None:
+            object.__setattr__(self, "settings", expected())
+        if expected is not None and not isinstance(self.settings, expected):
+            given = type(self.settings).__name__
+            raise ValueError(f"settings is a {given}, but model={self.model} takes {expected.__name__}")
         require(self.steps >= 1, "steps", self.steps, "use 1 or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         require(self.accumulate >= 1, "accumulate", self.accumulate, "use 1 or more")

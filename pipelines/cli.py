@@ -8,44 +8,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import errno
-import importlib
-import json
-import math
 import os
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import kinema
-from kinema.configs import STAGES, PageConfig, build, load_stage
+from kinema.configs import STAGES, PageConfig, load_stage
 from kinema.configs.describe import describe
+from kinema.configs.models.row import resolve
+from kinema.configs.models.table import MODELS
+from kinema.pipelines import stages
 from kinema.pipelines.errors import StageError
+from kinema.pipelines.summary import print_summary
 
-STAGE_MODULES = {
-    "shard": "kinema.pipelines.shard",
-    "teach": "kinema.pipelines.teach",
-    "track": "kinema.pipelines.track",
-    "train": "kinema.pipelines.train",
-    "evaluate": "kinema.pipelines.evaluate.stage",
-    "register": "kinema.pipelines.registry",
-    "embed": "kinema.pipelines.embed",
-    "run": "kinema.pipelines.workflow",
-}
 PURPOSE = {
-    "shard": "videos -> clips/: probe, cut, resample, encode, pack",
-    "teach": "clips/ -> flow/TEACHER/: optical flow between frames",
-    "track": "clips/ (+ flow/) -> tracks/TRACKER/: point tracks",
-    "train": "clips/ + flow/ -> a run: checkpoints, metrics, pictures",
-    "evaluate": "a model + a benchmark folder -> one table",
-    "register": "a run -> a version in the MLflow registry",
-    "embed": "a registry model + clips/ -> features",
-    "run": "all stages of one workflow file; finished stages are skipped",
+    **{name: stage.purpose for name, stage in stages.STAGES.items()},
+    "run": stages.WORKFLOW.purpose,
     "submit": "any of the above as a Ray job on a cluster, logs followed",
     "verify": "re-hash an artifact and report every difference",
     "inspect": "a page with figures and pictures of an artifact or run",
@@ -123,7 +107,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 sub.add_argument("--pictures", default="", help="folder for its pictures and films as files")
         else:
             if name == "demo":
-                sub.add_argument("model", choices=["flowfeat", "fpt"], help="which model")
+                sub.add_argument("model", choices=MODELS.demos(), help="which model")
             sub.add_argument("--config", default=None, help="workflow file; its section for this stage is read")
             sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings, dotted keys")
     args, rest = parser.parse_known_args(argv)
@@ -147,79 +131,17 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
         from kinema.pipelines.report.inspect import inspect
 
         summary: Any = inspect(args.target, args.out or None, args.pictures or None)
-    elif args.command == "demo" and args.model == "fpt":
-        return _page(args, stdout)
     elif args.command == "demo":
-        from kinema.pipelines.demo import demo
-
-        summary = demo(args.model, config_path=args.config, overrides=args.overrides)
+        _sigterm_interrupts()
+        summary = resolve(MODELS[args.model].demo)(args.config, args.overrides)
+        if not args.json and getattr(summary, "is_for_programs", False):
+            return int(summary.exit_status)  # the page said on stderr how it ended
     else:
         config = load_stage(args.command, args.config, args.overrides)
         _sigterm_interrupts()
-        summary = stage_module(args.command).run(config)
+        summary = stages.stage_module(args.command).run(config)
     print_summary(summary, args.json, stdout)
     return int(getattr(summary, "exit_status", DONE))
-
-
-def _page(args: argparse.Namespace, stdout: TextIO) -> int:
-    """Serve until Ctrl-C; the page says on stderr how it ended, so stdout has a summary only for programs."""
-    from kinema.pipelines import page
-
-    if args.config:
-        raise ValueError("`kinema demo fpt` reads no workflow file; give its settings as key=value")
-    config = build(PageConfig, {}, args.overrides)
-    _sigterm_interrupts()
-    summary = page.run(config)
-    if args.json:
-        print_summary(summary, True, stdout)
-    return summary.exit_status
-
-
-def stage_module(stage: str) -> Any:
-    """The module whose `run(config)` is the stage; imported when needed, so that `--help` stays quick."""
-    return importlib.import_module(STAGE_MODULES[stage])
-
-
-def summary_fields(summary: Any) -> dict[str, Any]:
-    """What a summary says, without the exit status; a summary may have its own order in `flat()`."""
-    if hasattr(summary, "flat"):
-        fields = summary.flat()
-    elif dataclasses.is_dataclass(summary) and not isinstance(summary, type):
-        fields = dataclasses.asdict(summary)
-    else:
-        fields = dict(summary)
-    return {key: value for key, value in fields.items() if key != "exit_status"}
-
-
-def print_summary(summary: Any, as_json: bool, stdout: TextIO) -> None:
-    """One JSON object on one line, or for people `key  value` lines: nested keys dotted, empty values left out."""
-    fields = summary_fields(summary)
-    if as_json:
-        stdout.write(json.dumps(_finite(fields), default=str) + "\n")
-    else:
-        lines = {key: value for key, value in _dotted(fields) if value not in (None, "")}
-        width = max((len(key) for key in lines), default=0)
-        for key, value in lines.items():
-            shown = f"{value:.6g}" if isinstance(value, float) else value
-            stdout.write(f"{key:<{width}}  {shown}\n")
-    stdout.flush()
-
-
-def _dotted(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _verify(args: argparse.Namespace, stdout: TextIO) -> int:

@@ -17,8 +17,11 @@ import numpy as np
 from kinema.configs import TrainConfig, WorkflowConfig, build, load_stage
 from kinema.pipelines import workflow
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.registry import registered_name
 from kinema.pipelines.report import Page, sections
 from kinema.pipelines.scenes import Scene, clip_truth, load_scene, render_demo_videos
+from kinema.pipelines.train import build_model, load_model
+from kinema.pipelines.train.flow_error import flow_error
 
 HELD_OUT_SEED = 10_000
 HELD_OUT_SCENES = 3
@@ -48,12 +51,11 @@ class DemoSummary:
     """3 if a stage quarantined more than allowed."""
 
 
-def demo(model: str, config_path: str | None = None, overrides: Sequence[str] = ()) -> DemoSummary:
+def demo(config_path: str | None = None, overrides: Sequence[str] = ()) -> DemoSummary:
     """Run the demo workflow and write its page.
 
     Args: overrides, `videos=DIR`, and any key of the workflow (`workspace=DIR`, `train.steps=50`).
     """
-    assert model == "flowfeat"
     started = time.monotonic()
     settings = [f"shard.{text}" if text.startswith("videos=") else text for text in overrides]
     config = load_stage("run", config_path or "demo", settings)
@@ -68,7 +70,7 @@ def demo(model: str, config_path: str | None = None, overrides: Sequence[str] = 
     command = f"mlflow ui --backend-store-uri {os.environ['MLFLOW_TRACKING_URI']} --host 127.0.0.1"
     if (binary := Path(sys.executable).parent / "mlflow").exists() and not shutil.which("mlflow"):
         command = command.replace("mlflow ui", f"{binary} ui", 1)
-    uri = f"models:/{config.register.name}@champion"
+    uri = f"models:/{registered_name(config.register, config.train.model)}@champion"
     seconds = round(time.monotonic() - started, 1)
     return DemoSummary(str(path), command, uri, result.stages, seconds, known, result.exit_status)
 
@@ -82,13 +84,11 @@ def known_motion(config: WorkflowConfig, result: workflow.WorkflowSummary) -> di
     videos = Path(config.shard.videos)
     if not _rendered(videos):
         return {}
-    from kinema.pipelines.train import build_model, load_model
-    from kinema.pipelines.train.flow_error import flow_error
 
     run = result.outputs["train"]
     settings = json.loads((Path(run) / "run.json").read_text())["config"]
     frames, flows, valid = held_out_flow()
-    flowfeat = config.train.flowfeat
+    flowfeat = config.train.settings
     options: dict[str, Any] = {
         "resize": flowfeat.resize,
         "crop": flowfeat.crop,
@@ -169,9 +169,9 @@ def _page(config: WorkflowConfig, result: workflow.WorkflowSummary, known: dict[
             "seconds": round(seconds, 1),
         }
     )
-    if not config.train.flowfeat.backbone_weights:
+    if not config.train.settings.backbone_weights:
         page.text(
-            f"The backbone of {config.train.flowfeat.variant} is untrained: no published weights were given. Features "
+            f"The backbone of {config.train.settings.variant} is untrained: no published weights were given. Features "
             "show motion, not meaning. With weights: train.flowfeat.backbone_weights=FILE or =published."
         )
     if known:
@@ -193,7 +193,7 @@ def _page(config: WorkflowConfig, result: workflow.WorkflowSummary, known: dict[
     page.code(
         "import mlflow\n"
         f'mlflow.set_tracking_uri("{os.environ["MLFLOW_TRACKING_URI"]}")\n'
-        f'model = mlflow.pyfunc.load_model("models:/{config.register.name}@champion")\n'
+        f'model = mlflow.pyfunc.load_model("models:/{registered_name(config.register, config.train.model)}@champion")\n'
         "features = model.predict(images)  # uint8 [B, H, W, 3]"
     )
     return page

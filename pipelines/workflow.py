@@ -19,17 +19,13 @@ from typing import Any
 import fsspec
 
 from kinema.configs import WorkflowConfig, config_hash
-from kinema.pipelines.cli import stage_module, summary_fields
+from kinema.configs.load import to_mapping
+from kinema.pipelines import tracking
+from kinema.pipelines.registry import registered_name
+from kinema.pipelines.shard.sources import find_sources
+from kinema.pipelines.stages import STAGES, stage_module
+from kinema.pipelines.summary import summary_fields
 
-UPSTREAM: dict[str, tuple[str, ...]] = {
-    "shard": (),
-    "teach": ("shard",),
-    "track": ("shard", "teach"),
-    "train": ("shard", "teach", "track"),
-    "evaluate": ("train",),
-    "register": ("train", "evaluate"),
-    "embed": ("shard", "register"),
-}
 # Settings that change how a run is watched or how far it goes, not what it is: a longer run goes on in its folder.
 RUN_CADENCE = (
     "out",
@@ -70,8 +66,6 @@ def run(config: WorkflowConfig, *, report: Callable[[str], None] | None = None) 
         raise ValueError("shard.videos is empty; name the folder with your videos: shard.videos=DIR")
     workspace = Path(config.workspace).expanduser().resolve()
     if "shard" in config.stages and not workspace.exists():
-        from kinema.pipelines.shard.sources import find_sources
-
         find_sources(config.shard.videos, config.shard.layout)  # wrong videos leave no workspace behind
     _prepare(workspace)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'mlflow.db'}")
@@ -80,13 +74,13 @@ def run(config: WorkflowConfig, *, report: Callable[[str], None] | None = None) 
     summaries: dict[str, dict[str, Any]] = {}
     status = 0
     with _ParentRun(config) as parent:
-        for stage in [s for s in UPSTREAM if s in config.stages]:
+        for stage in [s for s in STAGES if s in config.stages]:
             section = resolve_stage(config, stage, workspace, outputs)
             fingerprint = _fingerprint(stage, section, outputs)
             stamp_path = workspace / "_workflow" / f"{stage}.json"
             stamp = _read_stamp(stamp_path)
             outputs[stage] = getattr(section, "out", "") or ""
-            changed_above = any(states.get(up) == "done" for up in UPSTREAM[stage])
+            changed_above = any(states.get(up) == "done" for up in STAGES[stage].upstream)
             reason = _why_run(stamp, fingerprint, outputs[stage], changed_above)
             if reason is None:
                 assert stamp is not None
@@ -134,7 +128,7 @@ def resolve_stage(config: WorkflowConfig, stage: str, workspace: Path, outputs: 
     default_model = type(section)().model
     model = section.model
     if model == default_model:
-        model = f"models:/{config.register.name}@champion"
+        model = f"models:/{registered_name(config.register, config.train.model)}@champion"
     return dataclasses.replace(
         section, model=model, clips=section.clips or clips, out=section.out or str(workspace / "features")
     )
@@ -142,7 +136,7 @@ def resolve_stage(config: WorkflowConfig, stage: str, workspace: Path, outputs: 
 
 def _run_folder(section: Any, workspace: Path) -> Path:
     """A training's folder is named by what it is, so that another recipe or other data never resumes into it."""
-    settings = {k: v for k, v in dataclasses.asdict(section).items() if k not in RUN_CADENCE}
+    settings = {k: v for k, v in to_mapping(section).items() if k not in RUN_CADENCE}
     data = [
         content_hash(url) for url in (section.clips, section.flow, *filter(None, [section.tracks]), *section.other_flow)
     ]
@@ -171,10 +165,10 @@ def _why_run(stamp: Mapping[str, Any] | None, fingerprint: str, out: str, change
 
 
 def _fingerprint(stage: str, section: Any, outputs: Mapping[str, str]) -> str:
-    parts: dict[str, Any] = {"config": dataclasses.asdict(section)}
+    parts: dict[str, Any] = {"config": to_mapping(section)}
     if stage == "shard":
         parts["videos"] = source_listing(section.videos)
-    for upstream in UPSTREAM[stage]:
+    for upstream in STAGES[stage].upstream:
         if outputs.get(upstream):
             parts[upstream] = content_hash(outputs[upstream])
     return config_hash(json.loads(json.dumps(parts, default=str)))
@@ -262,9 +256,7 @@ class _ParentRun:
 
     def start(self) -> None:
         if self.run is None:
-            from kinema.pipelines import tracking
-
-            self.run = tracking.start_workflow(self.config.name, dataclasses.asdict(self.config))
+            self.run = tracking.start_workflow(self.config.name, to_mapping(self.config))
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self.run is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kinema.configs.checks import require
 
@@ -13,7 +13,7 @@ class FlowFeatConfig:
 
     variant: str = "dinov2_vits14_yt"
     """Hub name, such as dino_vits16_yt, mae_vitb16_kt or dinov2_vitb14_kt."""
-    backbone_weights: str = ""
+    backbone_weights: str = field(default="", metadata={"file": True})
     """Checkpoint of the frozen encoder: file, URL, `published` (ledger) or empty (untrained, said aloud)."""
     resize: int = 448
     """Short side of the frame before the centre square crop."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from kinema.configs.checks import require
@@ -14,7 +14,7 @@ class FPTConfig:
 
     preset: Literal["fpt_base", "fpt_tiny", "fpt_nano"] = "fpt_base"
     """The published model, or one that trains on a CPU."""
-    encoder_weights: str = ""
+    encoder_weights: str = field(default="", metadata={"file": True})
     """Checkpoint the image encoder starts from: file, URL, `published` (ledger) or empty (untrained, said aloud)."""
     image_px: int = 512
     """Side of the square that the loader hands over; the encoder resizes it to its own."""

@@ -85,7 +85,13 @@ def judge(model: torch.nn.Module, baseline: GaussianMixture, folder: Path, confi
     """The model and the baseline on pokes and queries that training did not draw."""
     index = ClipIndex.open(folder / "clips", None, folder / "tracks")
     samples = TrackSamples(
-        index, COUNTS, num_queries=64, gap_s=config.fpt.gap_s, image_px=config.fpt.image_px, max_clips=48, seed=1
+        index,
+        COUNTS,
+        num_queries=64,
+        gap_s=config.settings.gap_s,
+        image_px=config.settings.image_px,
+        max_clips=48,
+        seed=1,
     )
     rows = score(predict_samples(model, samples, COUNTS), COUNTS, side_px=1).rows  # type: ignore[arg-type]
     flows = torch.cat([sample.query_flow for sample in samples]).double()
@@ -100,7 +106,7 @@ def judge(model: torch.nn.Module, baseline: GaussianMixture, folder: Path, confi
 
 def training_flows(config: TrainConfig, draws: int = 8) -> Float[Tensor, "N 2"]:
     """Motion of the tracks that training draws from."""
-    recipe = FPTRecipe(config.fpt)
+    recipe = FPTRecipe(config.settings)
     index = ClipIndex.open(config.clips, None, config.tracks)
     flows = []
     for number in range(len(index)):

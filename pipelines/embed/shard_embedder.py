@@ -20,8 +20,13 @@ from kinema.pipelines import tracking
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader.clip import Clip, ReadCounter
+from kinema.pipelines.model_address import check_kind
 from kinema.pipelines.pictures.images import normalise_images, size_for_model
+from kinema.pipelines.registry.files import load_registered
+from kinema.pipelines.registry.versions import Registry
 from kinema.pipelines.teach.teachers import use_threads
+from kinema.pipelines.train.checkpoint import MODEL_FILE, resolve_checkpoint
+from kinema.pipelines.train.trained import load_model
 
 COLUMNS = pa.schema(
     [
@@ -55,29 +60,19 @@ class ModelSpec:
         Raises: ValueError if it names nothing.
         """
         if model.startswith("models:/"):
-            from kinema.pipelines.registry.versions import Registry
-
             registry = Registry.at(tracking.tracking_uri(), model)
             version, content_hash = registry.resolve(model)
             return cls(f"models:/{registry.name}/{version}", registry.uri, content_hash)
-        from kinema.pipelines.train.checkpoint import MODEL_FILE, read_meta, resolve_checkpoint
-
         checkpoint = resolve_checkpoint(model).resolve()
-        trained = read_meta(checkpoint)["train_config"]["model"]
-        if trained != "flowfeat":
-            raise ValueError(f"model={model} is a run of {trained}, which gives no features; use a run of flowfeat")
+        check_kind(model, "features", "embed")
         with (checkpoint / MODEL_FILE).open("rb") as file:
             return cls(str(checkpoint), "", hashlib.file_digest(file, "sha256").hexdigest())
 
     def load(self) -> nn.Module:
         """The model on its device, in eval mode."""
         if self.uri:
-            from kinema.pipelines.registry import load_registered
-
             model = load_registered(self.address, self.uri)
         else:
-            from kinema.pipelines.train.checkpoint import load_model
-
             model = load_model(Path(self.address))
         return model.to(self.device).eval()
 

@@ -7,23 +7,24 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import uvicorn
 
-from kinema.configs import PageConfig
-from kinema.models.fpt.model import PRESETS, FlowPokeTransformer, flow_poke_transformer
+from kinema.configs import PageConfig, build
+from kinema.models.fpt.model import PRESETS, FlowPokeTransformer
 from kinema.models.weights import LEDGER
 from kinema.pipelines.loader import ClipIndex
+from kinema.pipelines.model_address import load_address
 from kinema.pipelines.page.predictor import Predictor
 from kinema.pipelines.page.server import PageFacts, PageServer
 from kinema.pipelines.progress import format_seconds
-from kinema.pipelines.registry import load_trained
+from kinema.pipelines.train.checkpoint import read_meta, resolve_checkpoint
 
-__all__ = ["PageSummary", "run"]
+__all__ = ["PageSummary", "demo", "run"]
 
 HOST = "127.0.0.1"
 PUBLISHED = "published"
@@ -41,6 +42,9 @@ class PageSummary:
     """How long it was open."""
     exit_status: int = 0
     """Always 0: being closed is how a page ends."""
+
+    is_for_programs = True
+    """People were told on stderr."""
 
 
 def run(config: PageConfig, *, report: Callable[[str], None] | None = None) -> PageSummary:
@@ -93,12 +97,14 @@ def load_page_model(name: str, weights: str = "") -> FlowPokeTransformer:
     Args: weights, for a preset: file or URL, `published`, or empty for random ones.
     Raises: ValueError.
     """
-    if name in PRESETS:
-        published = weights == PUBLISHED
-        return flow_poke_transformer(name, pretrained=published, weights=None if published else weights or None)
-    if weights:
-        raise ValueError(f"weights={weights} goes with model={' or '.join(PRESETS)}; model={name} has its own")
-    return load_trained(name, FlowPokeTransformer, "the page needs a Flow Poke Transformer")
+    return load_address(name, weights, kind="pokes", user="the page", untrained=True).network
+
+
+def demo(config_path: str | None = None, overrides: Sequence[str] = ()) -> PageSummary:
+    """`kinema demo fpt`."""
+    if config_path:
+        raise ValueError("`kinema demo fpt` reads no workflow file; give its settings as key=value")
+    return run(build(PageConfig, {}, overrides))
 
 
 class _WebServer(uvicorn.Server):
@@ -144,8 +150,6 @@ def _title(model: str) -> str:
     """What the page calls the model: runs and checkpoints by folder and step, without the way there."""
     if model in PRESETS or model.startswith("models:/"):
         return model
-    from kinema.pipelines.train.checkpoint import read_meta, resolve_checkpoint
-
     return f"{Path(model).resolve().name}, step {read_meta(resolve_checkpoint(model))['step']}"
 
 

@@ -1,4 +1,4 @@
-"""`kinema register`: a run in, a registry version out; and the way back from the registry to a module."""
+"""`kinema register`: a run in, a registry version out."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from torch import nn
+from typing import Any
 
 from kinema.configs import RegisterConfig, TrainConfig
 from kinema.configs.load import build
+from kinema.configs.models.table import MODELS
 from kinema.pipelines import tracking
-from kinema.pipelines.registry.package import ARCHITECTURES, Package, package
-from kinema.pipelines.registry.shipped.network import build_model
+from kinema.pipelines.registry.files import load_registered
+from kinema.pipelines.registry.package import Package, package
 from kinema.pipelines.registry.versions import Registry
-from kinema.pipelines.train.checkpoint import load_model, read_meta, read_tensors, resolve_checkpoint
+from kinema.pipelines.train.checkpoint import read_meta, read_tensors, resolve_checkpoint
 from kinema.pipelines.train.recipes.choose import make_recipe
 
-__all__ = ["RegisterSummary", "load_registered", "load_trained", "run"]
-
-Network = TypeVar("Network", bound=nn.Module)
+__all__ = ["RegisterSummary", "load_registered", "run"]
 
 # The metric that decides when none is named: this one, else the first by name among the evaluation's.
 PREFERRED_METRIC = "davis_jf"
@@ -75,18 +72,19 @@ def run(config: RegisterConfig, *, report: Callable[[dict[str, Any]], None] | No
     meta = read_meta(checkpoint)
     record = _run_record(checkpoint)
     trained = build(TrainConfig, meta["train_config"])
+    name = registered_name(config, trained.model)
     recipe = make_recipe(trained)
     exported = recipe.export(recipe.published_model(read_tensors(checkpoint)))
     tracker = tracking.start_run(
         trained.experiment,
-        f"register-{config.name}",
+        f"register-{name}",
         {},
-        tags={"kinema.registered_as": config.name},
+        tags={"kinema.registered_as": name},
         resume=record.get("run_id", ""),
         workspace=_workspace(record),
     )
     try:
-        registry = Registry(tracker.client, tracker.handle.uri, config.name)
+        registry = Registry(tracker.client, tracker.handle.uri, name)
         metrics = evaluation_metrics(registry.run_metrics(tracker.run_id))
         with tempfile.TemporaryDirectory(prefix="kinema-register-") as folder:
             parts = package(exported, Path(folder) / "parts")
@@ -94,56 +92,32 @@ def run(config: RegisterConfig, *, report: Callable[[dict[str, Any]], None] | No
             version = registry.add(parts, tracker.run_id, tags, Path(folder) / "model")
     finally:
         tracker.end()
-    name = config.metric.removeprefix(EVALUATION) or _first_metric(metrics)
-    value = metrics.get(name)
+    metric = config.metric.removeprefix(EVALUATION) or _first_metric(metrics)
+    value = metrics.get(metric)
     if config.metric and value is None:
         known = ", ".join(sorted(metrics)) or "none; run `kinema evaluate` first"
         sys.stderr.write(f"kinema register: the run has no metric {config.metric!r} (it has {known})\n")
     before = registry.champion()
-    better = before is None or _beats(registry, value, before, name, config.higher_is_better)
+    better = before is None or _beats(registry, value, before, metric, config.higher_is_better)
     if better and before != version:
         registry.set_alias("champion", version)
     champion = version if better else before
     return RegisterSummary(
-        name=config.name,
+        name=name,
         version=version,
         champion=champion == version,
-        metric=name,
+        metric=metric,
         value=value,
         champion_before=before,
-        uri=f"models:/{config.name}@{'champion' if champion == version else 'candidate'}",
+        uri=f"models:/{name}@{'champion' if champion == version else 'candidate'}",
         run_id=tracker.run_id,
         seconds=round(time.monotonic() - started, 3),
     )
 
 
-def load_registered(address: str, uri: str = "") -> nn.Module:
-    """The module behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`, in eval mode on the CPU, without pickle.
-
-    Args: uri, the registry; default: `MLFLOW_TRACKING_URI`, or the one in the workspace.
-    Raises: ValueError if the address is malformed or names nothing; StageError if MLflow does not answer.
-    """
-    registry = Registry.at(uri or tracking.tracking_uri(), address)
-    version, _ = registry.resolve(address)
-    with tempfile.TemporaryDirectory(prefix="kinema-model-") as folder:
-        files = registry.download(version, Path(folder)) / "artifacts"
-        config = json.loads((files / "config.json").read_text())
-        if config["architecture"] not in ARCHITECTURES:
-            raise ValueError(f"{address} is a {config['architecture']}, which this kinema cannot build; update it")
-        return build_model(config, files / "weights.safetensors", "kinema")
-
-
-def load_trained(address: str, kind: type[Network], wanted: str) -> Network:
-    """The trained model behind a run folder, a checkpoint or a registry address, in eval mode on the CPU.
-
-    Args: kind, its class; wanted, what to give instead, for the message.
-    Raises: ValueError if there is none, or it is of another kind; StageError if MLflow does not answer.
-    """
-    registered = address.startswith(("models:/", "runs:/"))
-    model = load_registered(address) if registered else load_model(address)
-    if not isinstance(model, kind):
-        raise ValueError(f"model={address} is a {type(model).__name__}; {wanted}")
-    return model
+def registered_name(config: RegisterConfig, model: str) -> str:
+    """The name in the registry: the config's, or the one that the table of models gives."""
+    return config.name or MODELS[model].registered_name
 
 
 def evaluation_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -2,13 +2,14 @@
 
 The sources travel as a package with a name of its own (`kinema_flowfeat_<hash>`): in the consumer's process neither
 an installed `kinema` nor a folder called `models` can take its place. They may import torch and numpy only; what
-annotations need of jaxtyping is replaced.
+annotations need of jaxtyping is replaced, and einops, which is plain Python, is carried along.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.metadata
 import json
 import re
 import sys
@@ -19,14 +20,14 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from kinema.configs.models.table import MODELS
 from kinema.pipelines.train.recipes.protocol import ExportedModel
-
-# Architecture -> module below kinema, class, names of what it returns.
-ARCHITECTURES = {"flowfeat": ("models.flowfeat.model", "FlowFeat", ("y_enc", "y_dec"))}
 
 SHIPPED = Path(__file__).parent / "shipped"
 ALLOWED = frozenset({"torch", "numpy", "mlflow"}) | sys.stdlib_module_names
 REPLACED = {"jaxtyping": "shapes"}
+CARRIED = ("einops",)
+OPTIONAL = frozenset({"triton"})
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Package:
     """The package folder, to be copied under this name."""
     entry: Path
     """File that MLflow runs to get the model object."""
+    serving: str
+    """Module of `shipped` that answers `predict`."""
     content_hash: str
     """blake2b-128 over weights and config; equal models, equal hash."""
 
@@ -48,28 +51,35 @@ def package(model: ExportedModel, folder: Path) -> Package:
 
     Raises: ValueError for an architecture that has no builder here, or sources that need more than torch and numpy.
     """
-    if model.architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture {model.architecture!r} is not known; known are {', '.join(ARCHITECTURES)}")
-    module, class_name, outputs = ARCHITECTURES[model.architecture]
+    row = MODELS.get(model.architecture)
+    if row is None or not row.serving:
+        known = ", ".join(name for name, other in MODELS.items() if other.serving)
+        raise ValueError(f"architecture {model.architecture!r} is not known; known are {known}")
+    module, _, class_name = row.network.partition(":")
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / "weights.safetensors", folder / "config.json"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.tensors.items()}, weights)
     description = {
         "architecture": model.architecture,
-        "module": module,
+        "module": shipped_name(module),
         "class": class_name,
+        "serving": row.serving,
         "arguments": dict(model.config),
         "inputs": dict(model.inputs),
-        "outputs": list(outputs),
         "licences": dict(model.licences),
     }
     config.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
     digest = hashlib.blake2b(weights.read_bytes() + config.read_bytes(), digest_size=16).hexdigest()
-    code = write_code(f"kinema.{module}", f"kinema_{model.architecture}", folder / "code")
+    code = write_code(module, f"kinema_{model.architecture}", folder / "code")
     entry = folder / "model.py"
     imports = f"from mlflow.models import set_model\n\nfrom {code.name}.predictor import Predictor\n"
     entry.write_text(f"{imports}\nset_model(Predictor())\n")
-    return Package(weights, config, code, entry, digest)
+    return Package(weights, config, code, entry, row.serving, digest)
+
+
+def shipped_name(module: str) -> str:
+    """Where a module lies in the package: ours without `kinema`, others under their full names."""
+    return module.removeprefix("kinema.")
 
 
 def write_code(module: str, prefix: str, folder: Path) -> Path:
@@ -78,47 +88,74 @@ def write_code(module: str, prefix: str, folder: Path) -> Path:
     Returns: the package's folder.
     """
     sources = {path.name: path.read_text() for path in sorted(SHIPPED.glob("*.py"))}
-    for name, path in sorted(module_closure(module).items()):
-        parts = name.split(".")[1:]  # without `kinema`
+    closure = module_closure(module)
+    for name, path in sorted(closure.items()):
+        parts = shipped_name(name).split(".")
         for depth in range(1, len(parts)):
             sources.setdefault("/".join([*parts[:depth], "__init__.py"]), "")
         is_package = path.name == "__init__.py"
         sources["/".join(parts) + ("/__init__.py" if is_package else ".py")] = path.read_text()
+    for library in CARRIED:
+        sources |= _library_sources(library)
     digest = hashlib.blake2b(json.dumps(sources, sort_keys=True).encode(), digest_size=6).hexdigest()
     package_name = f"{prefix}_{digest}"
+    own = {name.partition(".")[0] for name in closure} - {"kinema"}
     for name, text in sources.items():
         target = folder / package_name / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(_renamed_imports(text, package_name))
+        target.write_text(_renamed_imports(text, package_name, own) if name.endswith(".py") else text)
     return folder / package_name
 
 
 def module_closure(module: str) -> dict[str, Path]:
-    """`module` and every kinema module it imports, at any depth: {dotted name: file}.
+    """`module` and every module of its package and of kinema that it imports, at any depth: {dotted name: file}.
 
     Raises: ValueError if one of them imports, when it is loaded, something that a consumer need not have.
     """
+    packages = {"kinema", module.partition(".")[0]}
+    needed = _reachable(module, packages, only_when_loaded=True)
+    found = _reachable(module, packages, only_when_loaded=False)
+    for name, path in found.items():
+        # What only functions import may need an optional library: the function that does so asks for it first.
+        allowed = ALLOWED | REPLACED.keys() | set(CARRIED) | packages | (frozenset() if name in needed else OPTIONAL)
+        for target in _imports(ast.parse(path.read_text()).body, _package_of(name, path)):
+            top = target.partition(".")[0]
+            if top not in allowed:
+                raise ValueError(f"{name} imports {top}, which consumers of a registered model need not have")
+    return {name: path for name, path in found.items() if name not in ("kinema", "kinema.models", "kinema.kernels")}
+
+
+def _reachable(module: str, packages: set[str], only_when_loaded: bool) -> dict[str, Path]:
+    """Modules of the packages that `module` imports, itself included; when loaded, or in functions too."""
     found: dict[str, Path] = {}
     queue = [module]
     while queue:
         name = queue.pop()
-        if name in found:
-            continue
-        spec = find_spec(name)
+        spec = None if name in found else find_spec(name)
         if spec is None or spec.origin is None:
-            continue  # `from module import function`: the function is no module
-        path = Path(spec.origin)
-        found[name] = path
+            continue  # seen, or `from module import function`: the function is no module
+        path = found[name] = Path(spec.origin)
         tree = ast.parse(path.read_text())
-        parent = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        loaded = set(_imports(tree.body, parent))
-        for target in {*loaded, *_imports(list(ast.walk(tree)), parent)}:
-            top = target.partition(".")[0]
-            if top == "kinema":
+        nodes = tree.body if only_when_loaded else list(ast.walk(tree))
+        for target in set(_imports(nodes, _package_of(name, path))):
+            if target.partition(".")[0] in packages:
                 queue += [target] if _is_module(target) else [target.rpartition(".")[0]]
-            elif target in loaded and top not in ALLOWED and top not in REPLACED:
-                raise ValueError(f"{name} imports {top}, which consumers of a registered model need not have")
-    return {name: path for name, path in found.items() if name not in ("kinema", "kinema.models")}
+    return found
+
+
+def _package_of(name: str, path: Path) -> str:
+    return name if path.name == "__init__.py" else name.rpartition(".")[0]
+
+
+def _library_sources(library: str) -> dict[str, str]:
+    """A plain Python library's modules and its licence, by their places in the package."""
+    spec = find_spec(library)
+    assert spec is not None and spec.origin is not None, f"{library} is a dependency"
+    sources = {f"{library}/{p.name}": p.read_text() for p in sorted(Path(spec.origin).parent.glob("*.py"))}
+    for file in importlib.metadata.files(library) or []:
+        if file.name.startswith("LICENSE"):
+            sources[f"{library}/LICENSE"] = file.read_text()
+    return sources
 
 
 def _imports(nodes: list[ast.stmt] | list[ast.AST], parent: str) -> Iterator[str]:
@@ -129,7 +166,7 @@ def _imports(nodes: list[ast.stmt] | list[ast.AST], parent: str) -> Iterator[str
         elif isinstance(node, ast.ImportFrom):
             base = resolve_name("." * node.level + (node.module or ""), parent) if node.level else node.module or ""
             yield base
-            if base.startswith("kinema"):
+            if base.partition(".")[0] not in ALLOWED:
                 yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
@@ -140,9 +177,11 @@ def _is_module(name: str) -> bool:
         return False
 
 
-def _renamed_imports(text: str, package_name: str) -> str:
-    """Imports of kinema go to the package, imports of replaced libraries to their stand-ins."""
+def _renamed_imports(text: str, package_name: str, own: set[str]) -> str:
+    """Imports of kinema go to the package, those of the model's own package and of carried libraries below it."""
     text = re.sub(r"(?m)^(\s*(?:from|import)\s+)kinema\b", rf"\1{package_name}", text)
+    for name in (*own, *CARRIED):
+        text = re.sub(rf"(?m)^(\s*from\s+){name}\b", rf"\1{package_name}.{name}", text)
     for library, stand_in in REPLACED.items():
         text = re.sub(rf"(?m)^(\s*from\s+){library}(\s+import)", rf"\1{package_name}.{stand_in}\2", text)
     return text

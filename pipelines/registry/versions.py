@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import sys
@@ -120,6 +121,7 @@ def save_pyfunc(parts: Package, folder: Path) -> None:
     """The package as an MLflow model folder: no pickle, and no path of this machine in it."""
     import mlflow
 
+    form = importlib.import_module(f"kinema.pipelines.registry.shipped.{parts.serving}")
     with _importable(parts.code), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # advice on type hints, which the user cannot follow
         mlflow.pyfunc.save_model(
@@ -129,12 +131,31 @@ def save_pyfunc(parts: Package, folder: Path) -> None:
             code_paths=[str(parts.code)],
             pip_requirements=_requirements(),
             model_config={"device": "cpu"},
+            signature=signature_of(form),
+            input_example=(form.example(), form.PARAMS) if form.PARAMS else form.example(),
         )
     description = folder / "MLmodel"
     text = description.read_text()
     for source in (parts.weights, parts.config):
         text = text.replace(str(source), f"artifacts/{source.name}")
     description.write_text(text.replace(str(parts.entry.parent) + os.sep, ""))
+
+
+def signature_of(form: Any) -> Any:
+    """What `predict` takes and gives, for MLflow.
+
+    Inputs are of MLflow's type `object`, which alone lets both bytes and floats of any size through to `predict`,
+    where the form's own checks say what is wrong; outputs and parameters are exact.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    types = {bool: "boolean", int: "long", float: "double", str: "string"}
+    return ModelSignature(
+        inputs=Schema([TensorSpec(numpy.dtype("O"), (-1,), name) for name in form.INPUTS]),
+        outputs=Schema([TensorSpec(numpy.dtype("float32"), shape, name) for name, shape in form.OUTPUTS.items()]),
+        params=ParamSchema([ParamSpec(name, types[type(v)], v) for name, v in form.PARAMS.items()]),
+    )
 
 
 @contextlib.contextmanager

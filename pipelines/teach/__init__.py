@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow.compute as pc
 
 from kinema.configs import TeachConfig
-from kinema.models.flow.networks import FLOW_NETWORKS
+from kinema.configs.models.row import TeacherFacts
+from kinema.configs.models.table import MODELS
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.sidecars.flow_codec import SCALE
 from kinema.pipelines.sidecars.sidecar import (
@@ -34,9 +35,7 @@ from kinema.pipelines.teach.clip_flow import Pairing
 from kinema.pipelines.teach.shard_teacher import ShardTeacher
 from kinema.pipelines.teach.teachers import TeacherSpec, locate_weights
 
-_RAFT_BYTES = 4 * 2**30  # what one RAFT on a CPU may take for its correlations
 _SIGNS = {"forward": 1, "backward": -1}
-_PADDED_TEACHERS = ("raft", "raft_small", "smurf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         name=config.teacher,
         weights=weights,
         weights_hash=weights_hash,
-        iters=_iters(config),
+        iters=config.iters or facts_of(config.teacher).iters,
         scale=config.scale,
         padding=config.padding,
         short_side=config.short_side,
@@ -111,8 +110,11 @@ def pairing_of(config: TeachConfig) -> Pairing:
     )
 
 
-def _iters(config: TeachConfig) -> int:
-    return config.iters or FLOW_NETWORKS[config.teacher].teacher_iters
+def facts_of(teacher: str) -> TeacherFacts:
+    """What the table of models says of a teacher."""
+    facts = MODELS[teacher].teacher
+    assert facts is not None, "the config admits teachers only"
+    return facts
 
 
 def identity(spec: TeacherSpec, pairing: Pairing) -> dict[str, Any]:
@@ -143,13 +145,14 @@ def _shard_teacher(make: Callable[..., ShardTeacher], count: Count) -> ShardTeac
 
 def _check_settings(config: TeachConfig) -> None:
     """Raises: ValueError for settings that this teacher, or these others, leave without effect."""
-    teacher = config.teacher
-    if config.uncertainty and not teacher.startswith("sea_raft"):
-        raise ValueError(f"uncertainty=true: the teacher {teacher} states none; use a sea_raft_* teacher")
-    if config.scale and not FLOW_NETWORKS[teacher].takes_scale:
+    teacher, facts = config.teacher, facts_of(config.teacher)
+    if config.uncertainty and not facts.gives_uncertainty:
+        listed = ", ".join(name for name in MODELS.teachers() if facts_of(name).gives_uncertainty)
+        raise ValueError(f"uncertainty=true: the teacher {teacher} states none; use one of {listed}")
+    if config.scale and not facts.takes_scale:
         raise ValueError(f"scale={config.scale}: {teacher} runs at the size of the frames; use short_side")
-    if config.padding != "sintel" and teacher not in _PADDED_TEACHERS:
-        listed = ", ".join(_PADDED_TEACHERS)
+    if config.padding != "sintel" and not facts.takes_padding:
+        listed = ", ".join(name for name in MODELS.teachers() if facts_of(name).takes_padding)
         raise ValueError(f"padding={config.padding}: {teacher} knows no such choice, only {listed}; leave it out")
     if config.too_large == "tile" and not config.max_megapixels:
         raise ValueError("too_large=tile needs max_megapixels, the size from which frames are cut into tiles")
@@ -188,13 +191,13 @@ def _check_possible(config: TeachConfig, clips: Artifact, spec: TeacherSpec) -> 
 
 def _place(config: TeachConfig, spec: TeacherSpec) -> tuple[TeacherSpec, Place]:
     """Device and number of actors. Raises: ValueError when the device is not there."""
-    is_network = config.teacher != "dis"
+    facts = facts_of(config.teacher)
     place = place_actors(
         config.device,
         config.num_actors,
         config.threads_per_actor,
-        uses_gpu=is_network,
-        actor_bytes=_RAFT_BYTES if is_network else 0,
+        uses_gpu=facts.needs_weights,
+        actor_bytes=facts.actor_bytes,
     )
     if config.precision == "bf16" and place.device == "cpu":
         raise ValueError("precision=bf16 runs on a GPU only; use precision=fp32")

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from kinema.configs.models.row import resolve
+from kinema.configs.models.table import MODELS
 from kinema.models.flow.dis import DIS
 from kinema.models.flow.networks import flow_network
 from kinema.models.flow.raft.network import RAFT, FrameFeatures
@@ -25,6 +27,7 @@ from kinema.models.flow.sea_raft.network import SEARAFT, SeaRaftFeatures
 from kinema.models.weights import file_sha256, local_file
 from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
 from kinema.pipelines.teach.tiling import TiledTeacher
+from kinema.pipelines.train.checkpoint import weights_file
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,11 @@ class TeacherSpec:
     """All that decides a teacher's numbers, and where it runs. Travels to actors; weights go by path."""
 
     name: str
-    """One of `models.flow.networks.FLOW_NETWORKS`."""
+    """A teacher of the table of models."""
     weights: str = ""
-    """Local path of the checkpoint; empty for dis."""
+    """Local path of the checkpoint; empty for a teacher without."""
     weights_hash: str = ""
-    """sha256 of that file; empty for dis."""
+    """sha256 of that file; empty for a teacher without."""
     iters: int = 0
     """Refinement iterations; 0 for the preset of dis."""
     scale: int = 0
@@ -63,9 +66,9 @@ class TeacherSpec:
         if self.max_pixels and self.too_large == "tile":
             of_a_tile = replace(self, short_side=0, max_pixels=0)
             return TiledTeacher(of_a_tile.load(), self.max_pixels, self.flow_size)
-        if self.name == "dis":
-            return DISTeacher(self)
-        return SeaRaftTeacher(self) if self.name.startswith("sea_raft") else RAFTTeacher(self)
+        facts = MODELS[self.name].teacher
+        assert facts is not None, f"{self.name} is no teacher"
+        return resolve(facts.load)(self)
 
     def flow_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) at which the flow of frames of this size is computed and stored."""
@@ -90,20 +93,19 @@ def use_threads(threads: int) -> Iterator[None]:
 
 
 def locate_weights(name: str, weights: str) -> tuple[str, str]:
-    """Local file and sha256 of a teacher's weights; both empty for dis.
+    """Local file and sha256 of a teacher's weights; both empty for one without.
 
     Args: weights, a path or http(s) URL, or a training run of the network; empty means the published file.
     Raises: ValueError, one line that names weights=, when there is none or it does not fit the network.
     """
-    if name == "dis":
+    row = MODELS[name]
+    if row.teacher is not None and not row.teacher.needs_weights:
         if weights:
             raise ValueError(
-                f"weights={weights}: the teacher dis has no weights; use teacher=raft or leave weights out"
+                f"weights={weights}: the teacher {name} has no weights; use teacher=raft or leave weights out"
             )
         return "", ""
-    from kinema.pipelines.train.checkpoint import weights_file
-
-    path = local_file(weights_file(weights), name)
+    path = local_file(weights_file(weights), row.weights or name)
     flow_network(name, weights=path)  # a wrong file is refused before an artifact is tied to its hash
     return str(path), file_sha256(path)
 

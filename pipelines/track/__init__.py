@@ -27,10 +27,7 @@ from kinema.pipelines.sidecars.sidecar import (
     totals,
 )
 from kinema.pipelines.track.shard_tracker import ShardTracker, Starts
-from kinema.pipelines.track.trackers import TrackerSpec, locate_weights
-
-_COTRACKER3_BYTES = 6 * 2**30  # features, and points x frames that are refined together
-_COTRACKER3_ITERS = 6
+from kinema.pipelines.track.trackers import TrackerSpec, facts_of, locate_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +44,18 @@ def run(config: TrackConfig, *, report: Callable[[str], None] | None = None) -> 
     """Compute what is missing in config.out. Raises: ValueError for bad arguments, StageError when it cannot end."""
     started = time.monotonic()
     say = report or (lambda line: print(line, file=sys.stderr, flush=True))
-    if config.tracker == "chain" and config.iters:
-        raise ValueError(f"iters={config.iters}: the tracker chain refines nothing; leave iters out")
+    facts = facts_of(config.tracker)
+    if config.iters and not facts.iters:
+        raise ValueError(f"iters={config.iters}: the tracker {config.tracker} refines nothing; leave iters out")
     inputs = {"clips": open_input(config.clips, "clips")}
-    if config.tracker == "chain":
+    if facts.follows_flow:
         inputs["flow"] = _open_flow(config.flow, inputs["clips"])
     weights, weights_hash = locate_weights(config.tracker, config.weights)
     spec = TrackerSpec(
         name=config.tracker,
         weights=weights,
         weights_hash=weights_hash,
-        iters=_iters(config),
+        iters=config.iters or facts.iters,
         threads=config.threads_per_actor,
     )
     starts = Starts(config.grid, tuple(config.start_frames), config.spread_starts)
@@ -100,10 +98,6 @@ def _open_flow(url: str, clips: Artifact) -> Artifact:
     return flow
 
 
-def _iters(config: TrackConfig) -> int:
-    return 0 if config.tracker == "chain" else config.iters or _COTRACKER3_ITERS
-
-
 def identity(spec: TrackerSpec, starts: Starts) -> dict[str, Any]:
     """What decides the stored numbers; the artifact refuses to resume with anything else."""
     return {
@@ -118,12 +112,12 @@ def identity(spec: TrackerSpec, starts: Starts) -> dict[str, Any]:
 
 def _place(config: TrackConfig, spec: TrackerSpec) -> tuple[TrackerSpec, Place]:
     """Device and number of actors. Raises: ValueError when the device is not there."""
-    is_network = config.tracker != "chain"
+    facts = facts_of(config.tracker)
     place = place_actors(
         config.device,
         config.num_actors,
         config.threads_per_actor,
-        uses_gpu=is_network,
-        actor_bytes=_COTRACKER3_BYTES if is_network else 0,
+        uses_gpu=facts.needs_weights,
+        actor_bytes=facts.actor_bytes,
     )
     return replace(spec, device=place.device), place

@@ -1,7 +1,7 @@
 """The point trackers behind one call: a clip and queries in, tracks out.
 
 `chain` follows stored flow (models/tracks/chaining.py) and needs no weights; its tracks are in pixels of the flow.
-`cotracker3` looks at the frames (models/cotracker3*.py); its tracks are in pixels of the clip.
+Networks look at the frames (models/tracks/); their tracks are in pixels of the clip.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from kinema.configs.checks import require_choice
+from kinema.configs.models.row import TrackerFacts, resolve
+from kinema.configs.models.table import MODELS
 from kinema.models.tracks.chaining import chain_tracks
 from kinema.models.tracks.cotracker3.network import cotracker3
 from kinema.models.tracks.cotracker3.predictor import CoTracker3Predictor
@@ -23,8 +26,6 @@ from kinema.pipelines.loader.clip import Clip
 from kinema.pipelines.sidecars.sidecar import BadResult
 from kinema.pipelines.sidecars.tracks_codec import Tracks
 
-TRACKERS = ("chain", "cotracker3")
-PUBLISHED_NAMES = {"cotracker3": "cotracker3_offline"}
 ABSURD_DIAGONALS = 2.0
 
 
@@ -47,13 +48,13 @@ class TrackerSpec:
     """All that decides a tracker's numbers, and where it runs. Travels to actors; weights go by path."""
 
     name: str
-    """chain or cotracker3."""
+    """A tracker of the table of models."""
     weights: str = ""
-    """Local path of the checkpoint; empty for chain."""
+    """Local path of the checkpoint; empty for a tracker without."""
     weights_hash: str = ""
-    """sha256 of that file; empty for chain."""
+    """sha256 of that file; empty for a tracker without."""
     iters: int = 0
-    """Refinements of cotracker3; 0 for chain."""
+    """Refinements; 0 for a tracker without."""
     device: str = "cpu"
     """cpu or cuda."""
     threads: int = 1
@@ -72,22 +73,28 @@ def load_tracker(name: str, weights: str | Path = "", *, iters: int = 0, device:
     Raises: ValueError for an unknown name, or weights that do not fit.
     """
     path, _ = locate_weights(name, str(weights))
-    return ChainTracker() if name == "chain" else CoTracker3Tracker(path, iters, device)
+    return resolve(facts_of(name).load)(path, iters, device)
+
+
+def facts_of(name: str) -> TrackerFacts:
+    """What the table of models says of a tracker. Raises: ValueError for another name."""
+    require_choice("tracker", name, MODELS.trackers())
+    facts = MODELS[name].tracker
+    assert facts is not None
+    return facts
 
 
 def locate_weights(name: str, weights: str) -> tuple[str, str]:
-    """Local file and sha256 of a tracker's weights; both empty for chain.
+    """Local file and sha256 of a tracker's weights; both empty for a tracker without.
 
     Args: weights, a path or http(s) URL; empty means the published file.
     Raises: ValueError, one line that names weights=, when there is none.
     """
-    if name not in TRACKERS:
-        raise ValueError(f"tracker={name} is not known; use one of {', '.join(TRACKERS)}")
-    if name == "chain":
+    if not facts_of(name).needs_weights:
         if weights:
-            raise ValueError(f"weights={weights}: the tracker chain has none; use tracker=cotracker3 or leave it out")
+            raise ValueError(f"weights={weights}: the tracker {name} has none; use tracker=cotracker3 or leave it out")
         return "", ""
-    path = local_file(weights, PUBLISHED_NAMES[name])
+    path = local_file(weights, MODELS[name].weights)
     return str(path), file_sha256(path)
 
 
@@ -121,7 +128,10 @@ def check_tracks(tracks: Tracks) -> None:
 
 
 class ChainTracker:
-    """Chained flow of the clip's flow sidecar."""
+    """Chained flow of the clip's flow sidecar; has neither weights nor refinements."""
+
+    def __init__(self, weights: str = "", iters: int = 0, device: str = "cpu"):
+        assert not weights and not iters
 
     def size(self, clip: Clip) -> tuple[int, int]:
         """That of the stored flow."""

@@ -16,18 +16,18 @@ from typing import Any
 
 import kinema
 from kinema.configs import TrainConfig
-from kinema.configs.load import config_hash
+from kinema.configs.load import config_hash, to_mapping
 from kinema.pipelines import tracking
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts.layout import MANIFEST, RUN_FILE
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader import ClipIndex, Loader
 from kinema.pipelines.train import checkpoint
-from kinema.pipelines.train.checkpoint import load_model
 from kinema.pipelines.train.launch import launch
 from kinema.pipelines.train.loop import Finished, TrainJob, rank_batch_size, refuse_other_identity
 from kinema.pipelines.train.parallel import Place, seed_step
 from kinema.pipelines.train.recipes.choose import make_recipe
+from kinema.pipelines.train.trained import load_model
 
 __all__ = ["Stopped", "TrainSummary", "build_model", "load_model", "run"]
 
@@ -165,7 +165,7 @@ class ClipLoader:
 
 def run_identity(config: TrainConfig, inputs: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """What decides the run's numbers: settings (flattened) and the content of its data."""
-    settings = tracking.flatten(dataclasses.asdict(config))
+    settings = tracking.flatten(to_mapping(config))
     kept = {name: value for name, value in settings.items() if name not in _FREE}
     found = kept | {f"data.{name}": digest for name, (_, digest) in inputs.items()}
     return json.loads(json.dumps(found))
@@ -177,12 +177,10 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(path: str) -> str:
         return path if not path or "://" in path else str(Path(path).expanduser().resolve())
 
-    backbone = config.flowfeat.backbone_weights
-    if backbone != "published":
-        config = replace(config, flowfeat=replace(config.flowfeat, backbone_weights=absolute(backbone)))
-    encoder = config.fpt.encoder_weights
-    if encoder != "published":
-        config = replace(config, fpt=replace(config.fpt, encoder_weights=absolute(encoder)))
+    settings = config.settings
+    if settings is not None:
+        files = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata.get("file")}
+        settings = replace(settings, **{name: absolute(path) for name, path in files.items() if path != "published"})
     return replace(
         config,
         clips=absolute(config.clips),
@@ -191,6 +189,7 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
         tracks=absolute(config.tracks),
         out=absolute(config.out),
         weights=absolute(config.weights),
+        settings=settings,
     )
 
 
@@ -250,18 +249,18 @@ def _make_folder(folder: Path) -> bool:
 
 def _open_run(config: TrainConfig, folder: Path, identity: dict[str, Any], inputs: Any) -> tracking.Tracker:
     """The MLflow run: that of an earlier invocation if it still exists; recorded in run.json."""
-    digest = config_hash(dataclasses.asdict(config))
+    digest = config_hash(config)
     known = _read_run(folder)
     tracker = tracking.start_run(
         config.experiment,
         config.run_name or f"{config.model}-{digest[:8]}",
-        {"train": dataclasses.asdict(config)},
+        {"train": to_mapping(config)},
         tags={"kinema.kind": "train", "kinema.model": config.model, "kinema.config_hash": digest},
         inputs=inputs,
         resume=known.get("run_id", ""),
     )
     record = {
-        "config": dataclasses.asdict(config),
+        "config": to_mapping(config),
         "config_hash": digest,
         "identity": identity,
         "inputs": {name: {"url": url, "hash": value} for name, (url, value) in inputs.items()},

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from kinema.pipelines.errors import StageError
 
@@ -127,21 +127,6 @@ def resolve_checkpoint(path: str | Path, setting: str = "model") -> Path:
             f"{setting}={path} {what}; give the folder that `kinema train` wrote, or one of its checkpoints"
         )
     return found
-
-
-def load_model(run_or_checkpoint: str | Path, ema: bool = True) -> nn.Module:
-    """The trained model of a run (newest checkpoint) or of one checkpoint, in eval mode on the CPU.
-
-    Args: ema chooses the averaged weights where the model keeps them.
-    Raises: ValueError if the folder holds no complete checkpoint.
-    """
-    from kinema.configs import TrainConfig
-    from kinema.configs.load import build
-    from kinema.pipelines.train.recipes.choose import make_recipe
-
-    checkpoint = resolve_checkpoint(run_or_checkpoint)
-    config = build(TrainConfig, read_meta(checkpoint)["train_config"])
-    return make_recipe(config).published_model(read_tensors(checkpoint), ema=ema)
 
 
 def _without_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,13 +1,12 @@
 """The training loop, one for every model: pictures, save, stop, step, log.
 
 It runs on each rank and knows nothing of Ray: tests call it in their own process. What differs between models
-is the recipe (`recipe.py`); how ranks work together is in `parallel.py`.
+is the recipe (`recipes/`); how ranks work together is in `parallel.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import math
 import threading
@@ -21,6 +20,8 @@ import torch
 from torch import nn
 
 from kinema.configs import TrainConfig
+from kinema.configs.load import to_mapping
+from kinema.configs.models.table import MODELS
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.pictures.images import write_png
 from kinema.pipelines.tracking import RunHandle, Tracker
@@ -229,13 +230,19 @@ class _State:
             "loss": self.loss,
             "samples_per_second": rate,
             "identity": self.job.identity,
-            "train_config": dataclasses.asdict(self.job.config),
+            "train_config": to_mapping(self.job.config),
         }
 
 
 def refuse_other_identity(found: dict[str, Any], wanted: dict[str, Any], run: Path) -> None:
-    """ValueError naming every setting in which a run's checkpoint and this run differ."""
-    names = [n for n in sorted({*found, *wanted}) if found.get(n) != wanted.get(n)]
+    """ValueError naming every setting in which a run's checkpoint and this run differ.
+
+    Runs of earlier versions also recorded the settings of the models that they did not train.
+    """
+    used = MODELS[wanted["model"]].section if "model" in wanted else ""
+    unused = set(MODELS.sections()) - {used}
+    compared = sorted(name for name in {*found, *wanted} if name.partition(".")[0] not in unused)
+    names = [name for name in compared if found.get(name) != wanted.get(name)]
     if names:
         list_ = "; ".join(f"{n}: {found.get(n)!r} in the checkpoint, {wanted.get(n)!r} now" for n in names)
         raise ValueError(f"out={run} was trained with other settings ({list_}); use them, or another out=")

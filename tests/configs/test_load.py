@@ -16,8 +16,8 @@ def test_defaults_yaml_command_line_in_this_order(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("train: {steps: 7, lr: 0.5, flowfeat: {gap: 1}}\n")
     config = load_stage("train", path, ["lr=0.25", "flowfeat.crop_scale=[0.4,0.6]"])
-    assert (config.steps, config.lr, config.flowfeat.gap) == (7, 0.25, 1)
-    assert config.flowfeat.crop_scale == (0.4, 0.6)
+    assert (config.steps, config.lr, config.settings.gap) == (7, 0.25, 1)
+    assert config.settings.crop_scale == (0.4, 0.6)
     assert config.batch_size == build(STAGES["train"]).batch_size
 
 

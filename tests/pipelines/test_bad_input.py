@@ -209,7 +209,9 @@ def test_json_of_evaluate_is_one_number_per_metric_and_summaries_for_people_are_
     from kinema.pipelines.evaluate.stage import EvaluateSummary
 
     summary = EvaluateSummary({"davis_jf": 0.5, "davis_mlp_j_mean": float("nan")}, "r", "davis", 1.0, "abc")
-    monkeypatch.setattr(cli, "stage_module", lambda stage: type("M", (), {"run": staticmethod(lambda _: summary)}))
+    monkeypatch.setattr(
+        cli.stages, "stage_module", lambda stage: type("M", (), {"run": staticmethod(lambda _: summary)})
+    )
     _, out, _ = kinema("evaluate", "--json")
     assert json.loads(out[-1]) == {
         "davis_jf": 0.5,
@@ -220,7 +222,9 @@ def test_json_of_evaluate_is_one_number_per_metric_and_summaries_for_people_are_
         "run_id": "abc",
     }
     nested = {"stages": {"shard": "done"}, "summaries": {"shard": {"clips": 3}}, "outputs": {"register": ""}}
-    monkeypatch.setattr(cli, "stage_module", lambda stage: type("M", (), {"run": staticmethod(lambda _: nested)}))
+    monkeypatch.setattr(
+        cli.stages, "stage_module", lambda stage: type("M", (), {"run": staticmethod(lambda _: nested)})
+    )
     _, out, _ = kinema("run")
     assert [line.split() for line in out] == [["stages.shard", "done"], ["summaries.shard.clips", "3"]]
 

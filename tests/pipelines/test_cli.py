@@ -50,7 +50,7 @@ def test_json_is_the_last_line_of_stdout_and_prints_of_others_go_to_stderr(capfd
         print("a library prints here")
         return {"sources": 3, "clips": 7}
 
-    monkeypatch.setattr(cli, "stage_module", lambda stage: type("M", (), {"run": staticmethod(noisy)}))
+    monkeypatch.setattr(cli.stages, "stage_module", lambda stage: type("M", (), {"run": staticmethod(noisy)}))
     assert cli.main(["shard", "--json"]) == 0
     out, err = capfd.readouterr()
     assert json.loads(out.splitlines()[-1]) == {"sources": 3, "clips": 7}
@@ -71,7 +71,7 @@ def test_failures_are_one_line_with_the_right_status(capfd, monkeypatch, error, 
     def fail(config):
         raise error
 
-    monkeypatch.setattr(cli, "stage_module", lambda stage: type("M", (), {"run": staticmethod(fail)}))
+    monkeypatch.setattr(cli.stages, "stage_module", lambda stage: type("M", (), {"run": staticmethod(fail)}))
     monkeypatch.delenv("KINEMA_DEBUG", raising=False)
     assert cli.main(["shard"]) == status
     out, err = capfd.readouterr()

@@ -22,11 +22,26 @@ def scene_data(tmp_path_factory):
     return folder
 
 
+def tiny_settings(config):
+    """Overrides under which the config's model trains on one small scene."""
+    if config.model == "flowfeat":
+        patch = 14 if "dinov2" in config.settings.variant else 16
+        return {"flowfeat.resize": 4 * patch, "flowfeat.crop": 2 * patch, "flowfeat.backbone_weights": ""}
+    return {
+        "fpt.preset": "fpt_tiny",
+        "fpt.encoder_weights": "",
+        "fpt.image_px": 64,
+        "fpt.gap_s": 0.1,
+        "fpt.num_pokes": 6,
+        "fpt.queries_per_poke": 3,
+        "fpt.min_tracks": 16,
+    }
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_two_steps_with_every_packaged_config(name, scene_data, tmp_path, monkeypatch):
     monkeypatch.setenv("KINEMA_ENGINE", "serial")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    patch = 14 if "dinov2" in load_stage("train", name).flowfeat.variant else 16
     tiny = {
         "clips": scene_data / "clips",
         "flow": scene_data / "flow",
@@ -36,16 +51,7 @@ def test_two_steps_with_every_packaged_config(name, scene_data, tmp_path, monkey
         "batch_size": 2,
         "num_workers": 1,
         "loader.num_workers": 0,
-        "flowfeat.resize": 4 * patch,
-        "flowfeat.crop": 2 * patch,
-        "flowfeat.backbone_weights": "",
-        "fpt.preset": "fpt_tiny",
-        "fpt.encoder_weights": "",
-        "fpt.image_px": 64,
-        "fpt.gap_s": 0.1,
-        "fpt.num_pokes": 6,
-        "fpt.queries_per_poke": 3,
-        "fpt.min_tracks": 16,
+        **tiny_settings(load_stage("train", name)),
     }
     config = load_stage("train", name, [f"{key}={value}" for key, value in tiny.items()])
     summary = train.run(config)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kinema.configs import EmbedConfig, FlowFeatConfig, TrainConfig
+from kinema.configs.load import to_mapping
 from kinema.models.backbones.vision_transformer import CONFIGS
 from kinema.pipelines import embed
 from kinema.pipelines.artifacts import Artifact, read_range
@@ -40,9 +41,9 @@ def run(tmp_path) -> Path:
 
 def make_run(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
-    config = TrainConfig(flowfeat=FlowFeatConfig(variant="dino_vits16_yt", resize=64, crop=32))
+    config = TrainConfig(settings=FlowFeatConfig(variant="dino_vits16_yt", resize=64, crop=32))
     module = make_recipe(config).build()
-    meta = {"identity": {}, "train_config": dataclasses.asdict(config), "loss": 1.0, "samples_per_second": 1.0}
+    meta = {"identity": {}, "train_config": to_mapping(config), "loss": 1.0, "samples_per_second": 1.0}
     checkpoint.save_checkpoint(folder, 1, module.state_dict(), {}, meta, keep=1)
     return folder
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from kinema.pipelines.evaluate.davis import measures
 from kinema.pipelines.evaluate.davis.folder import find_sequences, read_labels, write_labels
-from kinema.pipelines.evaluate.davis.scores import evaluate_davis, measures, score_results, score_sequence, summarise
+from kinema.pipelines.evaluate.davis.scores import evaluate_davis, score_results, score_sequence, summarise
 from kinema.pipelines.evaluate.probes.fitting import ProbeFit
 
 

@@ -466,7 +466,10 @@ def test_command_moving_part_reads_scenes_and_folders(small_network, part_folder
             "weights=w.pt goes with a name",
         ),
         ({"benchmark": "moving_part", "model": "fpt_base", "data": "nowhere"}, "nowhere/pokes.csv: no such file"),
-        ({"benchmark": "moving_part", "model": "raft", "data": "scenes"}, "model=raft is no folder; give a run"),
+        (
+            {"benchmark": "moving_part", "model": "raft", "data": "scenes"},
+            "model=raft is a RAFT, which gives flow; this",
+        ),
     ],
 )
 def test_command_says_what_is_missing(settings, message):
@@ -475,7 +478,7 @@ def test_command_says_what_is_missing(settings, message):
 
 
 def test_a_run_of_another_model_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("kinema.pipelines.train.checkpoint.resolve_checkpoint", lambda path: path)
-    monkeypatch.setattr("kinema.pipelines.train.checkpoint.read_meta", lambda path: {"train_config": {"model": "raft"}})
-    with pytest.raises(ValueError, match="is a run of raft; this benchmark takes a run of fpt"):
+    monkeypatch.setattr("kinema.pipelines.model_address.resolve_checkpoint", lambda path: path)
+    monkeypatch.setattr("kinema.pipelines.model_address.read_meta", lambda path: {"train_config": {"model": "raft"}})
+    with pytest.raises(ValueError, match="is a RAFT, which gives flow; this benchmark takes"):
         stage_module.load_poke_model(str(tmp_path))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from kinema.pipelines.evaluate.davis import propagation
 from kinema.pipelines.evaluate.davis.propagation import PropagationSettings
-from kinema.pipelines.evaluate.davis.scores import propagation
 
 
 @pytest.mark.parametrize(("name", "objects"), [("dino_propagation__s0", 2), ("dino_propagation__s1_variant", 3)])

@@ -60,7 +60,7 @@ def config(data: Path, out: Path, **changes) -> TrainConfig:
         tracks=str(data / "tracks"),
         out=str(out),
         model="fpt",
-        fpt=SMALL,
+        settings=SMALL,
         loader=LoaderConfig(num_workers=0, samples_per_clip=2, shuffle_window=2),
         batch_size=2,
         steps=2,
@@ -151,7 +151,7 @@ def test_data_without_a_single_sample_is_refused_with_the_reason_counted(data, c
 
 
 def test_such_data_ends_a_run(data, tmp_path):
-    settings = config(data, tmp_path / "run", fpt=dataclasses.replace(SMALL, gap_s=1.0))
+    settings = config(data, tmp_path / "run", settings=dataclasses.replace(SMALL, gap_s=1.0))
     with pytest.raises(StageError, match="3 clips gave none .256 x clip shorter than the time gap"):
         train.run(settings)
 
@@ -179,7 +179,7 @@ def test_tracks_are_asked_for_and_belong_to_the_identity_of_a_run(data, tmp_path
     with pytest.raises(ValueError, match="data.tracks"):
         train.run(config(data, tmp_path / "run", tracks=other.url))
     relative = train.absolute_paths(
-        config(data, tmp_path / "run", tracks="tracks", fpt=FPTConfig(encoder_weights="w.pt"))
+        config(data, tmp_path / "run", tracks="tracks", settings=FPTConfig(encoder_weights="w.pt"))
     )
     assert Path(relative.tracks).is_absolute() and Path(relative.fpt.encoder_weights).is_absolute()
 

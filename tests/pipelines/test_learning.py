@@ -11,7 +11,7 @@ from kinema.pipelines import tracking, train
 from kinema.pipelines.demo import HELD_OUT_SEED, held_out_flow
 from kinema.pipelines.evaluate import stage as evaluate
 from kinema.pipelines.evaluate.davis.scores import evaluate_davis
-from kinema.pipelines.evaluate.stage import dense_features
+from kinema.pipelines.evaluate.davis.stage import dense_features
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
 from kinema.pipelines.train.flow_error import FlowError, flow_error
@@ -57,7 +57,7 @@ def config(place) -> TrainConfig:
         clips=str(place / "clips"),
         flow=str(place / "flow"),
         out=str(place / "run"),
-        flowfeat=FlowFeatConfig(variant="dino_vits16_yt", resize=96, crop=64, ema_every=1, ema_decay=0.98),
+        settings=FlowFeatConfig(variant="dino_vits16_yt", resize=96, crop=64, ema_every=1, ema_decay=0.98),
         loader=LoaderConfig(num_workers=1),
         steps=STEPS,
         batch_size=4,
@@ -81,8 +81,8 @@ def held_out_error(model, config: FlowFeatConfig) -> FlowError:
 
 
 def test_held_out_flow_error_falls_well_below_its_value_at_step_0(config, trained):
-    before = held_out_error(train.build_model(config), config.flowfeat)
-    after = held_out_error(train.load_model(trained), config.flowfeat)
+    before = held_out_error(train.build_model(config), config.settings)
+    after = held_out_error(train.load_model(trained), config.settings)
     print(
         f"\nheld-out flow error: {before.epe_px:.3f} px at step 0, {after.epe_px:.3f} px at step {STEPS} "
         f"({after.epe_px / before.epe_px:.3f} of it); constant flow {after.constant_epe_px:.3f} px"

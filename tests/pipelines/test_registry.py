@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from kinema.configs import FlowFeatConfig, RegisterConfig, TrainConfig
+from kinema.configs.load import to_mapping
 from kinema.models.backbones.vision_transformer import CONFIGS
 from kinema.pipelines import registry, tracking
 from kinema.pipelines.registry.package import module_closure, package
-from kinema.pipelines.registry.shipped.network import images_to_input
+from kinema.pipelines.registry.shipped.inputs import images_to_input
 from kinema.pipelines.registry.shipped.weights_file import read_weights
 from kinema.pipelines.train import checkpoint, load_model
 from kinema.pipelines.train.parallel import seed_step
@@ -49,7 +50,7 @@ def one_thread():
 
 def make_run(folder: Path, seed: int, **metrics: float) -> Path:
     """A run folder with one checkpoint of an untrained model, and its MLflow run with evaluation metrics."""
-    config = TrainConfig(seed=seed, flowfeat=FlowFeatConfig(variant="dino_vits16_yt", resize=64, crop=32))
+    config = TrainConfig(seed=seed, settings=FlowFeatConfig(variant="dino_vits16_yt", resize=64, crop=32))
     recipe = make_recipe(config)
     seed_step(seed, 0, 0)
     module = recipe.build()
@@ -67,7 +68,7 @@ def make_run(folder: Path, seed: int, **metrics: float) -> Path:
     }
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(record))
-    meta = {"identity": {}, "train_config": dataclasses.asdict(config), "loss": 1.0, "samples_per_second": 1.0}
+    meta = {"identity": {}, "train_config": to_mapping(config), "loss": 1.0, "samples_per_second": 1.0}
     checkpoint.save_checkpoint(folder, 7, module.state_dict(), {}, meta, keep=1)
     return folder
 

@@ -87,7 +87,7 @@ def registered(tmp_path_factory):
             clips=str(folder / "clips"),
             flow=str(folder / "flow"),
             out=str(folder / "run"),
-            flowfeat=FlowFeatConfig(variant="dino_vits16_yt", resize=96, crop=64, ema_every=1, ema_decay=0.5),
+            settings=FlowFeatConfig(variant="dino_vits16_yt", resize=96, crop=64, ema_every=1, ema_decay=0.5),
             loader=LoaderConfig(num_workers=0),
             steps=3,
             batch_size=2,

@@ -407,9 +407,10 @@ def test_the_command_prints_one_json_object(data, tmp_path, capfd):
 
 def test_a_workflow_tracks_after_teaching(tmp_path):
     from kinema.configs import WorkflowConfig
-    from kinema.pipelines.workflow import UPSTREAM, resolve_stage
+    from kinema.pipelines.stages import STAGES
+    from kinema.pipelines.workflow import resolve_stage
 
-    assert list(UPSTREAM).index("track") > list(UPSTREAM).index("teach")
+    assert list(STAGES).index("track") > list(STAGES).index("teach")
     outputs = {"shard": "CLIPS", "teach": "FLOW"}
     chain = resolve_stage(WorkflowConfig(), "track", tmp_path, outputs)
     assert (chain.clips, chain.flow, chain.out) == ("CLIPS", "FLOW", str(tmp_path / "tracks" / "chain"))

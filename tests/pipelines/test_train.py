@@ -61,7 +61,7 @@ def config(data, run, **changes) -> TrainConfig:
     defaults = dict(
         clips=data[0], flow=data[1], out=str(run), steps=6, batch_size=4, lr=1e-3, checkpoint_every=4, log_every=2,
         pictures_every=3, seed=1, use_gpu="no", loader=LoaderConfig(num_workers=0),
-        flowfeat=FlowFeatConfig(variant="dino_vits16_yt", resize=64, crop=32, ema_every=2),
+        settings=FlowFeatConfig(variant="dino_vits16_yt", resize=64, crop=32, ema_every=2),
     )  # fmt: skip
     return TrainConfig(**(defaults | changes))
 
@@ -127,7 +127,7 @@ def test_longer_training_goes_on_and_other_settings_or_data_are_refused(data, sc
     assert train.run(config(data, tmp_path / "run", steps=3, log_every=1)).step == 3
     with pytest.raises(ValueError, match=r"flowfeat.gap: 2 in the checkpoint, 1 now"):
         other = FlowFeatConfig(variant="dino_vits16_yt", resize=64, crop=32, ema_every=2, gap=1)
-        train.run(config(data, tmp_path / "run", steps=4, flowfeat=other))
+        train.run(config(data, tmp_path / "run", steps=4, settings=other))
     clips = write_scene_clips(scenes[:3], tmp_path / "clips")
     write_scene_flow(scenes[:3], clips, tmp_path / "flow")
     with pytest.raises(ValueError, match=r"data.clips: '\w+' in the checkpoint, '\w+' now"):
@@ -173,8 +173,8 @@ def test_the_trained_model_comes_back_and_can_start_another_run(data, tmp_path):
         ({"out": "s3://bucket/run"}, "a run needs a folder that all its workers see"),
         ({"clips": ""}, "train.clips is empty; name the clips artifact"),
         ({"flow": ""}, "train.flow is empty and flowfeat needs it"),
-        ({"flowfeat": FlowFeatConfig(variant="dino_vits16_yt", crop=40)}, "crop=40 is no multiple .* use 32 or 48"),
-        ({"flowfeat": FlowFeatConfig(variant="dino")}, "variant='dino' is not known; use one of"),
+        ({"settings": FlowFeatConfig(variant="dino_vits16_yt", crop=40)}, "crop=40 is no multiple .* use 32 or 48"),
+        ({"settings": FlowFeatConfig(variant="dino")}, "variant='dino' is not known; use one of"),
         ({"weights": "nowhere.pth"}, "nowhere.pth"),
     ],
 )

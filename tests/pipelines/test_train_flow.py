@@ -45,7 +45,7 @@ def config(data, tmp_path, model, **changes) -> TrainConfig:
         flow=str(data / "flow"),
         out=str(tmp_path / "run"),
         model=model,
-        flow_network=SMALL,
+        settings=SMALL,
         loader=LoaderConfig(num_workers=0),
         batch_size=2,
         steps=2,
@@ -119,11 +119,11 @@ def test_published_weights_are_tuned_to_other_footage_then_teach_and_are_evaluat
     middlebury = str(shared_data / "flow" / "middlebury")
     asked = EvaluateConfig(model=str(tmp_path / "run"), benchmark="middlebury", data=middlebury, iters=2)
     assert 0 < evaluate.run(asked).metrics["middlebury_epe"] < 20
-    with pytest.raises(ValueError, match="has its own; leave weights out"):
+    with pytest.raises(ValueError, match="has its own; leave it out"):
         evaluate.run(dataclasses.replace(asked, weights=published))
-    with pytest.raises(ValueError, match="is a run of raft_small, which gives no features"):
+    with pytest.raises(ValueError, match="is a RAFT-small, which gives flow; embed takes"):
         embed.run(EmbedConfig(model=str(tmp_path / "run"), clips=str(data / "clips"), out=str(tmp_path / "features")))
-    with pytest.raises(ValueError, match="is a RAFT, which gives no dense features"):
+    with pytest.raises(ValueError, match="is a RAFT-small, which gives flow; benchmark=davis takes"):
         evaluate.run(EvaluateConfig(model=str(tmp_path / "run"), data=str(shared_data / "davis" / "DAVIS")))
 
 
@@ -132,7 +132,7 @@ def test_the_other_losses_run_through_the_loop(data, tmp_path, model):
     settings = dataclasses.replace(SMALL, iters=2)
     if model == "smurf":
         settings = dataclasses.replace(settings, crop=(144, 160), self_supervision=0.3, self_supervision_crop=8)
-    points = learn(config(data, tmp_path, model, flow_network=settings, batch_size=1, log_every=1, lr=1e-5))
+    points = learn(config(data, tmp_path, model, settings=settings, batch_size=1, log_every=1, lr=1e-5))
     assert len(points) == 2 and all(np.isfinite(point["loss"]) for point in points)
     wanted = {"census", "smooth2", "self_supervision"} if model == "smurf" else {"epe", "px1", "px3"}
     assert wanted <= set(points[0])

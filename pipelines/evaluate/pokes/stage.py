@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kinema.configs import EvaluateConfig, TrainConfig
-from kinema.configs.load import build
+from kinema.configs import EvaluateConfig
 from kinema.models.fpt.data_rules import SamplingRule
-from kinema.models.fpt.model import PRESETS, FlowPokeTransformer, flow_poke_transformer
+from kinema.models.fpt.model import FlowPokeTransformer
 from kinema.pipelines.evaluate.pokes.data import TrackSamples
 from kinema.pipelines.evaluate.pokes.parts import PartImage, PartScores, Split, evaluate_parts
 from kinema.pipelines.evaluate.pokes.parts_data import PartFolder, scene_images
@@ -31,15 +30,13 @@ from kinema.pipelines.evaluate.pokes.pictures import (
 )
 from kinema.pipelines.evaluate.pokes.scores import PokeModel, PokeSample, predict_samples, score
 from kinema.pipelines.loader import ClipIndex
+from kinema.pipelines.model_address import load_address
 from kinema.pipelines.pictures.images import write_png
 from kinema.pipelines.progress import Progress
-from kinema.pipelines.registry import load_trained
-from kinema.pipelines.train.checkpoint import read_meta, resolve_checkpoint
 
 SCENES = "scenes"
 """`data=scenes` asks for rendered scenes instead of a folder (a folder of that name is `data=./scenes`)."""
 EXAMPLE_COUNTS = 4
-_WANTED = "this benchmark takes a Flow Poke Transformer"
 
 
 @dataclass(frozen=True)
@@ -68,23 +65,13 @@ def load_poke_model(model: str, weights: str = "") -> EvaluatedModel:
     Raises: ValueError for another model, a folder without a complete checkpoint, or weights that do not fit.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if model in PRESETS:
-        network = flow_poke_transformer(model, pretrained=not weights, weights=weights or None)
-        return EvaluatedModel(network.to(device))
-    names = ", ".join(PRESETS)
-    if weights:
-        raise ValueError(f"weights={weights} goes with a name ({names}); model={model} has its own")
-    if model.startswith(("models:/", "runs:/")):
-        return EvaluatedModel(load_trained(model, FlowPokeTransformer, _WANTED).to(device))
-    if not Path(model).is_dir():
-        raise ValueError(
-            f"model={model} is no folder; give a run of `kinema train model=fpt`, or {names} with weights="
-        )
-    config = build(TrainConfig, read_meta(resolve_checkpoint(model))["train_config"])
-    network = load_trained(model, FlowPokeTransformer, _WANTED)
-    shown = config.fpt
+    loaded = load_address(model, weights, kind="pokes", user="this benchmark")
+    network = loaded.network.to(device)
+    if loaded.trained is None:
+        return EvaluatedModel(network)
+    shown = loaded.trained.settings
     rule = SamplingRule(static_flow=shown.static_flow, static_share=shown.static_share)
-    return EvaluatedModel(network.to(device), shown.gap_s, shown.image_px, rule, config.clips)
+    return EvaluatedModel(network, shown.gap_s, shown.image_px, rule, loaded.trained.clips)
 
 
 def run_pokes(config: EvaluateConfig) -> tuple[dict[str, float], list[Path]]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, UInt8
 
-from kinema.models.flow.networks import FLOW_NETWORKS
+from kinema.configs.models.row import resolve
+from kinema.configs.models.table import MODELS
 from kinema.models.tracks.chaining import chain_tracks
 from kinema.models.tracks.cotracker3.network import cotracker3
 from kinema.models.tracks.cotracker3.predictor import BenchmarkTracker
 from kinema.pipelines.evaluate.tapvid.metrics import QueryMode
 from kinema.pipelines.evaluate.tapvid.scores import Tracker
+from kinema.pipelines.teach import facts_of
 from kinema.pipelines.teach.protocol import Teacher
 from kinema.pipelines.teach.teachers import TeacherSpec, locate_weights
-from kinema.pipelines.track.trackers import TRACKERS
 
 CHAIN_GAPS = (1, 2, 4, 8)
 CACHED_FLOWS = 512
@@ -48,27 +50,50 @@ class FlowChain:
         return found.points_px, found.visible
 
 
-def load_tracker(
-    name: str,
-    weights: str = "",
-    teacher: str = "dis",
-    mode: QueryMode = "first",
-    single_queries: bool = False,
-    iters: int = 0,
-) -> Tracker:
-    """A tracker by name; without `weights` the published ones of the ledger.
+@dataclass(frozen=True)
+class TrackerSettings:
+    """How a benchmark asks for its tracker."""
 
-    Args: weights, of cotracker3 or of the flow network that chain follows; teacher, that network; single_queries, each
-        query of cotracker3 in a run of its own; iters, refinements (0: the usual number).
-    Raises: ValueError for another name, or weights that do not fit or cannot be had.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "chain":
-        path, weights_hash = locate_weights(teacher, weights)
-        iters = iters or FLOW_NETWORKS[teacher].teacher_iters
-        spec = TeacherSpec(teacher, path, weights_hash, iters, device=device, threads=torch.get_num_threads())
-        return FlowChain(spec.load())
-    if name != "cotracker3":
-        raise ValueError(f"model={name} is no tracker; tapvid takes {', '.join(TRACKERS)}")
-    model = cotracker3(pretrained=not weights, weights=weights or None).to(device)
-    return BenchmarkTracker(model, single_queries, mode == "strided", iters=iters or BENCHMARK_ITERS)
+    name: str
+    """A tracker of the table of models."""
+    weights: str = ""
+    """Its own, or those of the flow network that it follows; empty: the published ones."""
+    teacher: str = "dis"
+    """The flow network that a chain follows."""
+    mode: QueryMode = "first"
+    """When points are given."""
+    single_queries: bool = False
+    """Each query in a run of its own."""
+    iters: int = 0
+    """Refinements; 0: the usual number."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_tracker(settings: TrackerSettings) -> Tracker:
+    """A tracker of whole videos. Raises: ValueError for another name, or weights that do not fit or cannot be had."""
+    facts = MODELS[settings.name].tracker if settings.name in MODELS else None
+    if facts is None:
+        raise ValueError(f"model={settings.name} is no tracker; tapvid takes {', '.join(MODELS.trackers())}")
+    return resolve(facts.benchmark)(settings)
+
+
+def chain_benchmark(settings: TrackerSettings) -> Tracker:
+    """Flow of a teacher, chained."""
+    teacher = settings.teacher
+    path, weights_hash = locate_weights(teacher, settings.weights)
+    iters = settings.iters or facts_of(teacher).iters
+    threads = torch.get_num_threads()
+    spec = TeacherSpec(teacher, path, weights_hash, iters, device=settings.device, threads=threads)
+    return FlowChain(spec.load())
+
+
+def cotracker3_benchmark(settings: TrackerSettings) -> Tracker:
+    """CoTracker3 as in its paper's tables."""
+    weights = settings.weights
+    model = cotracker3(pretrained=not weights, weights=weights or None).to(settings.device)
+    iters = settings.iters or BENCHMARK_ITERS
+    return BenchmarkTracker(model, settings.single_queries, settings.mode == "strided", iters=iters)

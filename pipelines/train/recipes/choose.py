@@ -1,19 +1,13 @@
-"""Which recipe a config asks for."""
+"""Which recipe a config asks for: that of its model's row in the table of models."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from kinema.configs import TrainConfig
-from kinema.pipelines.train.recipes.flow import FlowRecipe
-from kinema.pipelines.train.recipes.flowfeat import FlowFeatRecipe
-from kinema.pipelines.train.recipes.fpt.recipe import FPTRecipe
+from kinema.configs.models.row import resolve
+from kinema.configs.models.table import MODELS
+from kinema.pipelines.train.recipes.protocol import Recipe
 
 
-def make_recipe(config: TrainConfig) -> Any:
-    """The recipe of `config.model`, see `protocol.Recipe`."""
-    if config.model == "flowfeat":
-        return FlowFeatRecipe(config.flowfeat, config.weights)
-    if config.model == "fpt":
-        return FPTRecipe(config.fpt, config.weights)
-    return FlowRecipe(config.model, config.flow_network, config.weights)
+def make_recipe(config: TrainConfig) -> Recipe:
+    """The recipe of `config.model`."""
+    return resolve(MODELS[config.model].recipe).of(config)

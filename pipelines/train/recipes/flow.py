@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kinema.configs import FlowNetworkConfig
+from kinema.configs import FlowNetworkConfig, TrainConfig
+from kinema.configs.models.table import MODELS
 from kinema.models.flow.geometry import crop_flow, flip_flow
 from kinema.models.flow.networks import flow_network
 from kinema.models.flow.raft.loss import MAX_MOTION_PX, flow_errors, sequence_loss
@@ -42,10 +43,15 @@ class FlowRecipe:
     config: FlowNetworkConfig
     weights: str = ""
 
+    @classmethod
+    def of(cls, config: TrainConfig) -> FlowRecipe:
+        """From a training's config."""
+        return cls(config.model, config.settings, config.weights)
+
     @property
     def needs(self) -> tuple[str, ...]:
         """SMURF learns from frames alone."""
-        return () if self.network == "smurf" else ("flow",)
+        return MODELS[self.network].needs
 
     def check(self) -> None:
         """Refuse, before anything starts, weights that do not fit (ValueError)."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kinema.configs import FlowFeatConfig
+from kinema.configs import FlowFeatConfig, TrainConfig
 from kinema.models.backbones.vision_transformer import CONFIGS
 from kinema.models.flow.geometry import crop_flow, resize_flow
 from kinema.models.flowfeat.model import VARIANTS, FlowFeat
@@ -44,6 +44,11 @@ class FlowFeatRecipe:
     config: FlowFeatConfig
     weights: str = ""
     needs: tuple[str, ...] = ("flow",)
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> FlowFeatRecipe:
+        """From a training's config."""
+        return cls(config.settings, config.weights)
 
     @property
     def backbone(self) -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from kinema.configs import TrainConfig
 
 Batch = dict[str, Any]
 
@@ -38,7 +40,7 @@ class ExportedModel:
     """A trained model as the registry stores it: no pickle, no reference to the run that made it."""
 
     architecture: str
-    """Name under which `kinema.models` builds it, for example `flowfeat`."""
+    """The model's name in the table of models."""
     config: Mapping[str, Any]
     """Keyword arguments of that builder, JSON values only."""
     tensors: Mapping[str, Tensor]
@@ -52,8 +54,16 @@ class ExportedModel:
 class Recipe(Protocol):
     """A model's side of training. Instances are pickled to the ranks, so they hold settings, not tensors."""
 
-    needs: tuple[str, ...]
-    """Sidecars without which `read_sample` cannot work, for example `("flow",)`."""
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Sidecars without which `read_sample` cannot work, for example `("flow",)`."""
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Self:
+        """The recipe that a training's config asks for; `config.settings` are of the row's dataclass."""
+
+    def check(self) -> None:
+        """Refuse, before anything starts, settings and weights that cannot work (ValueError)."""
 
     def build(self) -> nn.Module:
         """The whole trainable module, moving averages included. The loop has seeded every generator."""

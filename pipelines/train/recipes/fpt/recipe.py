@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from kinema.configs import FPTConfig
+from kinema.configs import FPTConfig, TrainConfig
 from kinema.models.fpt.data_rules import (
     Motion,
     NoTrainingSample,
@@ -50,6 +50,11 @@ class FPTRecipe:
     config: FPTConfig
     weights: str = ""
     needs: tuple[str, ...] = ("tracks",)
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> FPTRecipe:
+        """From a training's config."""
+        return cls(config.settings, config.weights)
 
     @property
     def rule(self) -> SamplingRule:

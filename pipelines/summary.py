@@ -1,0 +1,51 @@
+"""How a stage's summary is shown: one JSON line for programs, aligned lines for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+
+def summary_fields(summary: Any) -> dict[str, Any]:
+    """What a summary says, without the exit status; a summary may have its own order in `flat()`."""
+    if hasattr(summary, "flat"):
+        fields = summary.flat()
+    elif dataclasses.is_dataclass(summary) and not isinstance(summary, type):
+        fields = dataclasses.asdict(summary)
+    else:
+        fields = dict(summary)
+    return {key: value for key, value in fields.items() if key != "exit_status"}
+
+
+def print_summary(summary: Any, as_json: bool, stdout: TextIO) -> None:
+    """One JSON object on one line, or for people `key  value` lines: nested keys dotted, empty values left out."""
+    fields = summary_fields(summary)
+    if as_json:
+        stdout.write(json.dumps(finite(fields), default=str) + "\n")
+    else:
+        lines = {key: value for key, value in _dotted(fields) if value not in (None, "")}
+        width = max((len(key) for key in lines), default=0)
+        for key, value in lines.items():
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            stdout.write(f"{key:<{width}}  {shown}\n")
+    stdout.flush()
+
+
+def _dotted(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
