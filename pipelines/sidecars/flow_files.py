@@ -1,6 +1,8 @@
-"""Flow files: Middlebury .flo, KITTI 16-bit png, .pfm, and KITTI disparity.
+"""Flow files: Middlebury .flo, KITTI 16-bit png, .pfm, Spring's .flo5, and KITTI disparity.
 
-Flow is float32 [2, H, W], (x, y) in pixels; a pixel without flow is nan in both components.
+Flow is float32 [2, H, W], (x, y) in pixels; a pixel without flow is nan in both components. Each format has a mark of
+its own for such pixels (.flo values above 1e9, KITTI the third channel, .pfm the third component, .flo5 nan in both);
+nan anywhere else is no measurement and no mark: the file is refused.
 
 KITTI stores 64 u + 32768 in 16 bits. Like the benchmark's own tools the writer truncates (no rounding,
 float32 arithmetic), clips to the 16-bit range, and stores missing pixels as zeros; so a round trip is
@@ -21,19 +23,23 @@ FLO_MAGIC = b"PIEH"
 FLO_UNKNOWN = np.float32(1666666800.0)
 FLO_UNKNOWN_ABOVE = 1e9
 KITTI_ZERO, KITTI_STEPS_PER_PX = 32768, 64.0
+FLO5_NAME = "flow"
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
 def read_flow(path: str | Path) -> FlowArray:
-    """Reads .flo, .pfm or KITTI .png, by suffix.
+    """Reads .flo, .pfm, .flo5 or KITTI .png, by suffix.
 
     Raises: ValueError for another suffix, or a file that is not of its format.
     """
-    return _by_suffix(path, {".flo": read_flo, ".pfm": read_pfm, ".png": read_kitti_flow})(path)
+    readers = {".flo": read_flo, ".pfm": read_pfm, ".png": read_kitti_flow, ".flo5": read_flo5}
+    return _by_suffix(path, readers)(path)
 
 
 def write_flow(path: str | Path, flow_px: FlowArray) -> None:
-    """Writes .flo, .pfm or KITTI .png, by suffix; nan marks missing pixels."""
-    _by_suffix(path, {".flo": write_flo, ".pfm": write_pfm, ".png": write_kitti_flow})(path, flow_px)
+    """Writes .flo, .pfm, .flo5 or KITTI .png, by suffix; nan marks missing pixels."""
+    writers = {".flo": write_flo, ".pfm": write_pfm, ".png": write_kitti_flow, ".flo5": write_flo5}
+    _by_suffix(path, writers)(path, flow_px)
 
 
 def valid_pixels(flow_px: FlowArray) -> Bool[np.ndarray, "H W"]:
@@ -51,7 +57,9 @@ def read_flo(path: str | Path) -> FlowArray:
         raise ValueError(
             f"{path}: a .flo of {height}x{width} has {12 + 8 * width * height} bytes, this one {len(data)}"
         )
-    return _without_unknown(np.frombuffer(data, "<f4", offset=12).reshape(height, width, 2))
+    pixels = np.frombuffer(data, "<f4", offset=12).reshape(height, width, 2)
+    _refuse_nan(path, np.isnan(pixels), "unknown pixels of a .flo hold values above 1e9")
+    return _without_unknown(pixels)
 
 
 def write_flo(path: str | Path, flow_px: FlowArray) -> None:
@@ -110,7 +118,9 @@ def read_pfm(path: str | Path) -> FlowArray:
         )
     # The sign of the scale tells the byte order; its magnitude is ignored, as by other readers of flow.
     pixels = np.frombuffer(payload, "<f4" if scale < 0 else ">f4").reshape(height, width, 3)[::-1]
-    flow = np.where(pixels[..., 2:] > 0.5, np.nan, pixels[..., :2])
+    missing = pixels[..., 2:] > 0.5
+    _refuse_nan(path, ~np.isfinite(pixels[..., :2]) & ~missing, "missing pixels of a .pfm have 1 as third component")
+    flow = np.where(missing, np.nan, pixels[..., :2])
     return _planar(flow.astype(np.float32))
 
 
@@ -121,6 +131,51 @@ def write_pfm(path: str | Path, flow_px: FlowArray) -> None:
     rows = np.concatenate([np.where(missing, np.nan, pixels), missing], axis=-1)[::-1].astype("<f4")
     height, width, _ = rows.shape
     Path(path).write_bytes(f"PF\n{width} {height}\n-1.000000\n".encode() + rows.tobytes())
+
+
+def read_flo5(path: str | Path) -> FlowArray:
+    """Spring's .flo5: an HDF5 file with one array `flow` [H, W, 2]; nan in both components means missing.
+
+    Spring stores it at twice the height and width of its images, in pixels of these (see flow_datasets.spring).
+    """
+    import h5py  # here, for it costs start-up time that only this format needs
+
+    with open(path, "rb") as file:
+        magic = file.read(len(_HDF5_MAGIC))
+    if magic != _HDF5_MAGIC:
+        raise ValueError(f"{path}: not a .flo5 file: it starts with {magic!r}, an HDF5 file with {_HDF5_MAGIC!r}")
+    try:
+        with h5py.File(path, "r") as file:
+            if FLO5_NAME not in file:
+                raise ValueError(f"{path}: it holds {sorted(file)}, a .flo5 holds an array named {FLO5_NAME!r}")
+            stored = file[FLO5_NAME]
+            shape: tuple[int, ...] = getattr(stored, "shape", ())
+            kind = getattr(stored, "dtype", None)
+            if len(shape) != 3 or shape[2] != 2 or min(shape) < 1 or kind is None or kind.kind != "f":
+                raise ValueError(f"{path}: flow is {kind} {list(shape)}; a .flo5 holds floats [H, W, 2]")
+            pixels = np.asarray(stored[()], np.float32)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: cut short or damaged: {' '.join(str(error).split())}; copy it again") from None
+    missing = np.isnan(pixels)
+    _refuse_nan(path, (missing != missing[..., ::-1]) | np.isinf(pixels), "missing pixels of a .flo5 are nan in both")
+    return _planar(pixels)
+
+
+def write_flo5(path: str | Path, flow_px: FlowArray) -> None:
+    """Spring's .flo5, compressed as the published files are; missing pixels are nan in both components."""
+    import h5py
+
+    pixels = _pixels(flow_px)
+    pixels = np.where(np.isfinite(pixels).all(-1, keepdims=True), pixels, np.float32(np.nan))
+    with h5py.File(path, "w") as file:
+        file.create_dataset(FLO5_NAME, data=pixels, compression="gzip", compression_opts=5)
+
+
+def _refuse_nan(path: str | Path, wrong: np.ndarray, mark: str) -> None:
+    """Raises: ValueError when a component is neither a number nor the format's mark of a missing pixel."""
+    num_wrong = int(wrong.any(axis=-1).sum())
+    if num_wrong:
+        raise ValueError(f"{path}: flow of {num_wrong} pixels is not a number; {mark}, so write the file anew")
 
 
 def _by_suffix(path: str | Path, functions: dict):
