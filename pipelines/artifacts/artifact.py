@@ -200,7 +200,10 @@ class Artifact:
         `schema` fixes the types of the row's columns (of all but shard, position, key and the offsets); without it
         they are inferred from the values.
         """
-        return ShardWriter(self, shard, schema)
+        planned = self.plan_of(shard).select(["key", "source"]).to_pylist()
+        if not planned:
+            raise ValueError(f"shard {shard} of {self.url} is not in its plan")
+        return ShardWriter(self.store, self.shard_name(shard), shard, planned, self.config_hash, schema)
 
     def commits(self) -> dict[int, dict[str, Any]]:
         """The valid commit record of every finished shard, by shard number."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -12,23 +12,28 @@ import kinema
 from kinema.pipelines.artifacts import tables
 from kinema.pipelines.artifacts.layout import commit_record, commit_rows
 from kinema.pipelines.artifacts.quarantine import quarantine_row, read_part, shard_part, write_part
+from kinema.pipelines.artifacts.store import Store
 from kinema.pipelines.artifacts.tar import TarBuilder, read_members
-
-if TYPE_CHECKING:
-    from kinema.pipelines.artifacts.artifact import Artifact
 
 
 class ShardWriter:
     """Samples of one planned shard, in plan order. Left without `commit()`, it leaves nothing behind."""
 
-    def __init__(self, artifact: Artifact, shard: int, schema: pa.Schema | None = None):
-        planned = artifact.plan_of(shard).select(["key", "source"]).to_pylist()
-        if not planned:
-            raise ValueError(f"shard {shard} of {artifact.url} is not in its plan")
-        self.artifact = artifact
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        shard: int,
+        planned: Sequence[Mapping[str, Any]],
+        config_hash: str,
+        schema: pa.Schema | None = None,
+    ):
+        """Args: name, of the tar; planned, its rows of the plan (key, source), in order."""
+        self.store = store
         self.shard = shard
         self.schema = schema
-        self.name = artifact.shard_name(shard)
+        self.name = name
+        self.config_hash = config_hash
         self.planned = {row["key"]: row["source"] for row in planned}
         self._order = {key: place for place, key in enumerate(self.planned)}
         self._last_place = -1
@@ -36,13 +41,14 @@ class ShardWriter:
         self.quarantined: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> ShardWriter:
-        self._temporary = self.artifact.store.build(self.name)
+        self._temporary = self.store.build(self.name)
         self._tar = TarBuilder(self._temporary.write)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._tar.discard()
         self._temporary.discard()
 
     def add(self, key: str, members: Mapping[str, bytes | memoryview], row: Mapping[str, Any]) -> None:
@@ -88,7 +94,7 @@ class ShardWriter:
 
         Returns: the commit record. Raises: ValueError when a planned sample was neither added nor quarantined.
         """
-        store = self.artifact.store
+        store = self.store
         if num_planned is not None and num_planned != len(self.planned):
             raise ValueError(f"num_planned={num_planned}, but shard {self.shard} plans {len(self.planned)} samples")
         sha256 = self._tar.finish()
@@ -106,7 +112,7 @@ class ShardWriter:
             "num_samples": len(self.rows),
             "num_planned": len(self.planned),
             "input_hashes": dict(sorted((input_hashes or {}).items())),
-            "config_hash": self.artifact.config_hash,
+            "config_hash": self.config_hash,
             "code_version": kinema.__version__,
         }
         store.remove(commit_record(self.shard))  # an older record must never describe the new tar
@@ -120,9 +126,7 @@ class ShardWriter:
         """The shard's entries: those of this build, and earlier ones for samples that are still missing."""
         written = {row["key"] for row in self.rows}
         earlier = [
-            row
-            for row in read_part(self.artifact.store, shard_part(self.shard))
-            if row["key"] and row["key"] not in written
+            row for row in read_part(self.store, shard_part(self.shard)) if row["key"] and row["key"] not in written
         ]
         entries = {row["key"]: row for row in earlier} | self.quarantined
         lost = [key for key in self.planned if key not in written and key not in entries]

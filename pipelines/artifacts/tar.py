@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 BLOCK_BYTES = 512
+MODE = 0o644
 END_OF_TAR = bytes(2 * BLOCK_BYTES)
 LARGEST_MEMBER_BYTES = 8**11 - 1  # eleven octal digits of a USTAR header
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -62,7 +63,7 @@ def _header(name: str, size: int) -> bytes:
         raise ValueError(f"{name} has {size} bytes, more than the 8 GiB a tar member can hold; use shorter clips")
     info = tarfile.TarInfo(name)
     info.size = size
-    info.mode = 0o644
+    info.mode = MODE
     try:
         return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
     except ValueError as error:
@@ -70,13 +71,23 @@ def _header(name: str, size: int) -> bytes:
 
 
 class TarBuilder:
-    """Appends samples to an open file through `write` and remembers where every payload lies."""
+    """Appends samples to an open file through `write` and remembers where every payload lies.
+
+    The bytes are those of WebDataset's TarWriter up to the two zero blocks that end a tar; the zeros with which
+    tarfile fills its last record of 10 KiB are left out. A builder that is not finished must be discarded.
+    """
 
     def __init__(self, write: Callable[[bytes | memoryview], object]):
-        self._write = write
-        self._digest = hashlib.sha256()
-        self.num_bytes = 0
+        from webdataset.writer import TarWriter  # brings torch along, which planning and reading do without
+
+        self._sink = _Sink(write)
+        self._writer = TarWriter(self._sink, user="", group="", mode=MODE, mtime=0, encoder=False)
         self.members: list[Member] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes written so far, those that still wait in a buffer included."""
+        return self._sink.limit or self._writer.tarstream.offset
 
     def add(self, key: str, payloads: Mapping[str, bytes | memoryview]) -> dict[str, Member]:
         """Append one sample, members in order of extension.
@@ -86,27 +97,47 @@ class TarBuilder:
         check_key(key)
         if not payloads:
             raise ValueError(f"sample {key} has no members")
-        headers = {ext: _header(f"{key}.{check_extension(ext)}", len(payloads[ext])) for ext in payloads}
-        added = {}
+        for ext in payloads:
+            _header(f"{key}.{check_extension(ext)}", len(payloads[ext]))
+        added, position = {}, self.num_bytes
         for ext in sorted(payloads):
-            payload = payloads[ext]
-            self._append(headers[ext])
-            member = Member(f"{key}.{ext}", self.num_bytes, len(payload), hashlib.sha256(payload).hexdigest())
-            self._append(payload)
-            self._append(bytes(-len(payload) % BLOCK_BYTES))
-            self.members.append(member)
-            added[ext] = member
+            size = len(payloads[ext])
+            digest = hashlib.sha256(payloads[ext]).hexdigest()
+            added[ext] = Member(f"{key}.{ext}", position + BLOCK_BYTES, size, digest)
+            position += BLOCK_BYTES + size + -size % BLOCK_BYTES
+        self._writer.write({"__key__": key, **payloads})
+        assert self.num_bytes == position, "a tar member is a header block and whole blocks of payload"
+        self.members += added.values()
         return added
 
     def finish(self) -> str:
         """Write the two zero blocks; returns the sha256 of the whole tar."""
-        self._append(END_OF_TAR)
-        return self._digest.hexdigest()
+        self._sink.limit = self.num_bytes + len(END_OF_TAR)
+        self._writer.close()
+        return self._sink.digest.hexdigest()
 
-    def _append(self, data: bytes | memoryview) -> None:
-        self._write(data)
-        self._digest.update(data)
-        self.num_bytes += len(data)
+    def discard(self) -> None:
+        """Nothing that still waits in a buffer is written any more."""
+        self._sink.limit = self._sink.position
+
+
+class _Sink:
+    """The file object that TarWriter sees: hashes what it passes on, and passes on nothing behind `limit`."""
+
+    def __init__(self, write: Callable[[bytes | memoryview], object]):
+        self._write = write
+        self.digest = hashlib.sha256()
+        self.position = 0
+        self.limit: int | None = None
+
+    def write(self, data: bytes) -> int:
+        """As of any binary file."""
+        kept = data if self.limit is None else data[: max(0, self.limit - self.position)]
+        if kept:
+            self._write(kept)
+            self.digest.update(kept)
+            self.position += len(kept)
+        return len(data)
 
 
 def read_members(file: BinaryIO) -> Iterator[Member | str]:

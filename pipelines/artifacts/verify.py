@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
 from kinema.pipelines.artifacts import layout, tables
-from kinema.pipelines.artifacts.store import read_range
+from kinema.pipelines.artifacts.store import Store, read_range
 from kinema.pipelines.artifacts.tar import Member, read_members
-
-if TYPE_CHECKING:
-    from kinema.pipelines.artifacts.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,30 @@ class Problem:
         return f"{self.where}: {self.message}"
 
 
-def verify(artifact: Artifact) -> list[Problem]:
+class Verifiable(Protocol):
+    """What is read of an artifact here; see `Artifact`."""
+
+    store: Store
+    manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def config_hash(self) -> str: ...
+    @property
+    def plan8(self) -> str | None: ...
+    @property
+    def plan(self) -> pa.Table: ...
+    def planned_shards(self) -> list[int]: ...
+    def plan_of(self, shard: int) -> pa.Table: ...
+    def shard_name(self, shard: int) -> str: ...
+    def latest_shards(self) -> dict[str, int]: ...
+    def commit_of(self, shard: int) -> dict[str, Any] | None: ...
+    def committed_rows(self) -> pa.Table: ...
+    def quarantined(self) -> pa.Table: ...
+
+
+def verify(artifact: Verifiable) -> list[Problem]:
     """Hash every shard; compare tars, rows, commit records, plan, quarantine and tables.
 
     Returns: the problems, in a fixed order; an empty list means every byte is as it was committed.
@@ -36,7 +56,7 @@ def verify(artifact: Artifact) -> list[Problem]:
     return list(_problems(artifact))
 
 
-def _problems(artifact: Artifact) -> Iterator[Problem]:
+def _problems(artifact: Verifiable) -> Iterator[Problem]:
     if tables.content_hash(artifact.manifest["config"]) != artifact.config_hash:
         yield Problem(layout.MANIFEST, "config does not match config_hash")
     try:
@@ -65,7 +85,7 @@ def _problems(artifact: Artifact) -> Iterator[Problem]:
 
 
 def _shard_problems(
-    artifact: Artifact, shard: int, excused: set[str | None], latest: dict[str, int], sizes: dict[str, int]
+    artifact: Verifiable, shard: int, excused: set[str | None], latest: dict[str, int], sizes: dict[str, int]
 ) -> Iterator[Problem]:
     name, planned = artifact.shard_name(shard), artifact.plan_of(shard).select(["key", "source"]).to_pylist()
     record = artifact.commit_of(shard)
@@ -97,7 +117,7 @@ def _shard_problems(
 
 
 def _tar_problems(
-    artifact: Artifact, record: dict[str, Any], rows: list[dict[str, Any]], size: int | None
+    artifact: Verifiable, record: dict[str, Any], rows: list[dict[str, Any]], size: int | None
 ) -> Iterator[Problem]:
     name = record["name"]
     if size is None:
@@ -132,7 +152,7 @@ def _tar_problems(
 
 
 def _sample_problems(
-    artifact: Artifact, name: str, row: dict[str, Any], members: dict[str, Member]
+    artifact: Verifiable, name: str, row: dict[str, Any], members: dict[str, Member]
 ) -> Iterator[Problem]:
     for extension, member in members.items():
         column = extension.partition(".")[0]
@@ -150,7 +170,7 @@ def _sample_problems(
             yield Problem(name, f"{member.name} holds the data of {content['key']}")
 
 
-def _stray_files(artifact: Artifact, shards: list[int]) -> Iterator[Problem]:
+def _stray_files(artifact: Verifiable, shards: list[int]) -> Iterator[Problem]:
     names = {artifact.shard_name(shard) for shard in shards}
     for name in artifact.store.sizes():
         if name.endswith(".tar") and name not in names:
@@ -161,7 +181,7 @@ def _stray_files(artifact: Artifact, shards: list[int]) -> Iterator[Problem]:
             yield Problem(f"_commits/{name}", "belongs to no planned shard")
 
 
-def _derived_tables(artifact: Artifact) -> Iterator[Problem]:
+def _derived_tables(artifact: Verifiable) -> Iterator[Problem]:
     for name, make in ((layout.SAMPLES, artifact.committed_rows), (layout.QUARANTINE, artifact.quarantined)):
         try:
             stored = artifact.store.read(name)
