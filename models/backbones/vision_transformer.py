@@ -258,6 +258,11 @@ class VisionTransformer(nn.Module):
         return self.config.width
 
     @property
+    def only_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images it takes, if it takes no others."""
+        return (self.image_size[0], self.image_size[1]) if self.config.positions == "fixed_table" else None
+
+    @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
         return self.config.patch_size

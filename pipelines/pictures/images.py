@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from kinema.models.backbones.vision_transformer import VisionTransformer
 from kinema.models.flow.geometry import flow_to_colour
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -24,14 +24,13 @@ def normalise_images(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-def size_for_model(size: tuple[int, int], short_side: int, encoder: VisionTransformer) -> tuple[int, int]:
+def size_for_model(size: tuple[int, int], short_side: int, encoder: Any) -> tuple[int, int]:
     """(height, width) at which an encoder sees images of `size`: about this shorter side, multiples of its patch.
 
-    An encoder of one fixed size (MAE) gets that.
+    Args: encoder, with `patch_size`, and `only_size` (height, width) if it takes no other (MAE).
     """
-    if encoder.config.positions == "fixed_table":
-        height, width = encoder.image_size
-        return height, width
+    if only_size := getattr(encoder, "only_size", None):
+        return only_size
     patch, scale = encoder.patch_size, short_side / min(size)
     height, width = (max(patch, round(side * scale / patch) * patch) for side in size)
     return height, width

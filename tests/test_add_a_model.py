@@ -1,0 +1,121 @@
+"""docs/ADD_A_MODEL.md: its blocks make a model outside of kinema that trains, is evaluated, registered and embeds."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.evaluate.davis.folder import write_labels
+from kinema.pipelines.scenes import Scene
+from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "ADD_A_MODEL.md"
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(file named by the fence, code) of every block of a language."""
+    return re.findall(rf"^```{language}(?: file=(\S+))?\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+
+
+def write_davis(root: Path) -> None:
+    """A sequence of a square that moves over a grey ground."""
+    labels = np.zeros((4, 48, 64), np.uint8)
+    for t in range(4):
+        labels[t, 12:28, 10 + 4 * t : 26 + 4 * t] = 1
+        path = root / "JPEGImages/480p/square" / f"{t:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.where(labels[t][..., None], (220, 40, 30), (90, 100, 95)).astype(np.uint8)).save(path)
+    write_labels(root / "Annotations/480p/square", [f"{t:05d}" for t in range(4)], labels)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The page's files and data, and what each of its commands printed, by command."""
+    folder = tmp_path_factory.mktemp("toy")
+    for name, code in blocks("python"):
+        with (folder / name).open("a") as file:
+            file.write(code + "\n\n")
+    scenes = [Scene(seed=seed, height=48, width=64, num_frames=5) for seed in range(3)]
+    clips = write_scene_clips(scenes, folder / "clips")
+    write_scene_flow(scenes, clips, folder / "flow")
+    write_davis(folder / "davis")
+    environment = os.environ | {
+        "KINEMA_ENGINE": "serial",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")])),
+        "OMP_NUM_THREADS": "1",
+    }
+    printed = {}
+    for line in blocks("bash")[0][1].strip().splitlines():
+        program, command, *rest = shlex.split(line)
+        if program == "export":
+            environment |= [command.split("=")]
+            continue
+        assert program == "kinema"
+        arguments = [sys.executable, "-m", "kinema.pipelines.cli", command, "--json", *rest]
+        done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        printed[command] = json.loads(done.stdout.splitlines()[-1])
+    return folder, environment, printed
+
+
+def test_the_page_names_every_step():
+    assert [name for name, _ in blocks("python")] == ["toy_model.py", "toy_recipe.py", "toy_recipe.py", "toy_row.py"]
+
+
+def test_it_trains_and_is_evaluated(made):
+    _, _, printed = made
+    assert printed["train"]["step"] == 4 and 0 < printed["train"]["loss"] < 100
+    assert 0.3 < printed["evaluate"]["davis_jf"] <= 1, "colours alone follow the square, masks that stay away score 0"
+
+
+def test_the_registered_version_answers_without_the_package_and_embed_uses_it(made):
+    folder, environment, printed = made
+    assert printed["register"]["name"] == "kinema-toy" and printed["register"]["champion"]
+    script = (
+        "import mlflow, numpy as np, sys; model = mlflow.pyfunc.load_model('models:/kinema-toy@champion');"
+        "found = model.predict(np.zeros((1, 8, 8, 3), np.uint8)); assert 'toy_model' not in sys.modules;"
+        "print(found['y_dec'].shape)"
+    )
+    alone = {k: v for k, v in environment.items() if k not in ("PYTHONPATH", "KINEMA_MODELS")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=alone, cwd=folder / "davis", capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "(1, 16, 8, 8)", done.stderr
+    samples = Artifact.read(folder / "features").samples()
+    assert samples.num_rows == 3 and len(samples["y_dec_mean"][0]) == 16
+
+
+def test_help_and_refusals_know_it(made):
+    folder, environment, _ = made
+
+    def kinema(*arguments):
+        command = [sys.executable, "-m", "kinema.pipelines.cli", *arguments]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+    assert "toy.width=8" in kinema("train", "--help").stdout
+    wrong = kinema("train", "model=toy", "toy.width=0", "clips=clips", "flow=flow", "out=other")
+    assert wrong.returncode == 2 and "toy.width=0 is out of range" in wrong.stderr
+    assert "did you mean toy.width" in kinema("train", "model=toy", "toy.widht=3").stderr
+    without = subprocess.run(
+        [sys.executable, "-m", "kinema.pipelines.cli", "train", "model=toy"],
+        env=environment | {"KINEMA_MODELS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert without.returncode == 2 and "model=toy is not known" in without.stderr
+    missing = subprocess.run(
+        [sys.executable, "-m", "kinema.pipelines.cli", "train", "model=toy"],
+        env=environment | {"KINEMA_MODELS": "no_such_module"},
+        capture_output=True,
+        text=True,
+    )
+    assert missing.returncode == 2 and "KINEMA_MODELS=no_such_module" in missing.stderr
