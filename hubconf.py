@@ -10,7 +10,7 @@ import sys as _sys
 from functools import partial as _partial
 from pathlib import Path as _Path
 
-dependencies = ["torch", "numpy", "jaxtyping"]
+dependencies = ["torch", "numpy", "jaxtyping", "einops"]
 
 
 def _expose_package(root):
@@ -111,6 +111,16 @@ def smurf(pretrained=False, weights=None):
     from kinema.models.flow.smurf.network import smurf as build
 
     return build(pretrained=pretrained, weights=weights)
+
+
+def dinoflow_vits16(pretrained=False, weights=None, backbone_weights=None, reading="B"):
+    """DinoFlow on DINOv3 ViT-S/16: `model(image1, image2, iters=None, flow_init=None)` -> flow [B, 2, H, W] in pixels.
+
+    weights is a whole model or a head alone; backbone_weights the encoder's file, which is gated, for a head alone.
+    """
+    from kinema.models.dinoflow.model import dinoflow_vits16 as build
+
+    return build(pretrained=pretrained, weights=weights, backbone_weights=backbone_weights, reading=reading)
 
 
 def cotracker3(pretrained=False, weights=None):

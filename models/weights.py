@@ -113,6 +113,11 @@ LEDGER: dict[str, PublishedWeights] = {
     "mae_vitb16": PublishedWeights(
         f"{_META}mae/pretrain/mae_pretrain_vit_base.pth", _MAE_PAPER, "CC BY-NC 4.0", non_commercial=True
     ),
+    "dinoflow_vits16": PublishedWeights(
+        "https://huggingface.co/blanchon/dinoflow-model/resolve/main/flow-vits16.safetensors",
+        "Model card of blanchon/dinoflow-model; AnyDepth, 2026, arXiv:2601.02760",
+        "see the model card; the encoder it needs is under the DINOv3 License",
+    ),
     "cotracker3_offline": PublishedWeights(
         "https://huggingface.co/facebook/cotracker3/resolve/main/scaled_offline.pth",
         _COTRACKER3_PAPER,
