@@ -2,6 +2,7 @@
 
 from kinema.configs.embed import EmbedConfig
 from kinema.configs.evaluate import EvaluateConfig, PokesConfig
+from kinema.configs.flow_dataset import FlowDatasetConfig
 from kinema.configs.load import build, config_hash, load_stage, resolve_config_path
 from kinema.configs.loader import LoaderConfig, PairFilterConfig
 from kinema.configs.models.flow_network import FlowNetworkConfig
@@ -21,6 +22,7 @@ __all__ = [
     "EmbedConfig",
     "EvaluateConfig",
     "FPTConfig",
+    "FlowDatasetConfig",
     "FlowFeatConfig",
     "FlowNetworkConfig",
     "LoaderConfig",

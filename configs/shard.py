@@ -6,6 +6,21 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kinema.configs.checks import require
+from kinema.configs.flow_dataset import FlowDatasetConfig
+
+FlowLayout = Literal[
+    "flyingchairs",
+    "flyingthings3d",
+    "sintel",
+    "kitti2012",
+    "kitti2015",
+    "hd1k",
+    "spring",
+    "tartanair",
+    "viper",
+    "middlebury",
+]
+"""Published data sets of image pairs with known flow."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +70,12 @@ class ShardConfig:
     """Folder, glob, file, bucket URL, list file (.txt), manifest (.csv, .parquet), frame folders, or tars."""
     out: str = ""
     """Folder or URL of the clips artifact."""
-    layout: Literal["auto", "videos", "frames", "webdataset", "manifest", "list"] = "auto"
-    """What `videos` holds; `auto` looks at it."""
+    layout: Literal["auto", "videos", "frames", "webdataset", "manifest", "list", FlowLayout] = "auto"
+    """What `videos` holds; `auto` looks at it. The name of a data set packs its pairs without loss, and their flow."""
+    flow: str = ""
+    """Folder or URL of the flow artifact of a data set with known flow; empty: flow/truth beside out."""
+    dataset: FlowDatasetConfig = field(default_factory=FlowDatasetConfig)
+    """Which part of a data set with known flow is packed."""
     frames_fps: float = 24.0
     """Frame rate given to frame folders, which carry none (DAVIS 24; YouTube-VOS 30, or 6 if every fifth)."""
     clip: ClipConfig = field(default_factory=ClipConfig)

@@ -269,7 +269,7 @@ def _at_size(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _longest(flow_px: np.ndarray) -> float:
-    return float(np.hypot(flow_px[0], flow_px[1]).max())
+    return float(np.nanmax(np.hypot(flow_px[0], flow_px[1])))
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -5,7 +5,7 @@ Layout, little-endian:
     prelude   32 bytes: magic, version, header size, number of pairs, CRC-32 of header and table, blob size
     header    JSON: height, width, scale, teacher, weights_hash, frames
     table     a fixed-size row per pair, ordered by (t, gap): where its payload lies, sizes, CRC-32s, counts
-    payloads  per pair: flow, then packed occlusion, then uncertainty (each where stored), each one zstd frame
+    payloads  per pair: flow, packed occlusion, uncertainty, packed validity (each where stored), each one zstd frame
 
 A flow payload is int16 fixed point (1/64 px), planar (u, then v), each row as differences in x. The
 differences are folded to unsigned (0, -1, 1, -2 -> 0, 1, 2, 3), so that their high bytes are nearly all zero,
@@ -16,6 +16,9 @@ values beyond +-2048 px are clipped.
 
 Uncertainty (the teacher's own expected error, px) is stored as one byte per pixel, 16 steps per octave from 2^-8 px:
 to within 2.2 %, clipped at 2^-8 and 2^7.9 px. A blob that holds any has version 2 and two more fields in its table.
+
+Validity (measured flow is not known everywhere) is one bit per pixel; flow is nan where it is not set. Stored numbers
+go on there as to the left, which costs next to nothing. A blob that holds any has version 3 and two fields more.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from jaxtyping import Bool, Float32, Int16
 MAGIC = b"KINEFLOW"
 VERSION = 1
 UNCERTAIN_VERSION = 2
+PARTIAL_VERSION = 3
 SCALE = 64
 COARSE_DIVISOR = 4
 
@@ -52,7 +56,8 @@ _ROW = np.dtype(
     ]
 )
 _UNCERTAIN_ROW = np.dtype([*_ROW.descr, ("uncertainty_size", "<u4"), ("uncertainty_crc", "<u4")])
-_ROWS = {VERSION: _ROW, UNCERTAIN_VERSION: _UNCERTAIN_ROW}
+_PARTIAL_ROW = np.dtype([*_UNCERTAIN_ROW.descr, ("valid_size", "<u4"), ("valid_crc", "<u4")])
+_ROWS = {VERSION: _ROW, UNCERTAIN_VERSION: _UNCERTAIN_ROW, PARTIAL_VERSION: _PARTIAL_ROW}
 _UNCERTAINTY_STEPS = 16
 _UNCERTAINTY_OFFSET = 8
 _FIRST_READ_BYTES = 16384
@@ -67,7 +72,8 @@ ReadRange = Callable[[int, int], bytes]
 class FlowPair:
     """Flow from frame `t` to frame `t + gap` (gap is signed), in pixels of the flow's own size.
 
-    `uncertainty_px`: the error that the teacher itself expects at each pixel.
+    `uncertainty_px`: the error that the teacher itself expects at each pixel. `valid`: where flow is known, it is nan
+    elsewhere; None: everywhere.
     """
 
     t: int
@@ -75,6 +81,7 @@ class FlowPair:
     flow_px: Float32[np.ndarray, "2 H W"]
     occlusion: Bool[np.ndarray, "H W"] | None = None
     uncertainty_px: Float32[np.ndarray, "H W"] | None = None
+    valid: Bool[np.ndarray, "H W"] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,9 @@ def encode_clip_flow(
         encoded[pair.t, pair.gap] = _encode_pair(pair, scale)
 
     header_json = json.dumps(asdict(header), sort_keys=True, separators=(",", ":")).encode()
-    version = UNCERTAIN_VERSION if any(fields["uncertainty_size"] for fields, _ in encoded.values()) else VERSION
+    version = VERSION
+    for needed, size in ((UNCERTAIN_VERSION, "uncertainty_size"), (PARTIAL_VERSION, "valid_size")):
+        version = needed if any(fields[size] for fields, _ in encoded.values()) else version
     table = np.zeros(len(encoded), _ROWS[version])
     offset = _PRELUDE.size + len(header_json) + table.nbytes
     payloads = []
@@ -152,7 +161,7 @@ class FlowBlob:
         self._size = size
         self._first_read_bytes = _FIRST_READ_BYTES
         if num_pairs is not None:
-            self._first_read_bytes = _PRELUDE.size + _LIKELY_HEADER_BYTES + num_pairs * _UNCERTAIN_ROW.itemsize
+            self._first_read_bytes = _PRELUDE.size + _LIKELY_HEADER_BYTES + num_pairs * _PARTIAL_ROW.itemsize
         self.header, self._table = self._read_index()
         places = zip(self._table["t"].tolist(), self._table["gap"].tolist(), strict=True)
         self._rows = {place: row for row, place in enumerate(places)}
@@ -178,7 +187,9 @@ class FlowBlob:
         return self._index_bytes
 
     def flow(self, t: int, gap: int) -> Float32[np.ndarray, "2 H W"]:
-        """Flow t -> t + gap in pixels of the stored size."""
+        """Flow t -> t + gap in pixels of the stored size, nan where it is not known."""
+        if self._part_size(self._row(t, gap), "valid_size"):
+            return self.pair(t, gap).flow_px
         row = self._row(t, gap)
         return self._decode_flow(row, self._read(int(row["offset"]), int(row["flow_size"])))
 
@@ -188,26 +199,30 @@ class FlowBlob:
         size = int(row["occlusion_size"])
         if size == 0:
             return None
-        return self._decode_occlusion(row, self._read(int(row["offset"]) + int(row["flow_size"]), size))
+        return self._decode_bits(row, "occlusion", self._read(int(row["offset"]) + int(row["flow_size"]), size))
 
     def uncertainty(self, t: int, gap: int) -> Float32[np.ndarray, "H W"] | None:
         """The teacher's expected error in pixels; None for a pair stored without it."""
         row = self._row(t, gap)
-        size = self._uncertainty_size(row)
+        size = self._part_size(row, "uncertainty_size")
         if size == 0:
             return None
         offset = int(row["offset"]) + int(row["flow_size"]) + int(row["occlusion_size"])
         return self._decode_uncertainty(row, self._read(offset, size))
 
     def pair(self, t: int, gap: int) -> FlowPair:
-        """Flow, occlusion and uncertainty together, in one read."""
+        """All that is stored of a pair, in one read."""
         row = self._row(t, gap)
-        ends = np.cumsum([int(row["flow_size"]), int(row["occlusion_size"]), self._uncertainty_size(row)]).tolist()
+        names = ("flow_size", "occlusion_size", "uncertainty_size", "valid_size")
+        ends = np.cumsum([self._part_size(row, name) for name in names]).tolist()
         payload = self._read(int(row["offset"]), ends[-1])
         flow = self._decode_flow(row, payload[: ends[0]])
-        occlusion = self._decode_occlusion(row, payload[ends[0] : ends[1]]) if ends[1] > ends[0] else None
-        uncertainty = self._decode_uncertainty(row, payload[ends[1] :]) if ends[2] > ends[1] else None
-        return FlowPair(t, gap, flow, occlusion, uncertainty)
+        occlusion = self._decode_bits(row, "occlusion", payload[ends[0] : ends[1]]) if ends[1] > ends[0] else None
+        uncertainty = self._decode_uncertainty(row, payload[ends[1] : ends[2]]) if ends[2] > ends[1] else None
+        valid = self._decode_bits(row, "valid", payload[ends[2] :]) if ends[3] > ends[2] else None
+        if valid is not None:
+            flow[:, ~valid] = np.nan
+        return FlowPair(t, gap, flow, occlusion, uncertainty, valid)
 
     def _read(self, offset: int, size: int) -> bytes:
         payload = self._read_range(offset, size)
@@ -252,15 +267,16 @@ class FlowBlob:
         packed = decompress(payload, 2 * height * width * 2, int(row["flow_crc"]), name)
         return unpack_differences(packed, height, width) * np.float32(1 / int(row["scale"]))
 
-    def _decode_occlusion(self, row: np.void, payload: bytes) -> Bool[np.ndarray, "H W"]:
+    def _decode_bits(self, row: np.void, part: str, payload: bytes) -> Bool[np.ndarray, "H W"]:
         height, width = self.header.height, self.header.width
-        name = f"occlusion t={row['t']} gap={row['gap']}"
-        packed = decompress(payload, (height * width + 7) // 8, int(row["occlusion_crc"]), name)
+        name = f"{part} t={row['t']} gap={row['gap']}"
+        packed = decompress(payload, (height * width + 7) // 8, int(row[f"{part}_crc"]), name)
         bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=height * width)
         return bits.view(bool).reshape(height, width)
 
-    def _uncertainty_size(self, row: np.void) -> int:
-        return int(row["uncertainty_size"]) if "uncertainty_size" in (self._table.dtype.names or ()) else 0
+    def _part_size(self, row: np.void, name: str) -> int:
+        """Bytes of a part of a pair; 0 where the blob's version has no such part."""
+        return int(row[name]) if name in (self._table.dtype.names or ()) else 0
 
     def _decode_uncertainty(self, row: np.void, payload: bytes) -> Float32[np.ndarray, "H W"]:
         height, width = self.header.height, self.header.width
@@ -277,8 +293,11 @@ def _check_pair(pair: FlowPair, header: FlowHeader) -> None:
     if pair.flow_px.shape != (2, header.height, header.width):
         size = f"(2, {header.height}, {header.width})"
         raise ValueError(f"{name} has shape {pair.flow_px.shape}; the blob was opened for {size}")
-    if not np.isfinite(pair.flow_px).all():
-        bad = int((~np.isfinite(pair.flow_px)).sum())
+    if pair.valid is not None and pair.valid.shape != (header.height, header.width):
+        raise ValueError(f"{name} has validity of shape {pair.valid.shape}; expected ({header.height}, {header.width})")
+    infinite = ~np.isfinite(pair.flow_px) & (True if pair.valid is None else pair.valid)
+    if infinite.any():
+        bad = int(infinite.sum())
         raise ValueError(f"{name} has {bad} values that are not finite; quarantine the clip or mend the teacher")
     if pair.occlusion is not None and pair.occlusion.shape != (header.height, header.width):
         size = f"({header.height}, {header.width})"
@@ -295,15 +314,17 @@ def _check_pair(pair: FlowPair, header: FlowHeader) -> None:
 
 def _encode_pair(pair: FlowPair, scale: int) -> tuple[dict[str, int], bytes]:
     """Table fields of one pair, offset left out, and its payload."""
-    integers, used_scale, num_saturated, num_clipped = _quantise(pair.flow_px, scale)
+    valid = None if pair.valid is None or pair.valid.all() else np.asarray(pair.valid, bool)
+    flow_px = pair.flow_px if valid is None else _continued(pair.flow_px, valid)
+    integers, used_scale, num_saturated, num_clipped = _quantise(flow_px, scale)
     flow = CODEC.compress(pack_differences(integers), asbytes=True)
     occlusion = b""
     if pair.occlusion is not None:
-        bits = np.packbits(np.asarray(pair.occlusion, bool).ravel())
-        occlusion = CODEC.compress(bits.tobytes(), asbytes=True)
+        occlusion = _pack_bits(pair.occlusion)
     uncertainty = b""
     if pair.uncertainty_px is not None:
         uncertainty = CODEC.compress(_pack_uncertainty(pair.uncertainty_px), asbytes=True)
+    validity = b"" if valid is None else _pack_bits(valid)
     fields = {
         "t": pair.t,
         "gap": pair.gap,
@@ -316,8 +337,22 @@ def _encode_pair(pair: FlowPair, scale: int) -> tuple[dict[str, int], bytes]:
         "num_clipped": num_clipped,
         "uncertainty_size": len(uncertainty),
         "uncertainty_crc": zlib.crc32(uncertainty),
+        "valid_size": len(validity),
+        "valid_crc": zlib.crc32(validity),
     }
-    return fields, flow + occlusion + uncertainty
+    return fields, flow + occlusion + uncertainty + validity
+
+
+def _pack_bits(mask: Bool[np.ndarray, "H W"]) -> bytes:
+    return CODEC.compress(np.packbits(np.asarray(mask, bool).ravel()).tobytes(), asbytes=True)
+
+
+def _continued(flow_px: Float32[np.ndarray, "2 H W"], valid: Bool[np.ndarray, "H W"]) -> Float32[np.ndarray, "2 H W"]:
+    """Flow with the value to the left where none is known, 0 where there is none."""
+    columns = np.where(valid, np.arange(valid.shape[1]), -1)
+    nearest = np.maximum.accumulate(columns, axis=1)
+    values = np.take_along_axis(flow_px, np.broadcast_to(np.maximum(nearest, 0), flow_px.shape), axis=2)
+    return np.where(nearest >= 0, values, np.float32(0))
 
 
 def _pack_uncertainty(uncertainty_px: Float32[np.ndarray, "H W"]) -> bytes:

@@ -84,7 +84,7 @@ def pair_quality(
         hidden = trip.occluded()[0]
         occluded_share = float(hidden.float().mean())
         seen = seen & ~hidden
-    motion_px = float(flow_px.square().sum(0).sqrt().mean())
+    motion_px = float(flow_px.square().sum(0).sqrt().nanmean())  # ground truth is not known everywhere
     photometric = _masked_mean((grey1 - warped[0]).abs()[0], seen)
     still = _masked_mean((grey1 - grey2).abs()[0], seen)
     return PairQuality(

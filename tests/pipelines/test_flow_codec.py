@@ -214,3 +214,32 @@ def test_uncertainty_that_is_no_error_is_refused():
     for bad in (np.full((2, 3), -1.0, np.float32), np.full((2, 3), np.nan, np.float32), np.ones((3, 2), np.float32)):
         with pytest.raises(ValueError, match="uncertainty"):
             encode([FlowPair(0, 1, flow, None, bad)], 2, 3)
+
+
+def test_flow_that_is_not_known_everywhere_comes_back_nan_there():
+    rng = np.random.default_rng(5)
+    flow = smooth_flow(3, 37, 53)
+    valid = rng.random((37, 53)) < 0.2
+    partial = np.where(valid, flow, np.float32(np.nan))
+    pairs = [FlowPair(0, 1, partial, flow[0] > 0, None, valid), FlowPair(1, -1, flow)]
+    blob = FlowBlob(encode(pairs))
+    whole = blob.pair(0, 1)
+    assert np.array_equal(whole.valid, valid) and np.array_equal(whole.occlusion, flow[0] > 0)
+    assert np.array_equal(np.isnan(whole.flow_px), np.isnan(partial))
+    assert np.abs(whole.flow_px - flow)[:, valid].max() <= 1 / 128
+    assert np.array_equal(blob.flow(0, 1), whole.flow_px, equal_nan=True)
+    assert blob.pair(1, -1).valid is None and np.abs(blob.flow(1, -1) - flow).max() <= 1 / 128
+    # Validity that leaves nothing out is not stored, and the bytes are those of flow without it.
+    assert encode([FlowPair(0, 1, flow, None, None, np.ones((37, 53), bool))]) == encode([FlowPair(0, 1, flow)])
+
+
+def test_unknown_flow_costs_little_and_a_number_that_is_none_is_refused():
+    flow = smooth_flow(3, 37, 53)
+    valid = np.zeros((37, 53), bool)
+    valid[10:20] = True
+    small = encode([FlowPair(0, 1, np.where(valid, flow, np.float32(np.nan)), None, None, valid)])
+    assert len(small) < len(encode([FlowPair(0, 1, flow)])) / 2
+    with pytest.raises(ValueError, match="not finite"):
+        encode([FlowPair(0, 1, np.where(valid, np.float32(np.nan), flow), None, None, valid)])
+    with pytest.raises(ValueError, match="validity of shape"):
+        encode([FlowPair(0, 1, flow, None, None, valid[1:])])
