@@ -58,7 +58,8 @@ def package(model: ExportedModel, folder: Path) -> Package:
     module, _, class_name = row.network.partition(":")
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / "weights.safetensors", folder / "config.json"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.tensors.items()}, weights)
+    # Clones, since a file cannot hold two names of one tensor.
+    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.tensors.items()}, weights)
     description = {
         "architecture": model.architecture,
         "module": shipped_name(module),

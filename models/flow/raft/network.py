@@ -118,6 +118,11 @@ class RAFT(nn.Module):
             self.fnet = Encoder(BottleneckBlock, (32, 64, 96), 128, "instance")
             self.cnet = Encoder(BottleneckBlock, (32, 64, 96), 160, "none")
 
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What the constructor is called with to make this network again."""
+        return {"variant": self.variant, "padding": self.padding}
+
     def forward(
         self,
         image1: Float[Tensor, "_ _ _ _"],

@@ -127,6 +127,14 @@ class SEARAFT(nn.Module):
         )
         self.fnet = ResNetEncoder(3, depths, 2 * channels)
         self.update_block = SeaRaftUpdateBlock(4 * (2 * radius + 1) ** 2, num_blocks)
+        self.arguments: dict[str, Any] = {
+            "depths": depths,
+            "iters": iters,
+            "num_blocks": num_blocks,
+            "radius": radius,
+            "scale": int(scale),
+        }
+        """What the constructor is called with to make this network again."""
 
     def forward(
         self,

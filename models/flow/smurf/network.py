@@ -50,6 +50,11 @@ class SMURF(RAFT):
         self.register_state_dict_post_hook(_to_published)
         self.register_load_state_dict_pre_hook(_from_published)
 
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What the constructor is called with to make this network again."""
+        return {"padding": self.padding}
+
 
 def smurf(pretrained: bool = False, weights: str | Path | None = None) -> SMURF:
     """SMURF; `weights` is a file or URL of the port's state dict. There are no published weights to download."""

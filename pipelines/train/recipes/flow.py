@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -26,7 +27,7 @@ from kinema.models.flow.sea_raft.loss import mixture_sequence_loss
 from kinema.models.flow.sea_raft.network import SEARAFT
 from kinema.models.flow.smurf.loss import SmurfLossWeights, self_supervision_loss, unsupervised_sequence_loss
 from kinema.models.flow.smurf.network import SMURF
-from kinema.models.weights import load_weights
+from kinema.models.weights import LEDGER, load_weights
 from kinema.pipelines.loader import Clip, Skip
 from kinema.pipelines.pictures.images import flow_picture, panel
 from kinema.pipelines.train.checkpoint import weights_file
@@ -150,8 +151,11 @@ class FlowRecipe:
         return network.eval()
 
     def export(self, model: nn.Module) -> ExportedModel:
-        """Architecture and tensors under the published keys."""
-        return ExportedModel(architecture=self.network, config={}, tensors=dict(model.state_dict()))
+        """Constructor arguments and tensors under the published keys."""
+        row = MODELS[self.network]
+        licences = {"weights": LEDGER[row.weights].licence} if self.weights == "published" and row.weights else {}
+        arguments = cast(dict[str, Any], model.arguments)
+        return ExportedModel(self.network, arguments, dict(model.state_dict()), licences=licences)
 
     def _pair(self, clip: Clip, rng: np.random.Generator) -> tuple[int, int] | Skip:
         if self.needs:
