@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -148,5 +149,5 @@ def tokens_to_map(tokens: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Floa
     The map keeps the channels last in memory, which suits the convolutions that follow.
     """
     patches = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
-    patches = patches.transpose(1, 2).unflatten(2, grid)
+    patches = rearrange(patches, "b (h w) c -> b c h w", h=grid[0])
     return patches.contiguous(memory_format=torch.channels_last)

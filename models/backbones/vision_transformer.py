@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -112,7 +113,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
 
 
 class RotaryPositions(nn.Module):
@@ -174,12 +175,11 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x: Float[Tensor, "B N D"], rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # each [B, heads, N, E]
+        q, k, v = rearrange(self.qkv(x), "b n (three heads e) -> three b heads n e", three=3, heads=self.num_heads)
         if rotary is not None:
             q, k = _rotate_patches(q, *rotary), _rotate_patches(k, *rotary)
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(rearrange(out, "b heads n e -> b n (heads e)"))
 
 
 class Mlp(nn.Module):
@@ -320,7 +320,7 @@ class VisionTransformer(nn.Module):
         matches = grid[0] * grid[1] == side * side and height == width
         if matches or self.config.positions == "fixed_table":
             return table
-        patches = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
+        patches = rearrange(table[:, 1:].float(), "one (h w) d -> one d h w", h=side)
         if self.config.positions == "offset_table":
             # The published networks sample with this factor, not with grid / side: 0.1 was added against
             # rounding and became part of what the weights mean.
@@ -329,7 +329,7 @@ class VisionTransformer(nn.Module):
         else:
             patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True)
         assert patches.shape[-2:] == grid
-        patches = patches.flatten(2).transpose(1, 2).to(table.dtype)
+        patches = rearrange(patches, "one d h w -> one (h w) d").to(table.dtype)
         return torch.cat([table[:, :1], patches], dim=1)
 
     def adapt_state_dict(self, state: dict[str, Tensor], prefix: str = "") -> None:
@@ -344,9 +344,9 @@ class VisionTransformer(nn.Module):
         side = math.isqrt(table.shape[1] - 1) if table.ndim == 3 else 0
         if table.ndim != 3 or side * side != table.shape[1] - 1 or table.shape[2] != self.width:
             return  # loading will report the mismatch
-        patches = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        patches = rearrange(table[:, 1:].float(), "one (h w) d -> one d h w", h=side)
         patches = F.interpolate(patches, size=self._table_grid(), mode="bicubic", antialias=True)
-        patches = patches.flatten(2).transpose(1, 2).to(table.dtype)
+        patches = rearrange(patches, "one d h w -> one (h w) d").to(table.dtype)
         state[key] = torch.cat([table[:, :1], patches], dim=1)
 
     def _embed(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ Shape legend: B batch, C feature channels, Q classes, H W feature map.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -27,10 +28,10 @@ class CrossAttention(nn.Module):
     def forward(self, queries: Float[Tensor, "B Q C"], features: Float[Tensor, "B N C"]) -> Tensor:
         """Attended features of every query, [B, Q, C]."""
         q, k, v = (
-            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            rearrange(layer(x), "b n (heads e) -> b heads n e", heads=self.num_heads)
             for layer, x in ((self.projq, queries), (self.projk, features), (self.projv, features))
         )
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n e -> b n (heads e)"))
 
 
 class CrossAttentionProbe(nn.Module):
@@ -67,7 +68,7 @@ class CrossAttentionProbe(nn.Module):
         queries = self.norm1(self.queries).expand(x.shape[0], -1, -1)
         filters = self.norm2(self.cross_attn(queries, self.norm(_pixels(seen))))  # [B, Q, C]
         logits = filters @ self.norm(_pixels(x)).transpose(1, 2) / x.shape[1]
-        return logits.unflatten(-1, (height, width))
+        return rearrange(logits, "b q (h w) -> b q h w", h=height)
 
 
 class AttentionProbe(nn.Module):
@@ -93,4 +94,4 @@ class AttentionProbe(nn.Module):
 
 
 def _pixels(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N C"]:
-    return x.flatten(2).transpose(1, 2)
+    return rearrange(x, "b c h w -> b (h w) c")

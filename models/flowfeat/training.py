@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -284,9 +285,8 @@ class FlowFeatTraining(nn.Module):
         # of them: they are made in pieces, and made again for the gradient.
         for samples, _, hidden in _pieces(_pixels(self.decoder.hidden(maps, self.input_size))):
             flow = checkpoint(self._flow, hidden, flow_map[samples], use_reentrant=False, preserve_rng_state=False)
-            flows.append(flow.flatten(0, 1))
-        flow = torch.cat(flows).unflatten(0, (len(flow_map), -1))
-        return flow.transpose(1, 2).unflatten(2, self.input_size)
+            flows.append(rearrange(flow, "b p xy -> (b p) xy"))
+        return rearrange(torch.cat(flows), "(b h w) xy -> b xy h w", b=len(flow_map), h=self.input_size[0])
 
     def _flow(self, hidden: Float[Tensor, "B P F"], matrix: Float[Tensor, "B G 2"]) -> Float[Tensor, "B P 2"]:
         features = self.decoder.head(hidden)
@@ -361,4 +361,4 @@ def _pieces(hidden: Float[Tensor, "B P F"]) -> Iterator[tuple[slice, slice, Floa
 
 
 def _pixels(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P C"]:
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+    return rearrange(x, "b c h w -> b (h w) c")

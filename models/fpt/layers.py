@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ class ImageEncoder(nn.Module):
         mean, std = (square.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         tokens = self.model((((square + 1) / 2 - mean) / std).to(self.model.cls_token.dtype))
         patches = tokens[:, self.model.num_prefix_tokens :]
-        return patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return rearrange(patches, "b (h w) e -> b e h w", h=self.grid)
 
 
 def cell_centres(height: int, width: int, *, device: torch.device) -> Float[Tensor, "h w 2"]:
@@ -181,14 +182,14 @@ class TokenInput(_ExactConstants):
         grid = pos[:, :, None].to(features.dtype) * 2 - 1
         # Positions are centres of pixels, yet the published model samples as if 0 and 1 were the outer cells' centres.
         sampled = F.grid_sample(features, grid, mode="bilinear", align_corners=True, padding_mode="border")
-        joint = torch.cat([embedded, sampled.squeeze(-1).transpose(1, 2)], dim=-1)
+        joint = torch.cat([embedded, rearrange(sampled, "b e l 1 -> b l e")], dim=-1)
         return self.mlp(joint.to(self.query_token.dtype))
 
     def _fourier(self, flow: Tensor) -> Tensor:
         """Sines and cosines of the squashed flow, x then y: [B, L, 2 D]. Narrower than float32 would be noise."""
         squashed = ((flow.to(self.coeffs.dtype) * FLOW_PRESCALE).tanh() + 1) / 2
         phase = squashed[..., None] * self.coeffs  # [B, L, 2, D / 2]
-        return torch.cat([phase.sin(), phase.cos()], dim=-1).flatten(2)
+        return rearrange([phase.sin(), phase.cos()], "part b l xy d -> b l (xy part d)")
 
 
 @dataclass
@@ -285,7 +286,7 @@ class TransformerLayer(nn.Module):
         return self._heads(self.self_qkv(self.self_norm(x, cond)))
 
     def _heads(self, x: Float[Tensor, "B L _"]) -> Float[Tensor, "n B H L e"]:
-        return x.unflatten(-1, (-1, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return rearrange(x, "b l (n heads e) -> n b heads l e", heads=self.num_heads, e=self.head_dim)
 
     def _feed_forward(self, x: Tensor, cond: Tensor) -> Tensor:
         up, gate = self.ffn_up(self.ffn_norm(x, cond)).chunk(2, dim=-1)
@@ -293,7 +294,7 @@ class TransformerLayer(nn.Module):
 
 
 def _merge_heads(x: Float[Tensor, "B H L e"]) -> Float[Tensor, "B L D"]:
-    return x.transpose(1, 2).flatten(2)
+    return rearrange(x, "b heads l e -> b l (heads e)")
 
 
 def prepare(
@@ -322,7 +323,7 @@ class Transformer(nn.Module):
 
     def image_keys_values(self, features: Float[Tensor, "I E h w"]) -> Float[Tensor, "layers 2 I H M e"]:
         """What every layer attends to in the image."""
-        flat = features.flatten(2).transpose(1, 2)
+        flat = rearrange(features, "i e h w -> i (h w) e")
         return torch.stack([layer.image_keys_values(flat) for layer in self.layer_list()])
 
     def forward(
@@ -336,8 +337,8 @@ class Transformer(nn.Module):
         pattern: AttentionPattern,
     ) -> Float[Tensor, "B L D"]:
         """Tokens after all layers. `keys_values`, if there are any, save projecting the image."""
-        theta, image_theta = self.pos_emb(pos), self.pos_emb(feature_pos.flatten(1, 2))
-        flat = features.flatten(2).transpose(1, 2)
+        theta, image_theta = self.pos_emb(pos), self.pos_emb(rearrange(feature_pos, "i h w xy -> i (h w) xy"))
+        flat = rearrange(features, "i e h w -> i (h w) e")
         x = at_least_float32(x)
         for index, layer in enumerate(self.layer_list()):
             image = layer.image_keys_values(flat) if keys_values is None else keys_values[index]

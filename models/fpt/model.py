@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -145,10 +146,13 @@ class FlowPokeTransformer(nn.Module):
         if groups[0] != poke_pos.shape[1]:
             raise ValueError(f"query_pos has {groups[0]} groups and there are {poke_pos.shape[1]} pokes; give one each")
         pattern = AttentionPattern("query_causal", groups[0])
-        sequence = _sequence(poke_pos, poke_flow, query_pos.flatten(1, 2))
+        sequence = _sequence(poke_pos, poke_flow, rearrange(query_pos, "b groups n xy -> b (groups n) xy"))
         tokens = self._tokens(*sequence, camera_static, pattern, d_img)
         mixture = self._distribution(tokens[:, groups[0] :])
-        parts = (part.unflatten(1, groups) for part in (mixture.logits, mixture.loc, mixture.scale_tril))
+        parts = (
+            rearrange(part, "b (p n) ... -> b p n ...", p=groups[0])
+            for part in (mixture.logits, mixture.loc, mixture.scale_tril)
+        )
         return GaussianMixture(*parts)
 
     def negative_log_likelihood(
@@ -262,11 +266,11 @@ class FlowPokeTransformer(nn.Module):
         """The mixtures that tokens stand for, float64."""
         raw = self.out_mlp(tokens).double()
         logits, means, entries = raw.split([NUM_COMPONENTS, 2 * NUM_COMPONENTS, 3 * NUM_COMPONENTS], dim=-1)
-        first, below, second = entries.unflatten(-1, (NUM_COMPONENTS, 3)).unbind(-1)
+        first, below, second = rearrange(entries, "b l (k three) -> three b l k", three=3)
         upper_row = torch.stack([_positive(first), torch.zeros_like(below)], dim=-1)
         lower_row = torch.stack([below, _positive(second)], dim=-1)
         scale_tril = torch.stack([upper_row, lower_row], dim=-2)
-        return GaussianMixture(logits, means.unflatten(-1, (NUM_COMPONENTS, 2)), scale_tril)
+        return GaussianMixture(logits, rearrange(means, "b l (k xy) -> b l k xy", xy=2), scale_tril)
 
 
 def _positive(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from kinema.configs import EmbedConfig
@@ -150,7 +151,7 @@ class ShardEmbedder:
 
     @torch.inference_mode()
     def _maps(self, frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        images = frames.to(self.spec.device).permute(0, 3, 1, 2).float() / 255
+        images = rearrange(frames.to(self.spec.device), "t h w c -> t c h w").float() / 255
         shown = F.interpolate(images, size, mode="bilinear", antialias=True)
         y_enc, y_dec = self.model(normalise_images(shown))
         return y_enc.float(), y_dec.float()

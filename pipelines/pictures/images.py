@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def image_picture(normalised: Tensor) -> np.ndarray:
     """A normalised image [3, H, W] as uint8 [H, W, 3]."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = (normalised.detach().float().cpu() * std + mean).clamp(0, 1) * 255
-    return pixels.round().byte().permute(1, 2, 0).numpy()
+    return rearrange(pixels.round().byte(), "c h w -> h w c").numpy()
 
 
 def flow_picture(flow_px: Tensor, max_px: float | None = None) -> np.ndarray:
@@ -55,7 +56,7 @@ def feature_pca(features: Tensor, outlier_share: float = 0.01) -> np.ndarray:
     chosen so that its largest deviation is positive: equal features give equal pictures.
     """
     channels, height, width = features.shape
-    pixels = features.detach().double().cpu().flatten(1).T  # [H*W, C]
+    pixels = rearrange(features.detach().double().cpu(), "c h w -> (h w) c")
     pixels = pixels - pixels.mean(dim=0)
     _, vectors = torch.linalg.eigh(pixels.T @ pixels)
     parts = pixels @ vectors.flip(1)[:, : min(3, channels)]  # [H*W, <=3]
@@ -67,19 +68,16 @@ def feature_pca(features: Tensor, outlier_share: float = 0.01) -> np.ndarray:
     shown = ((parts - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) * 255
     picture = torch.zeros(height * width, 3, dtype=torch.uint8)
     picture[:, : shown.shape[1]] = shown.round().byte()
-    return picture.view(height, width, 3).numpy()
+    return rearrange(picture, "(h w) c -> h w c", h=height).numpy()
 
 
 def panel(pictures: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
     """Pictures of one size in rows of `columns`, on white."""
     height, width = pictures[0].shape[:2]
-    rows = -(-len(pictures) // columns)
-    size = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
-    canvas = np.full(size, 255, np.uint8)
-    for number, picture in enumerate(pictures):
-        top, left = number // columns * (height + gap), number % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = picture
-    return canvas
+    cells = np.full((-(-len(pictures) // columns) * columns, height + gap, width + gap, 3), 255, np.uint8)
+    cells[: len(pictures), :height, :width] = np.stack(pictures)
+    canvas = rearrange(cells, "(rows columns) h w c -> (rows h) (columns w) c", columns=columns)
+    return canvas[: len(canvas) - gap, : canvas.shape[1] - gap]
 
 
 def write_png(path: str | Path, picture: np.ndarray) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from kinema.models.flow.geometry import known_flow
@@ -81,8 +82,8 @@ def _crop_errors(
     pair = (2, -1, -1, -1)
     images = normalise_images(image.float() / 255).expand(pair)
     features = model(sample_crop(images, windows, (crop, crop)))[1].float()
-    x = features.flatten(2).transpose(1, 2)  # [2, P, C]
-    seen = sample_crop(maps.expand(pair), windows, (crop, crop)).flatten(2).transpose(1, 2)  # [2, P, 3]
+    x = rearrange(features, "two c h w -> two (h w) c")
+    seen = rearrange(sample_crop(maps.expand(pair), windows, (crop, crop)), "two c h w -> two (h w) c")
     flow, counts = seen[..., :2], seen[..., 2] > 1 - 1e-4
     if not counts[0].any() or not counts[1].any():
         return torch.zeros(3, dtype=torch.float64)

@@ -181,7 +181,7 @@ def test_tracks_are_asked_for_and_belong_to_the_identity_of_a_run(data, tmp_path
     relative = train.absolute_paths(
         config(data, tmp_path / "run", tracks="tracks", settings=FPTConfig(encoder_weights="w.pt"))
     )
-    assert Path(relative.tracks).is_absolute() and Path(relative.fpt.encoder_weights).is_absolute()
+    assert Path(relative.tracks).is_absolute() and Path(relative.settings.encoder_weights).is_absolute()
 
 
 def test_encoder_weights_that_do_not_exist_are_refused():

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -229,11 +230,11 @@ class UpdateBlock(nn.Module):
 
         Neighbours outside the map count as zero flow; the mask's logits are scaled by 0.25.
         """
-        B, _, H, W = flow.shape
-        weights = (0.25 * self.mask(hidden)).float().reshape(B, 1, 9, 8, 8, H, W).softmax(dim=2)
-        neighbours = F.unfold(8.0 * flow, 3, padding=1).view(B, 2, 9, 1, 1, H, W)
-        fine = (weights * neighbours).sum(dim=2)  # [B, 2, 8, 8, H, W]
-        return fine.permute(0, 1, 4, 2, 5, 3).reshape(B, 2, 8 * H, 8 * W)
+        logits = (0.25 * self.mask(hidden)).float()
+        weights = rearrange(logits, "b (k y x) h w -> b 1 k y x h w", k=9, y=8).softmax(dim=2)
+        neighbours = F.unfold(8.0 * flow, 3, padding=1)
+        neighbours = rearrange(neighbours, "b (xy k) (h w) -> b xy k 1 1 h w", xy=2, h=flow.shape[2])
+        return rearrange((weights * neighbours).sum(dim=2), "b xy y x h w -> b xy (h y) (w x)")
 
 
 class SmallUpdateBlock(nn.Module):

@@ -8,6 +8,7 @@ arXiv:2405.14793, section 3.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -112,11 +113,11 @@ def convex_upsample(maps: Float[Tensor, "B C H W"], logits: Float[Tensor, "B 576
 
     Neighbours outside the map count as zero. Logits are over neighbours, then fine rows, then columns.
     """
-    B, C, H, W = maps.shape
-    weights = logits.float().view(B, 9, 64, H * W).softmax(dim=1)
-    neighbours = F.unfold(maps.float(), 3, padding=1).view(B, C, 9, H * W)
+    H = maps.shape[2]
+    weights = rearrange(logits.float(), "b (k fine) h w -> b k fine (h w)", k=9).softmax(dim=1)
+    neighbours = rearrange(F.unfold(maps.float(), 3, padding=1), "b (c k) pixels -> b c k pixels", k=9)
     # One neighbour at a time: all at once would hold nine maps of the full size.
     fine = weights[:, None, 0] * neighbours[:, :, 0, None]  # [B, C, 64, H W]
     for k in range(1, 9):
         fine = torch.addcmul(fine, weights[:, None, k], neighbours[:, :, k, None])
-    return fine.view(B, C, 8, 8, H, W).permute(0, 1, 4, 2, 5, 3).reshape(B, C, 8 * H, 8 * W)
+    return rearrange(fine, "b c (y x) (h w) -> b c (h y) (w x)", y=8, h=H)

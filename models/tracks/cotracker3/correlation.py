@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -81,13 +82,14 @@ def gather(parts: Iterable[ClipFeatures], num_frames: int) -> ClipFeatures:
 
 def feature_pyramid(raw: Float[Tensor, "B T C h w"]) -> ClipFeatures:
     """Encoder output to maps of unit length over the channels, and their 2x2 averages (not unit length again)."""
-    B, T = raw.shape[:2]
-    level = F.normalize(raw.flatten(0, 1), dim=1, eps=1e-6)
+    level = F.normalize(rearrange(raw, "b t c h w -> (b t) c h w"), dim=1, eps=1e-6)
     levels = [level]
     for _ in range(NUM_LEVELS - 1):
         level = F.avg_pool2d(level, 2)
         levels.append(level)
-    return ClipFeatures(tuple(level.permute(0, 2, 3, 1).contiguous().unflatten(0, (B, T)) for level in levels))
+    return ClipFeatures(
+        tuple(rearrange(level, "(b t) c h w -> b t h w c", b=len(raw)).contiguous() for level in levels)
+    )
 
 
 def windows(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -71,9 +72,9 @@ class Attention(nn.Module):
         self.to_out = Linear(width, width)
 
     def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B M D"]) -> Float[Tensor, "B N D"]:
-        q = self.to_q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, E]
-        k, v = self.to_kv(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q = rearrange(self.to_q(x), "b n (heads e) -> b heads n e", heads=self.num_heads)
+        k, v = rearrange(self.to_kv(context), "b m (two heads e) -> two b heads m e", two=2, heads=self.num_heads)
+        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n e -> b n (heads e)"))
 
 
 class SelfBlock(nn.Module):
@@ -147,12 +148,12 @@ class TrackTransformer(nn.Module):
             strict=True,
         )
         for over_time, virtual_from_points, among_virtual, points_from_virtual in blocks:
-            tokens = _by_rows(over_time, [tokens.flatten(0, 1)]).unflatten(0, (B, -1))
-            frames = tokens.transpose(1, 2).flatten(0, 1)  # [B T, N + V, D]
+            tokens = _by_rows(over_time, [rearrange(tokens, "b n t d -> (b n) t d")])
+            frames = rearrange(tokens, "(b n) t d -> (b t) n d", b=B)
             points, virtual = frames[:, :N], frames[:, N:]
             virtual = among_virtual(_by_rows(virtual_from_points, [virtual, points]))
             points = _by_rows(points_from_virtual, [points, virtual])
-            tokens = torch.cat([points, virtual], dim=1).unflatten(0, (B, T)).transpose(1, 2)
+            tokens = rearrange(torch.cat([points, virtual], dim=1), "(b t) n d -> b n t d", b=B)
         points = tokens[:, :N]
         return torch.cat([self.flow_head(points), self.vis_conf_head(points)], dim=-1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -61,7 +62,8 @@ def observed_coverage(mixture: GaussianMixture, flow: Float[Tensor, "B P n 2"]) 
     """coverage_C, estimated from `CALIBRATION_QUERIES` of the queries."""
     count = flow.shape[:-1].numel()
     picked = torch.linspace(0, count - 1, min(count, CALIBRATION_QUERIES), device=flow.device).round().long()
-    flat = GaussianMixture(mixture.logits.flatten(0, 2), mixture.loc.flatten(0, 2), mixture.scale_tril.flatten(0, 2))
+    parts = (mixture.logits, mixture.loc, mixture.scale_tril)
+    flat = GaussianMixture(*(rearrange(part, "b p n ... -> (b p n) ...") for part in parts))
     levels = flat[picked].credible_level(flow.flatten(0, 2)[picked].to(mixture.loc), CALIBRATION_POINTS)
     observed = coverage(levels, torch.tensor(CREDIBLE_PERCENT, device=levels.device) / 100)
     return {f"coverage_{percent}": share for percent, share in zip(CREDIBLE_PERCENT, observed, strict=True)}

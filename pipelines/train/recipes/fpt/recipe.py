@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
@@ -210,11 +211,11 @@ def square_pixels(frame: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[Tensor,
     square = torch.from_numpy(frame[top : top + length, left : left + length])
     if length == side:
         return square.contiguous()
-    planes = square.permute(2, 0, 1)[None]
+    planes = rearrange(square, "h w c -> 1 c h w")
     resized = F.interpolate(planes, (side, side), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous()
+    return rearrange(resized, "1 c h w -> h w c").contiguous()
 
 
 def model_image(pixels: UInt8[Tensor, "B S S 3"]) -> Tensor:
     """Pixels as the model takes them: float32 [B, 3, S, S] in -1..1."""
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return rearrange(pixels, "b h w c -> b c h w").float() / 127.5 - 1
