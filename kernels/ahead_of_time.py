@@ -126,9 +126,11 @@ def reports(op: str, capability: tuple[int, int], only: str = "", quick: bool = 
 
 
 def _tile(options: dict[str, Any]) -> int:
-    """Products of one pass through a kernel's loop, per column of the head or the features."""
+    """Pairs of pixels, or of a row and a key, that one pass through a kernel's loop multiplies."""
     if "BLOCK_ROWS" in options:
         return int(options["BLOCK_ROWS"] * options["BLOCK_KEYS"])
+    if "BX" in options:
+        return int(options["TILE"] ** 2 * options["BY"] * options["BX"])
     return 64 * 64
 
 

@@ -3,8 +3,6 @@
 Shapes: B batch, H W query map, h w target map of one level, C channels, P = (2 radius + 1)^2, L levels.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -66,13 +66,20 @@ def backward_rows_kernel(
     rows = start + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < lengths.N
     row_offset = head.to(tl.int64) * lengths.N
-    q, k, v, dout = head_of(q, b, h, HEAD.ALIGN), head_of(k, b, h, HEAD.ALIGN), head_of(v, b, h, HEAD.ALIGN), head_of(dout, b, h, HEAD.ALIGN)
+    q, k, v, dout = (
+        head_of(q, b, h, HEAD.ALIGN),
+        head_of(k, b, h, HEAD.ALIGN),
+        head_of(v, b, h, HEAD.ALIGN),
+        head_of(dout, b, h, HEAD.ALIGN),
+    )
     theta_q = head_of(theta_q, b, h, 1) if HEAD.R > 0 else None
     theta_k = head_of(theta_k, b, h, 1) if HEAD.R > 0 else None
     strength = strength_of(scale_ptr, h)
     lse = tl.load(lse_ptr + row_offset + rows, mask=in_rows, other=0.0)
     dout_tile = load_tile(dout, rows, in_rows, HEAD)
-    delta = tl.sum(load_tile(head_of(out, b, h, HEAD.ALIGN), rows, in_rows, HEAD).to(tl.float32) * dout_tile.to(tl.float32), axis=1)
+    delta = tl.sum(
+        load_tile(head_of(out, b, h, HEAD.ALIGN), rows, in_rows, HEAD).to(tl.float32) * dout_tile.to(tl.float32), axis=1
+    )
     tl.store(delta_ptr + row_offset + rows, delta, mask=in_rows)
 
     q1, q2, _ = unit_rotated(q, theta_q, rows, in_rows, HEAD)
@@ -232,7 +239,9 @@ def backward_keys_kernel(
     theta = head_of(theta_k, b, h, 1) if HEAD.R > 0 else None
     k1, k2, k_inverse = unit_rotated(head_of(k, b, h, HEAD.ALIGN), theta, keys, in_keys, HEAD)
     dk1, dk2 = halves(dk_tile * LN_2, HEAD)
-    store_input_gradient(head_of(dk, b, h, HEAD.ALIGN), theta, dk1, dk2, k1, k2, k_inverse, keys, in_keys, in_keys, HEAD)
+    store_input_gradient(
+        head_of(dk, b, h, HEAD.ALIGN), theta, dk1, dk2, k1, k2, k_inverse, keys, in_keys, in_keys, HEAD
+    )
 
 
 @triton.jit

@@ -3,8 +3,6 @@
 Shapes: B batch, H heads, N rows, M keys, D head size, R angles, P pokes, n queries per poke.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -255,7 +253,8 @@ def _angles_or_none(
     R = given.shape[-1]
     still = given.new_zeros(())
     rows_q, rows_k = (
-        as_rows((still if theta is None else theta).expand(*x.shape[:3], R)) for theta, x in ((theta_q, q), (theta_k, k))
+        as_rows((still if theta is None else theta).expand(*x.shape[:3], R))
+        for theta, x in ((theta_q, q), (theta_k, k))
     )
     return rows_q, rows_k, R
 

@@ -69,7 +69,9 @@ def pointers(x, rows, columns, ALIGN: tl.constexpr):
 def load_tile(x, rows, in_rows, HEAD: tl.constexpr):
     """[rows, WIDTH] of a head in the order of its dims, 0 outside."""
     columns = tl.arange(0, HEAD.WIDTH)
-    return tl.load(pointers(x, rows, columns, HEAD.ALIGN), mask=in_rows[:, None] & (columns < HEAD.D)[None, :], other=0.0)
+    return tl.load(
+        pointers(x, rows, columns, HEAD.ALIGN), mask=in_rows[:, None] & (columns < HEAD.D)[None, :], other=0.0
+    )
 
 
 @triton.jit

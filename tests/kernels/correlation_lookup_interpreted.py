@@ -196,9 +196,7 @@ def _opcheck(op) -> dict[str, dict[str, str]]:
     maps = [t.detach() for t in leaves]
     return {
         "forward": torch.library.opcheck(op._lookup, (leaves[0], leaves[1:], coords, 1, True)),
-        "backward": torch.library.opcheck(
-            op._lookup_backward, (grad, maps[0], maps[1:], coords, 1, True, True, True)
-        ),
+        "backward": torch.library.opcheck(op._lookup_backward, (grad, maps[0], maps[1:], coords, 1, True, True, True)),
     }
 
 
