@@ -1,10 +1,11 @@
-"""Compile every kernel and tuning configuration for given GPUs, without having one, and report what came out.
+"""Compile what the operations launch for given GPUs, without having one, and report what came out.
 
-    python -m kinema.kernels.ahead_of_time [--op local_correlation] [--capability 9.0] [--json]
+    python -m kinema.kernels.ahead_of_time [--op cosine_attention] [--capability 9.0] [--only TEXT] [--all] [--json]
 
-prints registers, spilled bytes, shared memory and matrix instructions of each. Shared memory is what a program
-asks for at launch; matrix instructions are counted in the machine code (HMMA, HGMMA; IMMA and such are not used here).
-Not for a process that runs the interpreter: triton then compiles nothing.
+The operations run on tensors without data, so that every kernel is compiled as its launch specialises it: by the strides
+that such tensors have, with the launched configuration. A line per launch gives registers, bytes of stack (spills),
+shared memory as asked for at launch, matrix instructions and, per innermost loop with matrix instructions, issue cycles
+(`kernels/sass.py`) for 64 x 64 products. Not for a process that runs the interpreter: triton then compiles nothing.
 """
 
 from __future__ import annotations
@@ -14,132 +15,151 @@ import dataclasses
 import importlib
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from kinema.kernels import sass
+from kinema.kernels.launch import Launch, noted_launches
+
 OPS = ("local_correlation", "correlation_lookup", "cosine_attention")
-CAPABILITIES = ((8, 0), (9, 0))
-SHARED_LIMIT_BYTES = {(8, 0): 163 * 1024, (9, 0): 227 * 1024}
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
+SHARED_LIMIT_BYTES = {
+    (8, 0): 163 * 1024,
+    (8, 6): 99 * 1024,
+    (8, 9): 99 * 1024,
+    (9, 0): 227 * 1024,
+    (12, 0): 99 * 1024,
+}
 """Largest shared memory of a program: CUDA programming guide, table of technical specifications."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel with one configuration."""
+    """One call of an operation."""
 
     name: str
-    """What it is, for the table; unique within an operation."""
-    kernel: Any
-    """The function under `triton.jit`."""
-    signature: dict[str, str]
-    """Type of each runtime argument, in triton's spelling: `*fp16`, `i32`, `fp32`."""
-    constexprs: dict[str, Any]
-    """Value of each compile-time argument."""
-    num_warps: int = 4
-    """Warps of a program."""
-    num_stages: int = 2
-    """Depth of the software pipeline."""
-    has_dot: bool = False
-    """Matrix instructions are expected."""
-    chosen: bool = True
-    """A default: it must not spill."""
-    divisible: tuple[str, ...] = field(default=())
-    """Arguments that are multiples of 16, as launches see most pointers and strides."""
+    """Sizes, dtype, pattern, layout; unique within an operation."""
+    call: Callable[[], Any]
+    """Runs the operation on tensors on "meta"."""
+    quick: bool = True
+    """Compiled by the quick tests too."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a case."""
+    """What the compiler made of a launch."""
 
     op: str
     case: str
+    kernel: str
     capability: str
-    chosen: bool
-    has_dot: bool
     registers: int
-    spilled_bytes: int
+    stack_bytes: int
+    spills: int
+    """Instructions that load or store local memory."""
     shared_bytes: int
     matrix_instructions: int
+    has_dot: bool
+    loops: list[dict[str, Any]]
+    """Innermost loops with matrix instructions: the fields of `sass.Loop`, and `cycles` per 64 x 64 products."""
 
 
 def cases_of(op: str) -> list[Case]:
-    """The cases of an operation, from its `triton_impl`."""
-    return importlib.import_module(f"kinema.kernels.{op}.triton_impl").ahead_of_time_cases()
+    """The cases of an operation, from its `aot`."""
+    return importlib.import_module(f"kinema.kernels.{op}.aot").cases()
 
 
-def compile_case(op: str, case: Case, capability: tuple[int, int]) -> Report:
+def launches_of(case: Case) -> list[Launch]:
+    """What a case launches."""
+    with noted_launches() as noted:
+        case.call()
+    return noted
+
+
+def compile_launch(launch: Launch, capability: tuple[int, int]) -> Any:
     """Compile for one GPU generation. Raises what triton or the assembler raises."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    names = list(case.kernel.arg_names)
-    missing = set(names) - set(case.signature) - set(case.constexprs)
-    assert not missing, f"{op} {case.name}: no type or value for {sorted(missing)}"
-    signature = {name: case.signature.get(name, "constexpr") for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
-    compiled = triton.compile(
-        ASTSource(case.kernel, signature, case.constexprs, attrs=attributes),
-        target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
-    )
-    registers, spilled = _assemble(compiled.asm["ptx"], capability)
+    triton.runtime.driver.set_active(_NoDevice(capability))
+    return launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+
+
+def report(op: str, case: Case, launch: Launch, capability: tuple[int, int]) -> Report:
+    """Compile a launch and read its machine code."""
+    compiled = compile_launch(launch, capability)
+    usage, code = sass.disassemble(compiled.asm["cubin"])
+    warps = launch.options.get("num_warps", 4)
+    tile = _tile(launch.options)
+    found = [loop for loop in sass.loops(code) if loop.matrix]
     return Report(
         op=op,
         case=case.name,
+        kernel=launch.kernel.__name__,
         capability=".".join(map(str, capability)),
-        chosen=case.chosen,
-        has_dot=case.has_dot,
-        registers=registers,
-        spilled_bytes=spilled,
+        registers=usage.registers,
+        stack_bytes=usage.stack_bytes,
+        spills=sass.spills(code),
         shared_bytes=compiled.metadata.shared,
-        matrix_instructions=_matrix_instructions(compiled.asm["cubin"]),
+        matrix_instructions=sass.matrix_instructions(code),
+        has_dot="tt.dot" in compiled.asm["ttir"],
+        loops=[
+            {**dataclasses.asdict(loop), "cycles": round(loop.issue_cycles(warps) * 64 * 64 / tile)} for loop in found
+        ],
     )
 
 
-def _assemble(ptx: str, capability: tuple[int, int]) -> tuple[int, int]:
-    """Registers of a thread and spilled bytes, as the assembler reports them."""
-    # The newer of the two bundled assemblers: triton writes PTX for 9.0 that the other refuses.
-    generation = "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        target = str(Path(folder) / "kernel.cubin")
-        command = [_tool("ptxas-blackwell"), "-v", "--gpu-name", generation, str(source), "-o", target]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    (registers,) = re.findall(r"Used (\d+) registers", text)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
-    return int(registers), sum(map(int, spills))
+def reports(op: str, capability: tuple[int, int], only: str = "", quick: bool = True) -> Iterator[Report]:
+    """Of every different launch of an operation."""
+    seen = set()
+    for case in cases_of(op):
+        if only not in case.name or (quick and not case.quick):
+            continue
+        for launch in launches_of(case):
+            row = report(op, case, launch, capability)
+            # Levels and directions often launch the same code.
+            same = (row.kernel, row.registers, row.shared_bytes, json.dumps(row.loops), str(launch.options))
+            if same not in seen:
+                seen.add(same)
+                yield row
 
 
-def _matrix_instructions(cubin: bytes) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [_tool("cuobjdump"), "-sass", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return len(re.findall(r"\b(?:HMMA|HGMMA)\b", text))
+def _tile(options: dict[str, Any]) -> int:
+    """Pairs of pixels, or of a row and a key, that one pass through a kernel's loop multiplies."""
+    if "BLOCK_ROWS" in options:
+        return int(options["BLOCK_ROWS"] * options["BLOCK_KEYS"])
+    if "BX" in options:
+        return int(options["TILE"] ** 2 * options["BY"] * options["BX"])
+    return 64 * 64
 
 
-def _tool(name: str) -> str:
-    import triton
+class _NoDevice:
+    """Stands in for triton's driver: it names a GPU and has none."""
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not part of triton {triton.__version__}; install triton 3.9 from its wheel")
-    return str(path)
+    def __init__(self, capability: tuple[int, int]):
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        # Compiled kernels are kept by device.
+        return int(self._target.arch)
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line per case; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Compile the kernels without a GPU and report registers and spills.")
+    """Print a line per launch; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Compile the kernels without a GPU and report what came out.")
     parser.add_argument("--op", choices=OPS, action="append", help="only this operation (may be repeated)")
     parser.add_argument("--capability", action="append", help="only this compute capability, such as 9.0")
+    parser.add_argument("--only", default="", help="only cases with this text in their name")
+    parser.add_argument("--all", action="store_true", help="every case, not only those of the quick tests")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(arguments)
     # Unset, triton warns and promises to change its mind; set before the first compilation.
@@ -147,19 +167,16 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = options.capability or (".".join(map(str, pair)) for pair in CAPABILITIES)
     capabilities = [(int(major), int(minor)) for major, minor in (text.split(".") for text in chosen)]
     if not options.json:
-        print(f"{'operation':<20}{'case':<44}{'cc':>4}{'registers':>11}{'spilled B':>11}{'shared B':>10}{'matrix':>8}")
+        print(f"{'kernel':<24}{'case':<56}{'cc':>5}{'regs':>6}{'stack':>7}{'shared':>8}{'matrix':>8}  cycles of loops")
     for op in options.op or OPS:
-        for case in cases_of(op):
-            for capability in capabilities:
-                row = compile_case(op, case, capability)
+        for capability in capabilities:
+            for row in reports(op, capability, options.only, not options.all):
                 if options.json:
                     print(json.dumps(dataclasses.asdict(row)), flush=True)
                     continue
-                name = f"{row.case}{'' if row.chosen else ' (alternative)'}"
-                figures = (
-                    f"{row.registers:>11}{row.spilled_bytes:>11}{row.shared_bytes:>10}{row.matrix_instructions:>8}"
-                )
-                print(f"{row.op:<20}{name:<44}{row.capability:>4}{figures}", flush=True)
+                figures = f"{row.registers:>6}{row.stack_bytes:>7}{row.shared_bytes:>8}{row.matrix_instructions:>8}"
+                cycles = " ".join(f"{loop['cycles']}" for loop in row.loops)
+                print(f"{row.kernel:<24}{row.case:<56}{row.capability:>5}{figures}  {cycles}", flush=True)
     return 0
 
 

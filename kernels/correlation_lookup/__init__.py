@@ -54,7 +54,7 @@ def correlation_lookup(
     check_impl(impl)
     check_lookup(fmap1, fmap2_pyramid, coords, radius, window_order)
     if use_triton(impl, why_not_triton(fmap1, fmap2_pyramid, coords, radius)):
-        from kinema.kernels.correlation_lookup.triton_impl import lookup_forward
+        from kinema.kernels.correlation_lookup.op import lookup_forward
 
         return lookup_forward(fmap1, fmap2_pyramid, coords, radius, window_order)
     return correlation_lookup_reference(fmap1, fmap2_pyramid, coords, radius, window_order)

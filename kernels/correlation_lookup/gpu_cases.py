@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,28 +17,61 @@ from kinema.kernels.correlation_lookup import (
     feature_pyramid,
     volume_lookup,
 )
+from kinema.kernels.correlation_lookup.op import form_windows
 from kinema.kernels.correlation_lookup.reference import correlation_lookup_reference
-from kinema.kernels.gpu import GpuCase
+from kinema.kernels.correlation_lookup.tuning import choose_config
+from kinema.kernels.gpu.candidates import Candidates
+from kinema.kernels.gpu.cases import GpuCase, relative_error
+from kinema.kernels.tuning import Config, Key
 
 RADIUS, CHANNELS, LEVELS = 4, 256, 4
-# (B, H, W, dtype): Sintel, 720p and 1080p at 1/8.
-SIZES = (
-    (4, 55, 128, torch.float32),
-    (1, 90, 160, torch.float32),
-    (1, 135, 240, torch.float32),
-    (1, 135, 240, torch.float16),
-    (1, 135, 240, torch.bfloat16),
-)
+DEVICE = "cuda"
+# (B, H, W, dtype): Sintel at 1/8, 1080p at 1/8.
+SIZES = {
+    "Sintel": (4, 55, 128, torch.float32),
+    "1080p": (1, 135, 240, torch.float32),
+    "1080p bf16": (1, 135, 240, torch.bfloat16),
+}
+TRAINING = ((1, 55, 128, torch.float32), (1, 55, 128, torch.bfloat16))
+TOYS = tuple((1, 9, 10, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-def cases() -> Iterator[GpuCase]:
-    """One lookup at each size, and with its backward; a whole pair (12 lookups) with all that comes before."""
-    for size in SIZES:
-        yield _lookup_case(*size)
-    for size in ((1, 55, 128, torch.float32), (1, 55, 128, torch.bfloat16)):
-        yield _backward_case(*size)
-    yield _pair_case(1, 135, 240, torch.float32, iters=12)
+def cases(what: str) -> Iterator[GpuCase]:
+    """A lookup at one size; or with its backward; or a whole pair (12 lookups) with all that comes before."""
+    if what == "training":
+        for size in TRAINING:
+            yield _backward_case(*size)
+    elif what == "pair":
+        yield _pair_case(1, 135, 240, torch.float32, iters=12)
+    else:
+        yield _lookup_case(*SIZES[what])
+
+
+def toys(argument: None) -> Iterator[GpuCase]:
+    """Small shapes of every dtype: checked, not timed."""
+    for size in TOYS:
+        yield dataclasses.replace(_backward_case(*size), timed=False, baselines={})
+
+
+def candidates() -> Iterator[Candidates]:
+    """Blocks worth trying for 1080p."""
+    for dtype, targets, channels in (
+        (torch.float32, (32, 64, 128), (16, 32)),
+        (torch.bfloat16, (64, 128), (32, 64, 128)),
+    ):
+        for level in (0, 1, 2):
+            key = Key("correlation_lookup", "form", _kind(dtype), f"level {level}")
+            default = choose_config("form", dtype, level, torch.device("cpu"))
+            options = (Config((t, c), w, s) for t in targets for c in channels for w in (4, 8) for s in (2, 3))
+            configs = tuple(dict.fromkeys((default, *options)))
+            yield Candidates(key, configs, "form_kernel", functools.partial(_tuned_call, dtype))
+
+
+def _tuned_call(dtype: torch.dtype, device: str) -> Callable[[], Any]:
+    fmap1, fmap2, coords = _inputs(1, 135, 240, dtype, device)
+    pooled = feature_pyramid(fmap2)
+    return lambda: form_windows(fmap1, pooled, coords, RADIUS, False)
 
 
 def _lookup_case(B: int, H: int, W: int, dtype: torch.dtype) -> GpuCase:
@@ -45,13 +80,15 @@ def _lookup_case(B: int, H: int, W: int, dtype: torch.dtype) -> GpuCase:
     pooled = feature_pyramid(fmap2)
     volume = correlation_pyramid(fmap1, fmap2)
     return GpuCase(
-        name=f"correlation_lookup B{B} C{CHANNELS} {H}x{W} r{RADIUS} {_kind(dtype)} forward",
+        name=f"B{B} C{CHANNELS} {H}x{W} r{RADIUS} {_kind(dtype)} forward",
         ours=lambda: _ours(fmap1, pooled, coords),
-        check=lambda: _relative_error(fmap1, pooled, coords, backward=False),
+        check=lambda: _errors(fmap1, pooled, coords, backward=False),
         tolerance=TOLERANCES[dtype],
         baselines={
             "volume, grid_sample": lambda: grid_sampled(volume, coords),
             "volume, gather": lambda: volume_lookup(volume, coords, RADIUS),
+            "localcorr, Triton": _localcorr(fmap1, fmap2, coords, "localcorr_triton"),
+            "localcorr, CUDA": _localcorr(fmap1, fmap2, coords, "localcorr_cuda"),
         },
         bytes_moved=fmap1.nbytes + sum(t.nbytes for t in pooled) + coords.nbytes + _window_bytes(B, H, W),
         flops=_flops(B, H, W),
@@ -73,9 +110,9 @@ def _backward_case(B: int, H: int, W: int, dtype: torch.dtype) -> GpuCase:
 
     feature_bytes = sum(t.nbytes for t in leaves)
     return GpuCase(
-        name=f"correlation_lookup B{B} C{CHANNELS} {H}x{W} r{RADIUS} {_kind(dtype)} forward + backward",
+        name=f"B{B} C{CHANNELS} {H}x{W} r{RADIUS} {_kind(dtype)} forward + backward",
         ours=ours,
-        check=lambda: _relative_error(fmap1, [t.detach() for t in leaves[1:]], coords, backward=True),
+        check=lambda: _errors(fmap1, [t.detach() for t in leaves[1:]], coords, backward=True),
         tolerance=TOLERANCES[dtype],
         baselines={"volume made, grid_sample": published},
         bytes_moved=3 * feature_bytes + 2 * (coords.nbytes + _window_bytes(B, H, W)),
@@ -97,9 +134,9 @@ def _pair_case(B: int, H: int, W: int, dtype: torch.dtype, iters: int) -> GpuCas
         return [grid_sampled(volume, coords) for _ in range(iters)][-1]
 
     return GpuCase(
-        name=f"correlation_lookup B{B} C{CHANNELS} {H}x{W} r{RADIUS} {_kind(dtype)} pair of {iters} lookups",
+        name=f"B{B} C{CHANNELS} {H}x{W} r{RADIUS} {_kind(dtype)} pair of {iters} lookups",
         ours=ours,
-        check=lambda: _relative_error(fmap1, feature_pyramid(fmap2), coords, backward=False),
+        check=lambda: _errors(fmap1, feature_pyramid(fmap2), coords, backward=False),
         tolerance=TOLERANCES[dtype],
         baselines={"volume, grid_sample": published},
         bytes_moved=iters * (fmap1.nbytes + fmap2.nbytes * 4 // 3 + coords.nbytes + _window_bytes(B, H, W)),
@@ -123,17 +160,32 @@ def grid_sampled(pyramid: list[Tensor], coords: Tensor) -> Tensor:
     return torch.cat(rows, -1).permute(0, 3, 1, 2)
 
 
-def _inputs(B: int, H: int, W: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _localcorr(fmap1: Tensor, fmap2: Tensor, coords: Tensor, mode: str) -> Callable[[], Any]:
+    """PyPI's `localcorr`: its lookup of RAFT's pyramid, in the maps' own dtype."""
+    made: list[Any] = []
+
+    def call() -> Any:
+        if not made:
+            from localcorr import get_localcorr_block
+
+            made.append(get_localcorr_block(fmap1, fmap2, num_levels=LEVELS, radius=RADIUS, corr_mode=mode))
+        return made[0](coords)
+
+    return call
+
+
+def _inputs(B: int, H: int, W: int, dtype: torch.dtype, device: str = "") -> tuple[Tensor, Tensor, Tensor]:
     """Channels-last maps and coords of smooth motion (12 px) with noise of half a pixel, as a network's."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    generator = torch.Generator("cuda").manual_seed(0)
+    device = device or DEVICE
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", generator=generator)
+        return torch.randn(*shape, device=device, generator=generator)
 
     maps = [draw(B, CHANNELS, H, W).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2)]
     smooth = F.interpolate(12 * draw(B, 2, 4, 6), size=(H, W), mode="bicubic", align_corners=True)
-    y, x = torch.meshgrid(torch.arange(H, device="cuda"), torch.arange(W, device="cuda"), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device), indexing="ij")
     return maps[0], maps[1], torch.stack([x, y]) + smooth + 0.5 * draw(B, 2, H, W)
 
 
@@ -141,22 +193,25 @@ def _ours(fmap1: Tensor, pooled: list[Tensor], coords: Tensor) -> Tensor:
     return correlation_lookup(fmap1, pooled, coords, RADIUS, impl="triton")
 
 
-def _relative_error(fmap1: Tensor, pooled: list[Tensor], coords: Tensor, backward: bool) -> float:
-    """Of the result, or of the worst gradient, against the reference in float64; also: the same bytes twice."""
+def _errors(fmap1: Tensor, pooled: list[Tensor], coords: Tensor, backward: bool) -> dict[str, float]:
+    """Of the result and the gradients, against the reference in float64; also: the same bytes twice."""
     leaves = [t.detach().requires_grad_(backward) for t in (fmap1, *pooled)]
     exact_leaves = [t.detach().double().requires_grad_(backward) for t in leaves]
     found, again = (_ours(leaves[0], leaves[1:], coords) for _ in range(2))
     exact = correlation_lookup_reference(exact_leaves[0], exact_leaves[1:], coords, RADIUS)
     if not torch.equal(found, again):
         raise AssertionError("the results differ between two runs")
-    pairs = [(found.detach(), exact.detach())]
+    errors = {"out": relative_error(found.detach(), exact.detach())}
     if backward:
         weight = torch.randn_like(found.detach())
         grads, grads_again = (torch.autograd.grad(out, leaves, weight) for out in (found, again))
         if not all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True)):
             raise AssertionError("the gradients differ between two runs")
-        pairs += zip(grads, torch.autograd.grad(exact, exact_leaves, weight.double()), strict=True)
-    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+        exact_grads = torch.autograd.grad(exact, exact_leaves, weight.double())
+        names = ["fmap1", *(f"level {level}" for level in range(len(pooled)))]
+        for name, a, b in zip(names, grads, exact_grads, strict=True):
+            errors[name] = relative_error(a, b)
+    return errors
 
 
 def _flops(B: int, H: int, W: int) -> float:

@@ -48,7 +48,7 @@ def cosine_attention(
     _check_arguments(q, k, v, theta_q, theta_k, scale, checked)
     if use_triton(impl, why_not_triton(q, k, v, theta_q, theta_k, scale, checked)):
         # Imported where it runs: triton is not installed everywhere, and takes its time.
-        from kinema.kernels.cosine_attention.triton_impl import cosine_attention_triton
+        from kinema.kernels.cosine_attention.op import cosine_attention_triton
 
         return cosine_attention_triton(q, k, v, theta_q, theta_k, scale, checked)
     return cosine_attention_reference(q, k, v, theta_q, theta_k, scale, checked)

@@ -23,8 +23,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kinema.kernels.ahead_of_time import Case
 from kinema.kernels.dispatch import INTERPRETING
+from kinema.kernels.launch import launch, on_device
 from kinema.kernels.local_correlation.reference import memory_format_of
 
 SIDE = 8
@@ -273,6 +273,12 @@ def _empty_like(fmap: Tensor) -> Tensor:
 
 @torch.library.custom_op("kinema::local_correlation", mutates_args=())
 def _correlate(fmap1: Tensor, fmap2: Tensor, radius: int) -> Tensor:
+    with on_device(fmap1):
+        return correlate(fmap1, fmap2, radius)
+
+
+def correlate(fmap1: Tensor, fmap2: Tensor, radius: int) -> Tensor:
+    """The correlation on the current device."""
     out = _empty_windows(fmap1, radius)
     B, C, H, W = fmap1.shape
     tiles_x, num_tiles = _tiles(H, W)
@@ -280,15 +286,24 @@ def _correlate(fmap1: Tensor, fmap2: Tensor, radius: int) -> Tensor:
     if B == 0:
         return out
     strides, options = (*fmap1.stride(), *fmap2.stride(), *out.stride()), correlate_options(fmap1.dtype)
-    with torch.cuda.device_of(fmap1):
-        correlate_kernel[(B * num_tiles * constants["NUM_STRIPS"],)](
-            fmap1, fmap2, out, H, W, tiles_x, num_tiles, *strides, C**-0.5, **constants, **options
-        )
+    launch(
+        correlate_kernel,
+        (B * num_tiles * constants["NUM_STRIPS"],),
+        *(fmap1, fmap2, out, H, W, tiles_x, num_tiles, *strides, C**-0.5),
+        **constants,
+        **options,
+    )
     return out
 
 
 @torch.library.custom_op("kinema::local_correlation_window_sum", mutates_args=())
 def _window_sum(weight: Tensor, fmap: Tensor, radius: int, mirrored: bool) -> Tensor:
+    with on_device(fmap):
+        return window_sum(weight, fmap, radius, mirrored)
+
+
+def window_sum(weight: Tensor, fmap: Tensor, radius: int, mirrored: bool) -> Tensor:
+    """The weighted sum on the current device."""
     out = _empty_like(fmap)
     B, C, H, W = fmap.shape
     tiles_x, num_tiles = _tiles(H, W)
@@ -296,10 +311,13 @@ def _window_sum(weight: Tensor, fmap: Tensor, radius: int, mirrored: bool) -> Te
     if B == 0:
         return out
     strides, options = (*weight.stride(), *fmap.stride(), *out.stride()), WINDOW_SUM_OPTIONS
-    with torch.cuda.device_of(fmap):
-        window_sum_kernel[(B * num_tiles * constants["NUM_BLOCKS_C"],)](
-            weight, fmap, out, H, W, tiles_x, num_tiles, *strides, C**-0.5, **constants, **options
-        )
+    launch(
+        window_sum_kernel,
+        (B * num_tiles * constants["NUM_BLOCKS_C"],),
+        *(weight, fmap, out, H, W, tiles_x, num_tiles, *strides, C**-0.5),
+        **constants,
+        **options,
+    )
     return out
 
 
@@ -350,50 +368,3 @@ def local_correlation_triton(
 ) -> Float[Tensor, "B P H W"]:
     """`reference.local_correlation_plain` by the kernels; arguments are checked by the caller."""
     return _correlate(fmap1, fmap2, radius)
-
-
-def ahead_of_time_cases() -> list[Case]:
-    """Every kernel in every dtype, for both memory formats, and the strips of other radii."""
-    cases = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        # bfloat16 differs from float16 by nothing but the type, so one memory format is enough for it.
-        for channels_last in (True,) if dtype == torch.bfloat16 else (True, False):
-            cases.append(_correlate_case(dtype, 128, 4, channels_last))
-            cases += [_window_sum_case(dtype, 128, 4, mirrored, channels_last) for mirrored in (False, True)]
-    cases += [_correlate_case(torch.float16, 64, 12, True), _correlate_case(torch.float16, 19, 28, True)]
-    cases += [_window_sum_case(torch.float32, 256, radius, False, False) for radius in (12, 28)]
-    return cases
-
-
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-def _case(kernel: Any, name: str, dtypes: dict[str, str], constants: dict[str, Any], **options: Any) -> Case:
-    """A case of `kernel`: integers by default, pointers as given, unit strides as launches specialise them."""
-    runtime = [argument for argument in kernel.arg_names if argument not in constants]
-    signature = {argument: dtypes.get(argument, "fp32" if argument == "scale" else "i32") for argument in runtime}
-    divisible = tuple(argument for argument in runtime if "ptr" in argument or "stride" in argument)
-    return Case(name, kernel, signature, constants, has_dot=True, divisible=divisible, **options)
-
-
-def _unit_strides(names: tuple[str, ...], channels_last: bool) -> dict[str, int]:
-    return {f"{name}_stride_{'c' if channels_last else 'x'}": 1 for name in names}
-
-
-def _correlate_case(dtype: torch.dtype, channels: int, radius: int, channels_last: bool) -> Case:
-    kind = "*" + _TYPES[dtype]
-    pointers = {"query_ptr": kind, "target_ptr": kind, "out_ptr": "*fp32"}
-    constants = correlate_constants(dtype, channels, radius)
-    constants |= _unit_strides(("query", "target", "out"), channels_last)
-    name = f"correlate {_TYPES[dtype]} C{channels} r{radius} {'channels-last' if channels_last else 'contiguous'}"
-    return _case(correlate_kernel, name, pointers, constants, **correlate_options(dtype))
-
-
-def _window_sum_case(dtype: torch.dtype, channels: int, radius: int, mirrored: bool, channels_last: bool) -> Case:
-    kind = "*" + _TYPES[dtype]
-    pointers = {"weight_ptr": "*fp32", "fmap_ptr": kind, "out_ptr": kind}
-    constants = window_sum_constants(dtype, channels, radius, mirrored)
-    constants |= _unit_strides(("weight", "fmap", "out"), channels_last)
-    towards = "gradient 2" if mirrored else "gradient 1"
-    name = f"{towards} {_TYPES[dtype]} C{channels} r{radius} {'channels-last' if channels_last else 'contiguous'}"
-    return _case(window_sum_kernel, name, pointers, constants, **WINDOW_SUM_OPTIONS)

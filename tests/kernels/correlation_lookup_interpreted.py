@@ -116,7 +116,7 @@ def _relative_error(found: Tensor, exact: Tensor) -> float:
 def main() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
-    from kinema.kernels.correlation_lookup import triton_impl
+    from kinema.kernels.correlation_lookup import op
 
     real_empty = torch.empty
 
@@ -128,11 +128,11 @@ def main() -> None:
     torch.empty = poisoned_empty
     for case in interpreted_cases():
         _print(case_name(case), relative_errors(case, impl="triton", device="cpu"))
-    _print("not finite", _not_finite_and_far(triton_impl))
+    _print("not finite", _not_finite_and_far(op))
     torch.empty = real_empty
-    _print("deterministic", _repeats_to_the_byte(triton_impl))
-    _print("needed gradients", _only_needed_gradients(triton_impl))
-    _print("opcheck", _opcheck(triton_impl))
+    _print("deterministic", _repeats_to_the_byte(op))
+    _print("needed gradients", _only_needed_gradients(op))
+    _print("opcheck", _opcheck(op))
     _print("compiled", _compiled_equals_eager())
     _print("reference compiled", _reference_compiled())
 
@@ -145,12 +145,12 @@ def _print(name: str, value: object) -> None:
     sys.stdout.flush()
 
 
-def _not_finite_and_far(triton_impl) -> dict[str, bool]:
+def _not_finite_and_far(op) -> dict[str, bool]:
     """nan windows without gradient where coords are not finite, zeros far outside, the rest untouched."""
     fmap1, pyramid, coords = lookup_inputs(SMALL)
     coords[0, 0, 0, 0], coords[0, 1, 0, 1], coords[0, 0, 0, 2], coords[0, 1, 0, 3] = math.nan, math.inf, -1e30, 3e9
     leaves = [t.requires_grad_() for t in (fmap1, *pyramid)]
-    out = triton_impl.lookup_forward(leaves[0], leaves[1:], coords, 1, "x_major")
+    out = op.lookup_forward(leaves[0], leaves[1:], coords, 1, "x_major")
     grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
     return {
         "nan": bool(out[0, :, 0, :2].isnan().all()),
@@ -160,17 +160,17 @@ def _not_finite_and_far(triton_impl) -> dict[str, bool]:
     }
 
 
-def _repeats_to_the_byte(triton_impl) -> bool:
+def _repeats_to_the_byte(op) -> bool:
     results = []
     for _ in range(2):
         fmap1, pyramid, coords = lookup_inputs(((1, 20, 9, 10, 9, 10, 1, 2), *SMALL[1:]))
         leaves = [t.requires_grad_() for t in (fmap1, *pyramid)]
-        out = triton_impl.lookup_forward(leaves[0], leaves[1:], coords, 2, "x_major")
+        out = op.lookup_forward(leaves[0], leaves[1:], coords, 2, "x_major")
         results.append([out, *torch.autograd.grad(out, leaves, out.detach().sin())])
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def _only_needed_gradients(triton_impl) -> bool:
+def _only_needed_gradients(op) -> bool:
     """Either map may be without gradient, and the other's is then what it was."""
     found = []
     for needs_query, needs_target in ((True, True), (True, False), (False, True)):
@@ -178,7 +178,7 @@ def _only_needed_gradients(triton_impl) -> bool:
         fmap1.requires_grad_(needs_query)
         for fmap2 in pyramid:
             fmap2.requires_grad_(needs_target)
-        triton_impl.lookup_forward(fmap1, pyramid, coords, 1, "x_major").square().sum().backward()
+        op.lookup_forward(fmap1, pyramid, coords, 1, "x_major").square().sum().backward()
         found.append([t.grad for t in (fmap1, *pyramid)])
     both, query, target = found
     return (
@@ -189,16 +189,14 @@ def _only_needed_gradients(triton_impl) -> bool:
     )
 
 
-def _opcheck(triton_impl) -> dict[str, dict[str, str]]:
+def _opcheck(op) -> dict[str, dict[str, str]]:
     fmap1, pyramid, coords = lookup_inputs(SMALL)
     leaves = [t.requires_grad_() for t in (fmap1, *pyramid)]
     grad = torch.randn(1, 18, 4, 6)
     maps = [t.detach() for t in leaves]
     return {
-        "forward": torch.library.opcheck(triton_impl._lookup, (leaves[0], leaves[1:], coords, 1, True)),
-        "backward": torch.library.opcheck(
-            triton_impl._lookup_backward, (grad, maps[0], maps[1:], coords, 1, True, True, True)
-        ),
+        "forward": torch.library.opcheck(op._lookup, (leaves[0], leaves[1:], coords, 1, True)),
+        "backward": torch.library.opcheck(op._lookup_backward, (grad, maps[0], maps[1:], coords, 1, True, True, True)),
     }
 
 

@@ -185,13 +185,13 @@ def compiled_kernel() -> dict:
 
 def operator_checks() -> dict:
     """torch.library's own tests of schema, fake tensors and autograd registration."""
-    from kinema.kernels.cosine_attention import triton_impl
+    from kinema.kernels.cosine_attention import op
 
     case = inputs(("query-causal", 3), 12, 12, 32, 16, "float32", "heads last")
     q, k, v, scale = (case[name].requires_grad_() for name in ("q", "k", "v", "scale"))
     arguments = (q, k, v, *case["angles"], scale, "query_causal", 3)
     forward = torch.library.opcheck(torch.ops.kinema.cosine_attention.default, arguments)
-    out, lse = (x.detach() for x in triton_impl.attention_forward(*arguments))
+    out, lse = (x.detach() for x in op.attention_forward(*arguments))
     detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
     backward = torch.library.opcheck(
         torch.ops.kinema.cosine_attention_backward.default,

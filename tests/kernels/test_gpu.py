@@ -1,61 +1,166 @@
-"""`make gpu` without and with a device."""
+"""`make gpu` without a device, and with tasks that stand in for those of one."""
 
-import csv
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from kinema.kernels import gpu
+from kinema.kernels.cosine_attention import gpu_cases as attention
+from kinema.kernels.gpu import __main__ as driver
+from kinema.kernels.gpu import rows
+from kinema.kernels.gpu.cases import BUDGET_S, tasks
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    """One run over all stand-ins."""
+    out = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, "-m", "kinema.kernels.gpu", "--out", str(out), "--minutes", "30"]
+    command += ["--without-device", "--tasks", "stand_in_tasks:tasks"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(HERE)])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    found = rows.read(out / "rows.csv")
+    return done, out, {(row["task"], row["case"], row["way"]): row for row in found}
+
+
+def test_limits_of_all_tasks_fit_into_nine_minutes():
+    assert sum(task.limit_s for task in tasks()) <= BUDGET_S == 540
+    assert len({task.name for task in tasks()}) == len(tasks())
+    stages = list(dict.fromkeys(task.stage for task in tasks()))
+    assert stages == ["rates", "attention", "lookup", "local", "sanitizer", "tuning"]
+
+
+def test_every_task_names_a_function_that_exists():
+    for task in tasks():
+        module, function = task.source.split(":")
+        assert callable(getattr(__import__(module, fromlist=[function]), function)), task
 
 
 def test_without_a_device_it_says_so_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "TABLE", tmp_path / "gpu.csv")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main() == 1
-    assert "no CUDA device" in capsys.readouterr().err and not (tmp_path / "gpu.csv").exists()
+    assert driver.main(["--out", str(tmp_path / "out")]) == 0
+    assert "no CUDA device" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_rows_are_appended_below_one_header(tmp_path):
-    row = dict.fromkeys(gpu.COLUMNS, "1")
-    for _ in range(2):
-        gpu.append_rows(tmp_path / "b" / "gpu.csv", [row])
-    with (tmp_path / "b" / "gpu.csv").open() as handle:
-        assert list(csv.DictReader(handle)) == [row, row]
+def test_a_good_case_has_a_row_for_itself_and_for_each_baseline(stand_ins):
+    _, _, found = stand_ins
+    ours, plain = found["good", "right", "ours"], found["good", "right", "plain"]
+    assert ours["status"] == "ok" and float(ours["warm_ms"]) > 0 and ours["of_ours"] == "1.0"
+    assert plain["status"] == "measured" and float(plain["of_ours"]) > 0
+    # Rates were measured by an earlier process, and are the roofline of this one.
+    assert float(ours["of_roofline"]) > 0
+    missing = found["good", "right", "localcorr"]
+    assert missing["status"] == "missing" and missing["note"] == "ImportError: No module named 'localcorr'"
 
 
-@pytest.fixture
-def pretended_device(monkeypatch):
-    """The timing functions answer without a device, so that the script's own logic runs."""
-    monkeypatch.setattr(gpu, "_milliseconds", lambda function: (function(), 2.0)[1])
-    monkeypatch.setattr(gpu, "_peak_mb", lambda function: (function(), 1.0)[1])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
-    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "3.9.0")
-    return gpu.CardRates(1000.0, {torch.float16: 100.0})
+def test_wrong_cases_are_timed_and_marked(stand_ins):
+    _, _, found = stand_ins
+    for case in ("over tolerance", "not a number"):
+        row = found["wrong", case, "ours"]
+        assert row["status"] == "wrong" and float(row["warm_ms"]) > 0 and "out is over" in row["note"]
 
 
-def test_a_wrong_kernel_is_not_timed(pretended_device):
-    timed = []
-    case = gpu.GpuCase("wrong", ours=lambda: timed.append(1), check=lambda: float("nan"), tolerance=1e-5)
-    with pytest.raises(AssertionError, match="relative error"):
-        gpu.measure_case(case, pretended_device)
-    assert not timed
+@pytest.mark.parametrize(
+    "task, note",
+    [
+        ("raises while built", "RuntimeError: Triton Error [CUDA]: an illegal memory access was encountered"),
+        ("raises in kernel", "ValueError: out of resource: shared memory"),
+        ("no such module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("crashes", "ended by SIGSEGV"),
+        ("hangs", "ended after its limit of 8 s"),
+    ],
+)
+def test_what_goes_wrong_costs_one_failed_row(stand_ins, task, note):
+    _, _, found = stand_ins
+    failed = [row for row in found.values() if row["task"] == task and row["status"] == "failed"]
+    assert [row["note"] for row in failed] == [note]
 
 
-def test_a_case_has_a_row_for_each_baseline_that_runs(pretended_device):
-    def missing():
-        raise ImportError("no localcorr here")
+def test_rows_before_a_crash_and_tasks_behind_it_stay(stand_ins):
+    done, _, found = stand_ins
+    for task in ("raises while built", "crashes"):
+        assert found[task, "before", "ours"]["status"] == "ok"
+    assert found["good at the end", "right", "ours"]["status"] == "ok"
+    assert done.returncode == 1 and "3 of 9 tasks right" in done.stdout
 
-    case = gpu.GpuCase(
-        "right",
-        ours=lambda: None,
-        check=lambda: 1e-6,
-        tolerance=1e-5,
-        baselines={"plain": lambda: None, "localcorr": missing},
-        bytes_moved=1e9,
-        flops=1e11,
-    )
-    (row,) = gpu.measure_case(case, pretended_device)
-    assert row["baseline"] == "plain" and row["ratio"] == 1.0
-    assert row["gbytes_per_s"] == 500.0 and row["of_copy_rate"] == 0.5
-    assert row["tflops"] == 50.0 and row["of_matrix_rate"] == 0.5
-    assert set(row) == set(gpu.COLUMNS)
+
+def test_only_and_minutes(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(HERE)
+    options = ["--out", str(tmp_path), "--without-device", "--tasks", "stand_in_tasks:tasks"]
+    assert driver.main(["--minutes", "0.1", "--only", "one", *options]) == 0
+    notes = [row["note"] for row in rows.read(tmp_path / "rows.csv")]
+    assert len(notes) == 2 and all("not run" in note for note in notes)
+    assert driver.main(["--only", "nine", *options]) == 2
+    assert "ONLY=nine names no task; stages are rates, one" in capsys.readouterr().err
+    chosen = driver.select(tasks(), "rates, lookup 1080p")
+    assert [t.name for t in chosen] == ["rates", "lookup 1080p", "lookup 1080p bf16"]
+
+
+def test_wheels_are_laid_out_without_pip(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no \.whl file"):
+        driver.unpack(tmp_path, tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "rival-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("rival/__init__.py", "answer = 42")
+    assert (driver.unpack(tmp_path, tmp_path / "out") / "rival" / "__init__.py").read_text() == "answer = 42"
+
+
+def test_only_rows_of_a_device_are_collected(tmp_path):
+    with pytest.raises(ValueError, match="has no rows"):
+        rows.collect(tmp_path / "rows.csv", tmp_path / "gpu.csv")
+    for device in ("cpu", "NVIDIA H200"):
+        source = tmp_path / f"{device}.csv"
+        rows.append(source, {**dict.fromkeys(rows.COLUMNS, "1"), "device": device})
+    with pytest.raises(ValueError, match="without a CUDA device"):
+        rows.collect(tmp_path / "cpu.csv", tmp_path / "gpu.csv")
+    assert rows.collect(tmp_path / "NVIDIA H200.csv", tmp_path / "gpu.csv") == 1
+    assert len(rows.read(tmp_path / "gpu.csv")) == 1
+
+
+BARE = """
+import importlib.abc, sys
+class OnlyThese(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("einops", "omegaconf", "av", "ray", "mlflow", "webdataset", "pandas", "pyarrow", "cv2"):
+            raise ImportError(f"{name} is not on a bare machine")
+sys.meta_path.insert(0, OnlyThese())
+import kinema.kernels.gpu.__main__, kinema.kernels.gpu.candidates
+from kinema.kernels.gpu.cases import tasks
+for task in tasks():
+    __import__(task.source.split(":")[0], fromlist=["x"])
+"""
+
+
+def test_the_run_imports_nothing_but_torch_triton_numpy_and_jaxtyping():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_make_target_needs_no_environment_of_ours():
+    target = (ROOT / "Makefile").read_text().split("\ngpu:\n")[1].split("\n\n")[0]
+    assert "PYTHONPATH=src" in target and "python3" in target
+    for name in ("OUT", "MINUTES", "ONLY", "WHEELS"):
+        assert f"$({name})" in target
+
+
+@pytest.mark.parametrize("pattern", ["full", "causal", ("query-causal", 3), ("query-inference", 5)])
+def test_terms_of_the_scale_add_up_to_its_gradient(pattern):
+    checked = attention.as_pattern(pattern)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 2, 12, 8, generator=generator, dtype=torch.float64) for _ in range(4))
+    theta = torch.randn(1, 2, 12, 4, generator=generator, dtype=torch.float64)
+    scale = torch.tensor([3.0, 5.0], dtype=torch.float64, requires_grad=True)
+    out = attention.cosine_attention_reference(q, k, v, theta, theta, scale, checked)
+    (gradient,) = torch.autograd.grad(out, scale, dout)
+    terms = attention.scale_terms([q, k, v, scale], theta, theta, checked, dout)
+    assert (terms >= gradient.abs()).all()
+    # Linear in the gradient of the output, and 0 without one.
+    assert torch.allclose(attention.scale_terms([q, k, v, scale], theta, theta, checked, -2 * dout), 2 * terms)
+    assert (attention.scale_terms([q, k, v, scale], theta, theta, checked, 0 * dout) == 0).all()

@@ -1,0 +1,64 @@
+"""Blocks and launch options of the lookup kernels, and the types that they multiply in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from kinema.kernels import tuning
+from kinema.kernels.dispatch import INTERPRETING
+from kinema.kernels.tuning import Config, Key
+
+OP = "correlation_lookup"
+TILE = 8
+"""Side of a tile of queries, or of targets."""
+SCAN = 32
+"""Boxes looked at at once."""
+SMALLEST_BLOCK_C = 16
+"""Matrix instructions take no fewer channels."""
+ELEMENTS = 8192 if INTERPRETING else 512
+_LANGUAGE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+# Targets and channels of a block, by kernel and whether maps are 16 bits wide. float32 takes three matrix products and
+# their operands' parts, hence smaller blocks; gradients hold the weights of a block beside the sums.
+DEFAULTS = {
+    ("form", True): Config((128, 64), 8, 3),
+    ("form", False): Config((64, 16), 8, 3),
+    ("query_grad", True): Config((64, 128), 8, 2),
+    ("query_grad", False): Config((32, 64), 8, 2),
+    ("target_grad", True): Config((TILE * TILE, 128), 8, 2),
+    ("target_grad", False): Config((TILE * TILE, 32), 4, 2),
+}
+
+
+def choose_config(kernel: str, dtype: torch.dtype, level: int, device: torch.device) -> Config:
+    """What a kernel runs with at a pyramid level on a device: blocks are (targets, channels)."""
+    key = Key(OP, kernel, str(dtype).removeprefix("torch."), f"level {min(level, 2)}")
+    return tuning.choose_config(key, DEFAULTS[kernel, dtype != torch.float32], device)
+
+
+def block_of(targets: int, level: int) -> tuple[int, int]:
+    """Rows and columns of a block: coarse levels see a tile of queries closer together, so that blocks get narrower."""
+    columns = 32 if level < 2 else 16
+    return targets // columns, columns
+
+
+def block_channels(channels: int, config: Config) -> int:
+    """The largest block of channels, up to the configured one, that divides them."""
+    return min(config.blocks[1], channels & -channels)
+
+
+def forward_types(dtype: torch.dtype) -> dict[str, Any]:
+    """Type in which products are formed, and how: exact enough for 1e-5 in float32."""
+    if dtype == torch.bfloat16 and INTERPRETING:
+        dtype = torch.float32  # numpy has no bfloat16
+    return {"COMPUTE": _LANGUAGE[dtype], "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
+
+
+def backward_types(dtype: torch.dtype) -> dict[str, Any]:
+    """As forward, but float16 is multiplied as TF32: as many mantissa bits, and small gradients stay."""
+    if dtype == torch.float16:
+        return {"COMPUTE": tl.float32, "PRECISION": "tf32"}
+    return forward_types(dtype)

@@ -1,0 +1,47 @@
+"""How kernels are started: on the tensors' device, or, to compile them where there is none, only noted down."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """One start of a kernel, as an operation asked for it."""
+
+    kernel: Any
+    """The function under `triton.jit`."""
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    """Compile-time arguments, `num_warps` and `num_stages`."""
+
+
+_noted: list[Launch] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Start a kernel on the current device."""
+    if _noted is not None:
+        _noted.append(Launch(kernel, arguments, options))
+        return
+    kernel[grid](*arguments, **options)
+
+
+@contextlib.contextmanager
+def noted_launches() -> Iterator[list[Launch]]:
+    """Inside, launches are noted instead of started: operations can then be called with tensors on "meta"."""
+    global _noted
+    outer, _noted = _noted, []
+    try:
+        yield _noted
+    finally:
+        _noted = outer
+
+
+def on_device(x: Tensor) -> Any:
+    """Kernels start on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,63 @@
+"""Tasks that behave like those of `make gpu` do when all goes well, and when it does not, on a CPU."""
+
+import os
+import signal
+import time
+
+import torch
+
+from kinema.kernels.gpu.cases import GpuCase, Task
+
+
+def right(name="right", error=1e-6, **options):
+    return GpuCase(name, ours=lambda: torch.ones(4).sum(), check=lambda: {"out": error}, tolerance=1e-5, **options)
+
+
+def good(argument):
+    def unavailable():
+        raise ImportError("No module named 'localcorr'\nsecond line")
+
+    yield right(baselines={"plain": lambda: torch.ones(4).sum(), "localcorr": unavailable}, flops=8e9, bytes_moved=16e9)
+
+
+def wrong(argument):
+    yield right("over tolerance", error=1e-3)
+    yield right("not a number", error=float("nan"))
+
+
+def raises_while_built(argument):
+    yield right("before")
+    raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered\nmore of it")
+
+
+def raises_in_kernel(argument):
+    def ours():
+        raise ValueError("out of resource: shared memory")
+
+    yield GpuCase("kernel", ours=ours, check=lambda: {"out": 0.0}, tolerance=1e-5)
+
+
+def crashes(argument):
+    yield right("before")
+    os.kill(os.getpid(), signal.SIGSEGV)
+    yield right("never")
+
+
+def hangs(argument):
+    time.sleep(60)
+    yield right("never")
+
+
+def tasks():
+    module = "stand_in_tasks"
+    return (
+        Task("rates", "rates", "kinema.kernels.gpu.timing:rates_rows", 60),
+        Task("one", "good", f"{module}:good", 60),
+        Task("one", "wrong", f"{module}:wrong", 60),
+        Task("two", "raises while built", f"{module}:raises_while_built", 60),
+        Task("two", "raises in kernel", f"{module}:raises_in_kernel", 60),
+        Task("two", "no such module", "no_such_module:cases", 60),
+        Task("three", "crashes", f"{module}:crashes", 60),
+        Task("four", "hangs", f"{module}:hangs", 8),
+        Task("five", "good at the end", f"{module}:good", 60),
+    )
