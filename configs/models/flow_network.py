@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kinema.configs.checks import require
+from kinema.configs.models.flow_augmentation import FlowAugmentationConfig, Variant
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,14 @@ class FlowNetworkConfig:
     """Refinements in training."""
     gamma: float = 0.8
     """Weight of a refinement relative to the next one (RAFT 0.8, SEA-RAFT 0.85)."""
+    augment: Variant = "off"
+    """off: flip and jitter below alone. dense: RAFT's augmentation. sparse: its variant for KITTI and HD1K."""
+    augmentation: FlowAugmentationConfig = field(default_factory=FlowAugmentationConfig)
+    """How far dense and sparse go."""
     flip: float = 0.5
-    """Probability of a left-right flip."""
+    """Probability of a left-right flip, with augment=off."""
     jitter: float = 0.2
-    """Largest relative change of brightness and contrast."""
+    """Largest relative change of brightness and contrast, with augment=off."""
     visible_only: bool = False
     """Learn only from pixels that the stored occlusion calls visible (for flow of another teacher)."""
     freeze_batch_norm: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kinema.configs.models.dinoflow import DinoFlowConfig
 from kinema.configs.models.flow_network import FlowNetworkConfig
 from kinema.configs.models.flowfeat import FlowFeatConfig
 from kinema.configs.models.fpt import FPTConfig
@@ -129,6 +130,26 @@ ROWS = (
         TeacherFacts(_RAFT_TEACHER, 12, takes_padding=True),
         needs=(),
         weights="",
+    ),
+    ModelRow(
+        name="dinoflow",
+        title="DinoFlow",
+        kind="flow",
+        summary="Flow in one pass from a frozen DINOv3: local correlations under a light upsampling head.",
+        network="kinema.models.dinoflow.model:FlowModel",
+        build="kinema.models.dinoflow.model:dinoflow",
+        hub="dinoflow_vits16",
+        weights="dinoflow_vits16",
+        parameters=28_485_862,
+        published={"Sintel clean / final": "3.97 / 5.06", "KITTI-15 EPE / Fl-all": "19.79 / 61.6 %"},
+        recipe="kinema.pipelines.train.recipes.dinoflow:DinoFlowRecipe",
+        settings=DinoFlowConfig,
+        section="dinoflow",
+        needs=("flow",),
+        teacher=TeacherFacts("kinema.pipelines.teach.teachers:DinoFlowTeacher"),
+        benchmarks=_FLOW_BENCHMARKS,
+        serving="flow",
+        registered_name="kinema-dinoflow",
     ),
     ModelRow(
         name="chain",

@@ -12,10 +12,11 @@ Shape legend: B batch, C token width, F fusion width, h w patch grid, H W image.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,7 +28,7 @@ from kinema.models.dinoflow.head import FlowHead
 from kinema.models.flow.geometry import resize_flow
 from kinema.models.flow.padding import Padding, padding_for
 from kinema.models.flow.raft.family import check_feature_pair, check_image_pair, check_images
-from kinema.models.weights import LEDGER, load_weights, published_file, resolve_weights
+from kinema.models.weights import LEDGER, download, load_weights, published_file, read_state_dict, resolve_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NUM_TAPS = 4
@@ -100,8 +101,10 @@ class FlowModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: FlowModelConfig | None = None):
+    def __init__(self, config: FlowModelConfig | Mapping[str, Any] | None = None):
         super().__init__()
+        if isinstance(config, Mapping):  # as a registered model's description holds it
+            config = FlowModelConfig(**{**config, "image_size": tuple(config["image_size"])})
         self.config = config = config or FlowModelConfig()
         encoder = BACKBONES[config.backbone]
         self.encoder = VisionTransformer(encoder, image_size=config.image_size)
@@ -255,6 +258,52 @@ def dinoflow_vits16(
     load_weights(model.encoder, backbone_weights, "dinov3_vits16")
     model.encoder_is_trained = backbone_weights is not None
     return resolve_weights(model, "dinoflow_vits16", pretrained, weights).eval()
+
+
+def dinoflow(pretrained: bool = False, weights: str | Path | None = None) -> FlowModel:
+    """A DinoFlow that gives flow as it is, in eval mode: in the configuration that the shapes of a whole model's file
+    tell, or, without one, the published configuration with random weights.
+
+    Args: weights, path or URL of a whole model: a trained run's, or a head and its encoder put together by `join`.
+    Raises: ValueError for a head alone (`pretrained` is one), a file that is no DinoFlow, or one that does not load.
+    """
+    if weights is None and not pretrained:
+        return FlowModel().eval()
+    source = str(weights or published_file("dinoflow_vits16"))
+    path = download(source) if "://" in source else Path(source).expanduser()
+    model = FlowModel(configuration_of(read_state_dict(path), source))
+    return load_weights(model, path, "dinoflow_vits16").eval()
+
+
+def configuration_of(state: Mapping[str, Tensor], source: str = "the checkpoint") -> FlowModelConfig:
+    """The configuration that a whole model's state dict was made for, as far as tensors show it.
+
+    Raises: ValueError if `state` is a head alone, is of no DinoFlow, or its encoder could be one of several.
+    """
+    encoder = {key.removeprefix("encoder."): value.shape for key, value in state.items() if key.startswith("encoder.")}
+    norm = state.get("head.detail_enhancer.norm.weight", state.get("detail_enhancer.norm.weight"))
+    if norm is None:
+        raise ValueError(f"weights={source} do not fit dinoflow: no head in the file")
+    if not encoder:
+        raise ValueError(
+            f"weights={source} hold DinoFlow's head alone; put the encoder's to them: "
+            f"python -m kinema.models.dinoflow.join {source} ENCODER OUT.safetensors, and give weights=OUT.safetensors"
+        )
+    backbones = [name for name in BACKBONES if name != "vits16" and _shapes(BACKBONES[name]) == encoder]
+    if len(backbones) != 1:
+        found = " or ".join(backbones) or "none that is known"
+        raise ValueError(f"weights={source}: the encoder in the file is {found}; use a run of `kinema train`")
+    return FlowModelConfig(
+        backbones[0],
+        len(norm),
+        use_cls_token=any(".readout_projects." in key for key in state),
+    )
+
+
+def _shapes(config: ViTConfig) -> dict[str, torch.Size]:
+    """Names and shapes of an encoder's state dict."""
+    with torch.device("meta"):
+        return {key: value.shape for key, value in VisionTransformer(config).state_dict().items()}
 
 
 def _taps(depth: int) -> tuple[int, ...]:

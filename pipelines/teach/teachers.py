@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kinema.configs.models.row import resolve
 from kinema.configs.models.table import MODELS
+from kinema.models.dinoflow.model import DinoFlowFeatures, FlowModel
 from kinema.models.flow.dis import DIS
 from kinema.models.flow.networks import flow_network
 from kinema.models.flow.raft.network import RAFT, FrameFeatures
@@ -179,6 +180,19 @@ class RAFTTeacher(_NetworkTeacher):
         first, second = (FrameFeatures.stack(features) for features in zip(*pairs, strict=True))
         with self._autocast():
             return FlowEstimate(self.network.flow_from_features(first, second, iters=self.spec.iters).float())
+
+
+class DinoFlowTeacher(_NetworkTeacher):
+    """DinoFlow; each frame passes through the encoder once."""
+
+    network: FlowModel
+
+    @torch.inference_mode()
+    def flow(self, pairs: Sequence[tuple[DinoFlowFeatures, DinoFlowFeatures]]) -> FlowEstimate:
+        """All pairs in one network call."""
+        first, second = (DinoFlowFeatures.stack(features) for features in zip(*pairs, strict=True))
+        with self._autocast():
+            return FlowEstimate(self.network.flow_from_features(first, second).float())
 
 
 class SeaRaftTeacher(_NetworkTeacher):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kinema.pipelines.train.batch_norm import synchronise_batch_norms
 from kinema.pipelines.train.recipes.protocol import Batch, Loss, Recipe
 
 T = TypeVar("T")
@@ -51,8 +52,9 @@ def replicate(recipe: Recipe, module: nn.Module, place: Place) -> nn.Module:
     if place.world_size == 1:
         return loss_module
     ids = [place.device.index] if place.device.type == "cuda" else None
-    # Buffers stay as each rank has them: all ranks start from the same ones, and none of the models has
-    # batch statistics.
+    synchronise_batch_norms(module)
+    # Buffers stay as each rank has them: all ranks start from the same ones, and batch norms, which move theirs, see
+    # the batches of all ranks.
     return DistributedDataParallel(loss_module, device_ids=ids, broadcast_buffers=False)
 
 

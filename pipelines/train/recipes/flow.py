@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kinema.configs import FlowNetworkConfig, TrainConfig
 from kinema.configs.models.table import MODELS
-from kinema.models.flow.geometry import crop_flow, flip_flow
 from kinema.models.flow.networks import flow_network
 from kinema.models.flow.raft.loss import MAX_MOTION_PX, flow_errors, sequence_loss
 from kinema.models.flow.sea_raft.loss import mixture_sequence_loss
@@ -29,11 +28,11 @@ from kinema.models.flow.smurf.loss import SmurfLossWeights, self_supervision_los
 from kinema.models.flow.smurf.network import SMURF
 from kinema.models.weights import LEDGER, load_weights
 from kinema.pipelines.loader import Clip, Skip
-from kinema.pipelines.pictures.images import flow_picture, panel
 from kinema.pipelines.train.checkpoint import weights_file
+from kinema.pipelines.train.flow_augmentation import KnownPair, augment
+from kinema.pipelines.train.flow_augmentation.spatial import mirrored
+from kinema.pipelines.train.flow_pairs import NOTHING_KNOWN, as_tensors, flow_pictures, stored_pair
 from kinema.pipelines.train.recipes.protocol import Batch, ExportedModel, Loss
-
-PICTURE_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -66,50 +65,35 @@ class FlowRecipe:
         return network.train()
 
     def read_sample(self, clip: Clip, rng: np.random.Generator) -> dict[str, Tensor] | Skip:
-        """Two frames at the size of the stored flow, the flow between them, cropped alike and flipped.
+        """Two frames, with stored flow at its size and with the flow between them, cropped alike and varied.
 
         Returns: image1, image2 uint8 [3, h, w]; with stored flow also flow_px float32 [2, h, w] and valid [h, w].
         """
-        pair = self._pair(clip, rng)
+        config = self.config
+        if self.needs:
+            pair = stored_pair(clip, rng, config.gap, config.visible_only, "flow_network")
+        else:
+            pair = self._frames(clip, rng)
         if isinstance(pair, Skip):
             return pair
-        t, gap = pair
-        frames = [np.ascontiguousarray(frame) for frame in clip.frames([t, t + gap])]
-        flow: Tensor | None = None
-        valid: Tensor | None = None
-        if self.needs:
-            stored = clip.flow_pair(t, gap)
-            flow = torch.from_numpy(np.ascontiguousarray(stored.flow_px))
-            valid = flow.isfinite().all(dim=0)
-            if self.config.visible_only and stored.occlusion is not None:
-                valid &= ~torch.from_numpy(np.ascontiguousarray(stored.occlusion))
-            size = clip.flow_size[::-1]
-            frames = [cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames]
-        height, width = self.config.crop
-        if frames[0].shape[0] < height or frames[0].shape[1] < width:
-            return Skip(f"frames smaller than flow_network.crop=[{height},{width}]: lower it")
-        top = int(rng.integers(frames[0].shape[0] - height + 1))
-        left = int(rng.integers(frames[0].shape[1] - width + 1))
-        mirrored = bool(rng.random() < self.config.flip)
-        window = (slice(top, top + height), slice(left, left + width))
-        images = [torch.from_numpy(_flip(frame[window], mirrored)).permute(2, 0, 1).contiguous() for frame in frames]
-        sample = {"image1": images[0], "image2": images[1]}
-        if flow is not None and valid is not None:
-            cropped = crop_flow(flow, top, left, height, width)
-            sample["flow_px"] = (flip_flow(cropped, horizontal=True) if mirrored else cropped).contiguous()
-            sample["valid"] = torch.from_numpy(_flip(valid[window].numpy(), mirrored)).float()
-            if not bool(sample["valid"].any()):
-                return Skip("no pixel with known flow in the crop")
-        return sample
+        if config.augment == "off" and (pair.size[0] < config.crop[0] or pair.size[1] < config.crop[1]):
+            return Skip(f"frames smaller than flow_network.crop=[{config.crop[0]},{config.crop[1]}]: lower it")
+        pair = augment(pair, config.augment, config.augmentation, config.crop, rng)
+        if config.augment == "off":
+            pair = mirrored(pair, horizontal=bool(rng.random() < config.flip), vertical=False)
+        if not self.needs:
+            return {name: value for name, value in as_tensors(pair).items() if name.startswith("image")}
+        return as_tensors(pair) if pair.valid.any() else NOTHING_KNOWN
 
     def loss(self, module: nn.Module, batch: Batch) -> Loss:
         """The network's own sequence loss; every sample of a batch counts."""
         if self.config.freeze_batch_norm:
             for layer in module.modules():
-                if isinstance(layer, nn.BatchNorm2d):
+                if isinstance(layer, _BatchNorm):
                     layer.eval()
         images = [batch[name].float() / 255 for name in ("image1", "image2")]
-        shown = _jitter(images, self.config.jitter) if self.config.jitter and module.training else images
+        recolour = self.config.augment == "off" and self.config.jitter and module.training
+        shown = _jitter(images, self.config.jitter) if recolour else images
         count = torch.tensor(float(len(images[0])), device=images[0].device)
         if isinstance(module, SMURF):
             return self._unsupervised(module, images, shown, count)
@@ -129,20 +113,7 @@ class FlowRecipe:
 
     def pictures(self, module: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
         """Rows of frame, known flow (where there is one) and predicted flow."""
-        images = [batch[name][:PICTURE_SAMPLES].float() / 255 for name in ("image1", "image2")]
-        was_training = module.training
-        with torch.no_grad():
-            predicted = module.eval()(*images, iters=self.config.iters)
-        module.train(was_training)
-        shown: list[np.ndarray] = []
-        for i, flow in enumerate(predicted):
-            known = batch["flow_px"][i] if "flow_px" in batch else None
-            longest = float((flow if known is None else known).norm(dim=0).max())
-            shown.append((images[0][i] * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-            shown += [] if known is None else [flow_picture(known, longest)]
-            shown.append(flow_picture(flow, longest))
-        name = "input_teacher_prediction" if "flow_px" in batch else "input_prediction"
-        return {name: panel(shown, columns=name.count("_") + 1)}
+        return flow_pictures(module, batch, self.config.iters)
 
     def published_model(self, tensors: Mapping[str, Tensor], ema: bool = True) -> nn.Module:
         """The network with a checkpoint's tensors."""
@@ -157,15 +128,14 @@ class FlowRecipe:
         arguments = cast(dict[str, Any], model.arguments)
         return ExportedModel(self.network, arguments, dict(model.state_dict()), licences=licences)
 
-    def _pair(self, clip: Clip, rng: np.random.Generator) -> tuple[int, int] | Skip:
-        if self.needs:
-            pairs = [(t, gap) for t, gap in clip.flow_pairs if abs(gap) <= self.config.gap]
-            none = Skip(f"no flow pair over at most flow_network.gap={self.config.gap} frames: raise it")
-            return pairs[int(rng.integers(len(pairs)))] if pairs else none
+    def _frames(self, clip: Clip, rng: np.random.Generator) -> KnownPair | Skip:
+        """Two frames whose flow nobody knows."""
         if clip.num_frames < 2:
             return Skip("a single frame")
         gap = int(rng.integers(1, min(self.config.gap, clip.num_frames - 1) + 1))
-        return int(rng.integers(clip.num_frames - gap)), gap
+        t = int(rng.integers(clip.num_frames - gap))
+        first, second = clip.frames([t, t + gap])
+        return KnownPair.of(first, second, np.full((2, *first.shape[:2]), np.nan, np.float32))
 
     def _unsupervised(self, module: SMURF, images: list[Tensor], shown: list[Tensor], count: Tensor) -> Loss:
         config = self.config
@@ -183,10 +153,6 @@ class FlowRecipe:
             )
             value = value + terms["self_supervision"]
         return Loss(value, count, {name: term.detach() for name, term in terms.items()})
-
-
-def _flip(array: np.ndarray, mirrored: bool) -> np.ndarray:
-    return np.ascontiguousarray(array[:, ::-1] if mirrored else array)
 
 
 def _jitter(images: list[Tensor], strength: float) -> list[Tensor]:
