@@ -1,0 +1,145 @@
+"""Photometric effects of a rendered shot: what changes between frames without motion.
+
+Motion blur follows each layer. The rest falls on the finished picture: light and shadow that move on their own, fog
+that thickens with depth, the camera's colours and noise, and compression. The same seed, index and frame give the same
+picture; effects do not touch flow or occlusion.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import cv2
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from kinema.pipelines.scenes.rendered.layers import Layer
+from kinema.pipelines.scenes.rendered.motion import apply
+from kinema.pipelines.scenes.rendered.settings import Effects
+
+_NOISE_SIDE = 1024
+LONGEST_BLUR_PX = 24.0
+
+
+class ShotEffects:
+    """The effects of one shot, drawn once; `apply` puts them on a frame."""
+
+    def __init__(self, chances: Effects, seed: int, index: int, size: tuple[int, int], num_layers: int):
+        self._seed = (seed, 2, index)
+        self._size = size
+        rng = np.random.default_rng(self._seed)
+        drawn = rng.random(7)
+        self.shutter = rng.uniform(0.2, 0.7) if drawn[0] < chances.motion_blur else 0.0
+        self.light = rng.uniform(0.05, 0.25) if drawn[1] < chances.lighting else 0.0
+        self.shadow = rng.uniform(0.2, 0.6) if drawn[2] < chances.shadow else 0.0
+        self.fog = rng.uniform(0.2, 0.9) if drawn[3] < chances.fog else 0.0
+        self.colour = rng.uniform(0.02, 0.12) if drawn[4] < chances.colour else 0.0
+        self.noise = rng.uniform(1.0, 8.0) if drawn[5] < chances.noise else 0.0
+        self.quality = int(rng.integers(35, 90)) if drawn[6] < chances.compression else 0
+        self._light_fields = rng.standard_normal((2, 5, 6), dtype=np.float32)
+        self._shadow_shape = rng.standard_normal((7, 9), dtype=np.float32)
+        self._shadow_speed = rng.normal(0, 0.15, 2)
+        self._fog_shape = rng.uniform(0.7, 1.3, (4, 5)).astype(np.float32)
+        self._fog_grey = rng.uniform(150, 235)
+        depths = np.sort(rng.uniform(0.2, 1.0, num_layers))[::-1]
+        self._depths = np.concatenate([[1.0], depths[1:]]).astype(np.float32)
+
+    def blur_kernel(self, layer: Layer, t: float) -> Float32[np.ndarray, "k k"] | None:
+        """A line along the layer's motion while the shutter is open; None when it is shorter than a pixel."""
+        if not self.shutter:
+            return None
+        middle = np.array([(self._size[1] - 1) / 2, (self._size[0] - 1) / 2])
+        poses = [layer.pose(t), layer.pose(t + self.shutter)]
+        place = apply(np.linalg.inv(poses[0]), middle) if layer.mask is None else np.zeros(2)
+        start, stop = (apply(pose, place) for pose in poses)
+        x, y = stop - start
+        length = math.hypot(x, y)
+        if length < 1.0:
+            return None
+        factor = min(1.0, LONGEST_BLUR_PX / length)
+        return _line(round(float(x * factor), 1), round(float(y * factor), 1))
+
+    def apply(self, t: int, image: UInt8[np.ndarray, "H W 3"], labels: UInt8[np.ndarray, "H W"]) -> np.ndarray:
+        """The picture with every effect but motion blur."""
+        rng = np.random.default_rng([*self._seed, t])
+        gain = self._gain(t)
+        if gain is not None or self.fog or self.noise:
+            values: np.ndarray = image.astype(np.float32)
+            if gain is not None:
+                values = cv2.multiply(values, cv2.merge([gain, gain, gain]))
+            if self.fog:
+                values = self._fogged(values, labels)
+            if self.noise:
+                top, left = (int(v) for v in rng.integers(0, _NOISE_SIDE - np.array(self._size) + 1))
+                grain = _noise_tile()[top : top + self._size[0], left : left + self._size[1]]
+                values = cv2.scaleAdd(grain, self.noise, values)
+            image = cv2.add(values, 0.0, dtype=cv2.CV_8U)  # type: ignore[call-overload]  # rounded and clipped
+        if self.colour:
+            image = cv2.LUT(image, self._curves(rng))
+        if self.quality:
+            quality = int(np.clip(self.quality + rng.integers(-8, 9), 20, 95))
+            _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+            decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+            assert decoded is not None  # it was encoded just now
+            image = decoded
+        return np.ascontiguousarray(image, dtype=np.uint8)
+
+    def _gain(self, t: int) -> Float32[np.ndarray, "H W"] | None:
+        """Light and shadow as a factor of every pixel; None where there is neither."""
+        if not self.light and not self.shadow:
+            return None
+        height, width = self._size
+        total = np.ones((height, width), np.float32)
+        if self.light:
+            phase = 0.9 * t
+            field = math.cos(phase) * self._light_fields[0] + math.sin(phase) * self._light_fields[1]
+            total = cv2.resize(np.exp(np.float32(self.light) * field), (width, height), interpolation=cv2.INTER_CUBIC)
+        if self.shadow:
+            shape = cv2.resize(self._shadow_shape, (width // 2, height // 2), interpolation=cv2.INTER_CUBIC)
+            x, y = self._shadow_speed * t * 20
+            moved = cv2.warpAffine(shape, np.array([[1.0, 0, x], [0, 1, y]]), (width // 2, height // 2),
+                                   borderMode=cv2.BORDER_REFLECT_101)  # fmt: skip
+            soft = np.clip(3 * moved, 0, 1)
+            soft = cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR)
+            total *= 1 - np.float32(self.shadow) * soft
+        return total
+
+    def _fogged(self, values: np.ndarray, labels: UInt8[np.ndarray, "H W"]) -> np.ndarray:
+        height, width = self._size
+        density = cv2.resize(self._fog_shape, (width, height), interpolation=cv2.INTER_CUBIC)
+        table = np.zeros(256, np.float32)
+        table[: len(self._depths)] = self._depths
+        clear = np.exp(-np.float32(self.fog) * density * table[labels])
+        return cv2.add(cv2.multiply(values, cv2.merge([clear] * 3)), cv2.merge([self._fog_grey * (1 - clear)] * 3))
+
+    def _curves(self, rng: np.random.Generator) -> UInt8[np.ndarray, "1 256 3"]:
+        """Gain, gamma and offset of the camera, a little different in every channel."""
+        level = np.linspace(0, 1, 256)[:, None]
+        common, channel = rng.normal(0, self.colour, 3), rng.normal(0, 0.3 * self.colour, (3, 3))
+        gamma, gain = np.exp(common[0] + channel[0]), np.exp(common[1] + channel[1])
+        curves = gain * level**gamma + 0.3 * (common[2] + channel[2])
+        return np.rint(255 * np.clip(curves, 0, 1)).astype(np.uint8)[None]
+
+
+@lru_cache(1)
+def _noise_tile() -> Float32[np.ndarray, "S S 3"]:
+    """Grain of unit size, half of it the same in all channels."""
+    rng = np.random.default_rng(20250)
+    own = rng.standard_normal((_NOISE_SIDE, _NOISE_SIDE, 3), dtype=np.float32)
+    shared = rng.standard_normal((_NOISE_SIDE, _NOISE_SIDE, 1), dtype=np.float32)
+    return (own + shared) / np.float32(math.sqrt(2))
+
+
+@lru_cache(4096)
+def _line(x: float, y: float) -> Float32[np.ndarray, "k k"]:
+    """Weights along a segment of this extent about the middle, anti-aliased."""
+    half = math.ceil(max(abs(x), abs(y)) / 2) + 1
+    kernel = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
+    count = 4 * (2 * half + 1)
+    for share in (np.arange(count) + 0.5) / count - 0.5:
+        column, row = half + x * share, half + y * share
+        left, top = int(column), int(row)
+        fx, fy = column - left, row - top
+        kernel[top : top + 2, left : left + 2] += np.outer([1 - fy, fy], [1 - fx, fx])
+    return kernel / kernel.sum()
