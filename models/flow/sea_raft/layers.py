@@ -105,18 +105,3 @@ class SeaRaftUpdateBlock(nn.Module):
         for block in self.refine:
             state = block(torch.cat([state, context, motion], 1))
         return state
-
-
-def convex_upsample(maps: Float[Tensor, "B C H W"], logits: Float[Tensor, "B 576 H W"]) -> Float[Tensor, "B C H8 W8"]:
-    """Maps at 8 times the size: convex combinations of 3x3 coarse neighbours, the same for every channel.
-
-    Neighbours outside the map count as zero. Logits are over neighbours, then fine rows, then columns.
-    """
-    B, C, H, W = maps.shape
-    weights = logits.float().view(B, 9, 64, H * W).softmax(dim=1)
-    neighbours = F.unfold(maps.float(), 3, padding=1).view(B, C, 9, H * W)
-    # One neighbour at a time: all at once would hold nine maps of the full size.
-    fine = weights[:, None, 0] * neighbours[:, :, 0, None]  # [B, C, 64, H W]
-    for k in range(1, 9):
-        fine = torch.addcmul(fine, weights[:, None, k], neighbours[:, :, k, None])
-    return fine.view(B, C, 8, 8, H, W).permute(0, 1, 4, 2, 5, 3).reshape(B, C, 8 * H, 8 * W)
