@@ -237,7 +237,7 @@ def waft(
     if name not in SIZES:
         raise ValueError(f"name={name!r} is no size of WAFT's; use one of {', '.join(SIZES)}")
     if weights is None and pretrained:
-        weights = published_file("waft" if name == "vits" else f"waft/{name}")
+        weights = published_file("waft" if name == "vits" else f"waft {name}")
     depth, refine = ("vits" if name == "vitt" else name), name
     if weights is not None:
         weights = download(str(weights)) if "://" in str(weights) else weights

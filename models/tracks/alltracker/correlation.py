@@ -58,13 +58,13 @@ class AnchorCorrelation:
             windows = torch.cat([_read(self._products(row, part), centres[part]) for part in parts])
         return windows.T.unflatten(1, self.size)
 
-    def _products(self, row: int, cells: slice) -> list[Float[Tensor, "N 1 h w"]]:
+    def _products(self, row: int, cells: slice) -> list[Float[Tensor, "N 1 _ _"]]:
         """Of some of the anchor's cells with all cells of a frame, at every level."""
         anchor = self.anchor[row // self.num_frames, cells]
         return [(anchor @ level[row].flatten(1)).view(-1, 1, *level.shape[-2:]) for level in self.levels]
 
 
-def _read(products: Sequence[Float[Tensor, "N 1 h w"]], centres: Float[Tensor, "N 2"]) -> Float[Tensor, "N P"]:
+def _read(products: Sequence[Float[Tensor, "N 1 _ _"]], centres: Float[Tensor, "N 2"]) -> Float[Tensor, "N P"]:
     offsets = torch.arange(-RADIUS, RADIUS + 1, dtype=centres.dtype, device=centres.device)
     dx, dy = torch.meshgrid(offsets, offsets, indexing="ij")
     window = torch.stack([dx, dy], dim=-1)  # [2r + 1, 2r + 1, 2]
