@@ -72,7 +72,7 @@ def _inner(model, run, num_frames):
     rows = states[0].flow.shape[0]
     found = {name: torch.cat(maps)[:rows] for name, maps in seen.items()}
     return out, found | {
-        "features": torch.cat(features, dim=1).flatten(0, 1),
+        "features": torch.cat([part.maps for part in features], dim=1).flatten(0, 1),
         "flow_per_step": torch.stack([maps[:, :2] for maps in full]),
         "visconf_logits_per_step": torch.stack([maps[:, 2:] for maps in full]),
         "flow8_last": states[-1].flow,

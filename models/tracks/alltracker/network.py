@@ -10,7 +10,7 @@ axis in the result, on which frame 0 (not estimated then) has no motion and is s
 Shape legend: B clips, T frames, S frames of a window, H W frame, h w map, C channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +36,8 @@ PAIR_TIME_ROW = 1
 NAMES = ("alltracker", "alltracker_tiny")
 Frames = Callable[[int, int], Float[Tensor, "B n 3 H W"]]
 """`frames(start, end)`: those frames of all clips, in 0..255."""
+EncodedFrames = Callable[[int, int], "FrameMaps"]
+"""`encoded(start, end)`: those frames as `AllTracker.encode` gives them."""
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -53,6 +55,24 @@ class TrackPart(NamedTuple):
 
     start: int
     tracks: DenseTracks
+
+
+@dataclass(frozen=True)
+class FrameMaps:
+    """Encoded frames, in the order of a clip. Joining and cutting them gives other clips of the same frames."""
+
+    maps: Float[Tensor, "B T C h w"]
+    """Features of the padded frames."""
+    size: tuple[int, int]
+    """Height and width of the frames as given."""
+
+    def __getitem__(self, frames: slice) -> "FrameMaps":
+        return FrameMaps(self.maps[:, frames], self.size)
+
+    @staticmethod
+    def join(parts: Sequence["FrameMaps"]) -> "FrameMaps":
+        """Parts of one clip, one after another."""
+        return FrameMaps(torch.cat([part.maps for part in parts], dim=1), parts[0].size)
 
 
 @dataclass(frozen=True)
@@ -118,23 +138,36 @@ class AllTracker(nn.Module):
         """The parts of a clip as soon as they are final, each frame once, in order. Holds one window at a time.
 
         Args: overwrite, let later windows count where two overlap, as `forward` does.
+        Raises: ValueError for fewer than 2 frames, or iters < 1.
         """
+        return self.stream_encoded(
+            lambda start, end: self.encode(frames(start, end)), num_frames, iters, overwrite, window_frames
+        )
+
+    def stream_encoded(
+        self,
+        encoded: EncodedFrames,
+        num_frames: int,
+        iters: int | None = None,
+        overwrite: bool = False,
+        window_frames: int = WINDOW_FRAMES,
+    ) -> Iterator[TrackPart]:
+        """As `stream`, for frames that are encoded already: a frame may serve many clips."""
         if num_frames < 2:
             raise ValueError(f"a clip of {num_frames} frame(s); AllTracker needs at least 2")
         iters = self._checked(iters)
         if num_frames == 2:
-            yield self._pair(frames, iters)
+            yield self._pair(encoded(0, 2), iters)
             return
-        step, starts = window_frames // 2, window_starts(num_frames, window_frames)
-        for start, window, state, padding, size in self._windows(frames, num_frames, iters, window_frames):
+        step, last = window_frames // 2, window_starts(num_frames, window_frames)[-1]
+        for start, state, size in self._windows(encoded, num_frames, iters, window_frames):
             if overwrite:
-                kept = slice(0, window if start == starts[-1] else step)
+                kept = slice(0, window_frames if start == last else step)
             else:
-                kept = slice(0 if start == 0 else window - step, window)
-            end = min(kept.stop, num_frames - start)
-            if end > kept.start:
-                tracks = self._full_size(state, window, slice(kept.start, end), padding, size)
-                yield TrackPart(start + kept.start, tracks)
+                kept = slice(0 if start == 0 else window_frames - step, window_frames)
+            kept = slice(kept.start, min(kept.stop, num_frames - start))
+            if kept.stop > kept.start:
+                yield TrackPart(start + kept.start, self._full_size(state, window_frames, kept, size))
 
     def predictions(
         self, video: Float[Tensor, "_ _ _ _ _"], iters: int | None = None, time_row: int = PAIR_TIME_ROW
@@ -151,8 +184,8 @@ class AllTracker(nn.Module):
                 f"training clips have 2 frames, or {WINDOW_FRAMES} and more in steps of {WINDOW_FRAMES // 2}; "
                 f"this one has {num_frames}"
             )
-        padding = padding_for(*video.shape[-2:], multiple=MULTIPLE, minimum=MIN_SIDE_PX)
-        features = self.encode(video)
+        encoded = self.encode(video)
+        features = encoded.maps
         starts = window_starts(num_frames, WINDOW_FRAMES) if num_frames > 2 else [0]
         windows: list[list[DenseTracks]] = []
         state = None
@@ -163,16 +196,16 @@ class AllTracker(nn.Module):
             steps = []
             for state in self._refine(features[:, 0], targets, times, begin, iters):
                 every = slice(0, targets.shape[1])
-                steps.append(self._full_size(state, targets.shape[1], every, padding, video.shape[-2:]))
+                steps.append(self._full_size(state, targets.shape[1], every, encoded.size))
             windows.append(steps)
         return windows
 
-    def encode(self, video: Float[Tensor, "B T 3 H W"]) -> Float[Tensor, "B T C h w"]:
-        """Features of padded frames; without gradient one frame at a time: frames do not see one another."""
+    def encode(self, video: Float[Tensor, "B T 3 H W"]) -> FrameMaps:
+        """Features of frames in 0..255; without gradient one frame at a time: frames do not see one another."""
         mean, std = (video.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (_MEAN, _STD))
-        images = (video.flatten(0, 1).float() / 255.0 - mean) / std
-        padding = padding_for(*images.shape[-2:], multiple=MULTIPLE, minimum=MIN_SIDE_PX)
-        return frame_by_frame(_Encoder(self), padding.pad(images)).float().unflatten(0, video.shape[:2])
+        images = _padding(video.shape[-2:]).pad((video.flatten(0, 1).float() / 255.0 - mean) / std)
+        maps = frame_by_frame(_Encoder(self), images).float().unflatten(0, video.shape[:2])
+        return FrameMaps(maps, (video.shape[-2], video.shape[-1]))
 
     def times(self, num_frames: int) -> Float[Tensor, "S C"]:
         """The time table for a window of this length: the stored one, resampled unless the lengths agree."""
@@ -201,36 +234,29 @@ class AllTracker(nn.Module):
         ]
         return DenseTracks(*(torch.cat(maps, dim=1) for maps in zip(*parts, strict=True)))
 
-    def _pair(self, frames: Frames, iters: int) -> TrackPart:
+    def _pair(self, encoded: FrameMaps, iters: int) -> TrackPart:
         """Both frames of a pair: the anchor as it is, and the estimate of the other."""
-        video = frames(0, 2)
-        size = video.shape[-2:]
-        padding = padding_for(*size, multiple=MULTIPLE, minimum=MIN_SIDE_PX)
-        features = self.encode(video)
-        begin = self._begin(None, features[:, 1:])
-        *_, state = self._refine(features[:, 0], features[:, 1:], self.times(1), begin, iters)
-        flow, visconf = self._full_size(state, 1, slice(0, 1), padding, size)
+        anchor, targets = encoded.maps[:, 0], encoded.maps[:, 1:]
+        *_, state = self._refine(anchor, targets, self.times(1), self._begin(None, targets), iters)
+        flow, visconf = self._full_size(state, 1, slice(0, 1), encoded.size)
         still, seen = torch.zeros_like(flow), torch.ones_like(visconf)
         return TrackPart(0, DenseTracks(torch.cat([still, flow], dim=1), torch.cat([seen, visconf], dim=1)))
 
     def _windows(
-        self, frames: Frames, num_frames: int, iters: int, length: int
-    ) -> Iterator[tuple[int, int, _State, Padding, tuple[int, int]]]:
-        """Start, length and last state of each window; the last frame is repeated where the clip is too short."""
+        self, encoded: EncodedFrames, num_frames: int, iters: int, length: int
+    ) -> Iterator[tuple[int, _State, tuple[int, int]]]:
+        """Start and last state of each window; the last frame is repeated where the clip is too short."""
         step, state, targets, anchor = length // 2, None, None, None
         for start in window_starts(num_frames, length):
             first = start if targets is None else start + length - step
-            new = frames(min(first, num_frames - 1), min(start + length, num_frames))
-            size = (new.shape[-2], new.shape[-1])
-            padding = padding_for(*size, multiple=MULTIPLE, minimum=MIN_SIDE_PX)
-            encoded = self.encode(new)
-            known = encoded if targets is None else torch.cat([targets[:, step:], encoded], dim=1)
+            new = encoded(first, min(start + length, num_frames))
+            known = new.maps if targets is None else torch.cat([targets[:, step:], new.maps], dim=1)
             missing = length - known.shape[1]
             targets = torch.cat([known, known[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1) if missing else known
             anchor = targets[:, 0] if anchor is None else anchor
             begin = self._begin(state, targets, step)
             *_, state = self._refine(anchor, targets, self.times(length), begin, iters)
-            yield start, length, state, padding, size
+            yield start, state, new.size
 
     def _begin(
         self, previous: _State | None, targets: Float[Tensor, "B S C h w"], step: int = WINDOW_FRAMES // 2
@@ -278,16 +304,14 @@ class AllTracker(nn.Module):
         windows = correlation.lookup(row, start + flow[row])
         return self.update_block.motion_encoder(flow[row : row + 1], windows[None])
 
-    def _full_size(
-        self, state: _State, num_frames: int, kept: slice, padding: Padding, size: tuple[int, int]
-    ) -> DenseTracks:
+    def _full_size(self, state: _State, num_frames: int, kept: slice, size: tuple[int, int]) -> DenseTracks:
         """Some frames of a window at the size of the clip, one after another: the weights of upsampling are large."""
 
         def some(maps: Tensor) -> Tensor:
             return maps.unflatten(0, (-1, num_frames))[:, kept].flatten(0, 1)
 
         rows = zip(*(some(maps).split(1) for maps in (state.flow, state.logits, state.hidden)), strict=True)
-        full = torch.cat([padding.unpad(self._upsampled(*row)) for row in rows])
+        full = torch.cat([_padding(size).unpad(self._upsampled(*row)) for row in rows])
         full = full.unflatten(0, (-1, kept.stop - kept.start))  # [B, n, 4, H, W]
         return DenseTracks(full[:, :, :2].contiguous(), full[:, :, 2:].sigmoid())
 
@@ -314,6 +338,10 @@ def _head(channels: int, kernel: int = 3) -> nn.Sequential:
         nn.ReLU(),
         nn.Conv2d(2 * CHANNELS, channels, kernel, padding=kernel // 2),
     )
+
+
+def _padding(size: Sequence[int]) -> Padding:
+    return padding_for(size[0], size[1], multiple=MULTIPLE, minimum=MIN_SIDE_PX)
 
 
 def window_starts(num_frames: int, length: int) -> list[int]:
@@ -354,6 +382,11 @@ def alltracker(
         if len(encoders) == 1:
             name = "alltracker" if encoders == {"cnn"} else "alltracker_tiny"
     return load_weights(AllTracker(tiny=name == "alltracker_tiny", iters=iters), weights, name).eval()
+
+
+def alltracker_tiny(pretrained: bool = False, weights: str | Path | None = None, iters: int = 4) -> AllTracker:
+    """The tiny one; see `alltracker`."""
+    return alltracker("alltracker_tiny", pretrained, weights, iters)
 
 
 def _check_video(video: Tensor) -> None:
