@@ -123,6 +123,16 @@ def dinoflow_vits16(pretrained=False, weights=None, backbone_weights=None, readi
     return build(pretrained=pretrained, weights=weights, backbone_weights=backbone_weights, reading=reading)
 
 
+def waft(name="vits", pretrained=False, weights=None, scale=0):
+    """WAFT: `model(image1, image2, iters=None)` -> flow [B, 2, H, W] in pixels; `with_info` adds the uncertainty.
+
+    name is the size of the refinement transformer (vitt, vits, vitb, vitl); a checkpoint's shapes go before it.
+    """
+    from kinema.models.flow.waft.network import waft as build
+
+    return build(name, pretrained=pretrained, weights=weights, scale=scale)
+
+
 def cotracker3(pretrained=False, weights=None):
     """CoTracker3 offline: `model(video, queries, iters)` -> tracks in pixels, visibility, confidence.
 
@@ -131,6 +141,17 @@ def cotracker3(pretrained=False, weights=None):
     from kinema.models.tracks.cotracker3.network import cotracker3 as build
 
     return build(pretrained=pretrained, weights=weights)
+
+
+def alltracker(name="alltracker", pretrained=False, weights=None):
+    """AllTracker, or alltracker_tiny: `model(video, iters=None)` -> dense tracks of frame 0.
+
+    video is [B, T, 3, H, W] in 0..255; the result is flow [B, T, 2, H, W] in pixels from frame 0 and, of the same
+    shape, the probabilities of seen and of confident. `model.sliding` keeps the first estimate of each frame.
+    """
+    from kinema.models.tracks.alltracker.network import alltracker as build
+
+    return build(name, pretrained=pretrained, weights=weights)
 
 
 def fpt_base(pretrained=False, weights=None):

@@ -20,7 +20,7 @@ class TrackConfig:
     out: str = ""
     """Folder or URL of the tracks artifact; empty: tracks/TRACKER beside clips."""
     tracker: str = field(default="chain", metadata={"choices": MODELS.trackers})
-    """`chain` follows stored flow and needs no weights; `cotracker3` looks at the frames."""
+    """`chain` follows stored flow and needs no weights; the networks look at the frames."""
     weights: str = ""
     """Checkpoint file or URL of the tracker; empty: the published weights of the ledger."""
     grid: int = 16
@@ -31,7 +31,7 @@ class TrackConfig:
     spread_starts: int = 0
     """Instead of start_frames: grids in this many frames, spread evenly from the first to the last; 0: off."""
     iters: int = 0
-    """Refinements of cotracker3; 0 means the published 6."""
+    """Refinements of a network; 0 means its published number (CoTracker3 6, AllTracker 4)."""
     num_actors: int = 0
     """Tracker actors; 0 means one per GPU or, without a GPU, as many as CPUs and memory allow."""
     threads_per_actor: int = 1

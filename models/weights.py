@@ -42,6 +42,8 @@ class PublishedWeights:
     """Path inside the zip archive at `url`, when the file is shipped in one."""
     gated: bool = False
     """Whether the file can only be had after accepting terms by hand."""
+    by_hand: bool = False
+    """Whether `url` is a page from which people take the file; a program cannot fetch it."""
     non_commercial: bool = False
     """Whether the licence forbids commercial use; said aloud whenever such weights are loaded."""
 
@@ -62,6 +64,8 @@ _REGISTERS_PAPER = "Darcet et al., Vision Transformers Need Registers, ICLR 2024
 _DINOV3_PAPER = "Simeoni et al., DINOv3, 2025, arXiv:2508.10104"
 _MAE_PAPER = "He et al., MAE, CVPR 2022, arXiv:2111.06377"
 _SEA_RAFT_PAPER = "Wang, Lipson, Deng, SEA-RAFT, ECCV 2024, arXiv:2405.14793"
+_WAFT_PAPER = "Wang and Deng, WAFT, ICLR 2026, arXiv:2506.21526"
+_ALLTRACKER_PAPER = "Harley et al., AllTracker, ICCV 2025, arXiv:2506.07310"
 _COTRACKER3_PAPER = "Karaev et al., CoTracker3, 2024, arXiv:2410.11831"
 
 
@@ -69,6 +73,11 @@ def _sea_raft(size: str) -> PublishedWeights:
     # Trained on Spring last, at half resolution; L is M with more refinements.
     url = f"https://huggingface.co/MemorySlices/Tartan-C-T-TSKH-spring540x960-{size}/resolve/main/model.safetensors"
     return PublishedWeights(url, _SEA_RAFT_PAPER, "BSD-3-Clause")
+
+
+def _alltracker(name: str) -> PublishedWeights:
+    url = f"https://huggingface.co/aharley/alltracker/resolve/main/{name}.pth"
+    return PublishedWeights(url, _ALLTRACKER_PAPER, "none stated (code MIT)")
 
 
 def _flowfeat(file: str) -> PublishedWeights:
@@ -95,6 +104,12 @@ LEDGER: dict[str, PublishedWeights] = {
     "sea_raft_s": _sea_raft("S"),
     "sea_raft_m": _sea_raft("M"),
     "sea_raft_l": _sea_raft("M"),
+    "waft": PublishedWeights(
+        "https://drive.google.com/drive/folders/1qimz12pIEwktiBYwYtPQcCrYykBHw-bX",
+        _WAFT_PAPER,
+        "none stated (code BSD-3-Clause; the Depth Anything V2 Small inside is Apache-2.0)",
+        by_hand=True,
+    ),
     "dino_vits16": PublishedWeights(
         f"{_META}dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", _DINO_PAPER, "Apache-2.0"
     ),
@@ -124,6 +139,8 @@ LEDGER: dict[str, PublishedWeights] = {
         "CC BY-NC 4.0",
         non_commercial=True,
     ),
+    "alltracker": _alltracker("alltracker"),
+    "alltracker_tiny": _alltracker("alltracker_tiny"),
     "flowfeat/dino_vits16_yt": _flowfeat("dino_s16_flowfeat_yt.pth"),
     "flowfeat/dino_vitb16_yt": _flowfeat("dino_b16_flowfeat_yt.pth"),
     "flowfeat/dino_vitb16_kt": _flowfeat("dino_b16_flowfeat_kt.pth"),
@@ -239,6 +256,10 @@ def published_file(name: str) -> Path:
     if entry.gated:
         raise ValueError(
             f"the weights of {name} are gated ({entry.licence}): ask for them at {entry.url} and give weights=FILE"
+        )
+    if entry.by_hand:
+        raise ValueError(
+            f"the weights of {name} cannot be fetched by a program: take them from {entry.url}, weights=FILE"
         )
     return download(entry.url, sha256=entry.sha256, archive_member=entry.archive_member)
 

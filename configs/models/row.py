@@ -32,6 +32,8 @@ class TeacherFacts:
     """Whether `padding=` means something to it."""
     gives_uncertainty: bool = False
     """Whether it states the error it expects."""
+    sees_occlusion: bool = False
+    """Whether it says itself which pixels are hidden, from a whole clip (`ClipTeacher`); its frames are not tiled."""
     actor_bytes: int = 4 << 30
     """Memory one of them may take on a CPU; bounds the number of actors."""
 

@@ -11,7 +11,7 @@ from kinema.configs.models.fpt import FPTConfig
 from kinema.configs.models.row import ModelRow, TeacherFacts, TrackerFacts
 
 _RAFT_TEACHER = "kinema.pipelines.teach.teachers:RAFTTeacher"
-_SEA_RAFT_TEACHER = "kinema.pipelines.teach.teachers:SeaRaftTeacher"
+_MIXTURE_TEACHER = "kinema.pipelines.teach.teachers:MixtureTeacher"
 _FLOW_BENCHMARKS = ("sintel", "kitti", "middlebury")
 
 
@@ -46,8 +46,36 @@ def _sea_raft(size: str, parameters: int, iters: int, published: dict[str, str])
         "RAFT with a mixture loss and a first guess, in 4 refinements (L: 12); states its own uncertainty.",
         "kinema.models.flow.sea_raft.network:SEARAFT",
         parameters,
-        TeacherFacts(_SEA_RAFT_TEACHER, iters, takes_scale=True, gives_uncertainty=True),
+        TeacherFacts(_MIXTURE_TEACHER, iters, takes_scale=True, gives_uncertainty=True),
         published=published,
+    )
+
+
+def _alltracker(name: str, title: str, parameters: int, published: dict[str, str]) -> ModelRow:
+    return ModelRow(
+        name=name,
+        title=title,
+        kind="tracks",
+        summary="Every pixel of a frame in every other one, with visibility: dense tracks, or flow over long gaps.",
+        network="kinema.models.tracks.alltracker.network:AllTracker",
+        build=f"kinema.models.tracks.alltracker.network:{name}",
+        hub="alltracker",
+        weights=name,
+        parameters=parameters,
+        published=published,
+        tracker=TrackerFacts(
+            "kinema.pipelines.track.trackers:AllTrackerTracker",
+            "kinema.pipelines.evaluate.tapvid.trackers:alltracker_benchmark",
+            iters=4,
+            actor_bytes=6 << 30,
+        ),
+        teacher=TeacherFacts(
+            "kinema.pipelines.teach.dense_tracks:DenseTracksTeacher",
+            4,
+            sees_occlusion=True,
+            actor_bytes=6 << 30,
+        ),
+        benchmarks=("tapvid",),
     )
 
 
@@ -131,6 +159,15 @@ ROWS = (
         needs=(),
         weights="",
     ),
+    _flow_network(
+        "waft",
+        "WAFT",
+        "Warps features by the current flow instead of correlating them; a frozen depth network inside.",
+        "kinema.models.flow.waft.network:WAFT",
+        64_145_068,
+        TeacherFacts(_MIXTURE_TEACHER, 5, takes_scale=True, gives_uncertainty=True, actor_bytes=6 << 30),
+        published={"Sintel clean / final": "1.00 / 2.15", "KITTI-15 EPE / Fl-all": "3.10 / 10.3 %"},
+    ),
     ModelRow(
         name="dinoflow",
         title="DinoFlow",
@@ -183,4 +220,6 @@ ROWS = (
         ),
         benchmarks=("tapvid",),
     ),
+    _alltracker("alltracker", "AllTracker", 16_476_962, {"TAP-Vid-DAVIS AJ (768x1024)": "67.2"}),
+    _alltracker("alltracker_tiny", "AllTracker tiny", 6_294_050, {}),
 )

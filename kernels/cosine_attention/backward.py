@@ -9,8 +9,8 @@ import triton.language as tl
 
 from kinema.kernels.cosine_attention.prepare import (
     LOG2_E,
-    head_of,
     halves,
+    head_of,
     joined,
     load_tile,
     pointers,

@@ -18,36 +18,39 @@ from kinema.models.backbones.inference_linear import linear
 
 
 class ResidualUnit(nn.Module):
-    """Two convolutions around a rectified skip.
+    """Two convolutions around a skip.
 
-    The published unit rectifies its input in place, so that the skip carries relu(x), not x; the released
-    weights were trained with that.
+    The unit that FlowFeat was published with rectifies its input in place, so that the skip carries relu(x), not x;
+    the released weights were trained with that. Depth Anything's unit, which WAFT has, leaves x alone.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, rectified_skip: bool = True):
         super().__init__()
+        self.rectified_skip = rectified_skip
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "B F h w"]) -> Float[Tensor, "B F h w"]:
-        x = F.relu(x)
-        return x + self.conv2(F.relu(self.conv1(x)))
+        rectified = F.relu(x)
+        skip = rectified if self.rectified_skip else x
+        return skip + self.conv2(F.relu(self.conv1(rectified)))
 
 
 class Fusion(nn.Module):
-    """Adds a finer map to the running one, refines it and enlarges it."""
+    """Adds a finer map to the running one, refines it and enlarges it; `out_conv` then mixes the channels."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, rectified_skip: bool = True, out_conv: bool = False):
         super().__init__()
-        self.resConfUnit1 = ResidualUnit(width)
-        self.resConfUnit2 = ResidualUnit(width)
+        self.out_conv = nn.Conv2d(width, width, 1) if out_conv else nn.Identity()
+        self.resConfUnit1 = ResidualUnit(width, rectified_skip)
+        self.resConfUnit2 = ResidualUnit(width, rectified_skip)
 
     def forward(self, running: Tensor, finer: Tensor | None, size: tuple[int, int]) -> Tensor:
         """The refined map at `size`; `finer` is None at the coarsest level."""
         if finer is not None:
             running = running + self.resConfUnit1(finer)
         running = self.resConfUnit2(running)
-        return F.interpolate(running, size=size, mode="bilinear", align_corners=True)
+        return self.out_conv(F.interpolate(running, size=size, mode="bilinear", align_corners=True))
 
 
 class Reassemble(nn.Module):

@@ -108,11 +108,11 @@ ROTARY_BASE = 100.0
 class PatchEmbed(nn.Module):
     """Linear projection of non-overlapping patches; a remainder at the right and bottom is dropped."""
 
-    def __init__(self, patch_size: int, width: int):
+    def __init__(self, patch_size: int, width: int, in_channels: int = 3):
         super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
         return rearrange(self.proj(x), "b d h w -> b (h w) d")
 
 

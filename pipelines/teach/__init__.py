@@ -31,7 +31,7 @@ from kinema.pipelines.sidecars.sidecar import (
     plan_shards,
     totals,
 )
-from kinema.pipelines.teach.clip_flow import Pairing
+from kinema.pipelines.teach.protocol import Pairing
 from kinema.pipelines.teach.shard_teacher import ShardTeacher
 from kinema.pipelines.teach.teachers import TeacherSpec, locate_weights
 
@@ -107,6 +107,7 @@ def pairing_of(config: TeachConfig) -> Pairing:
         stride=config.stride,
         occlusion=config.occlusion,
         batch_pairs=config.batch_pairs,
+        teacher_sees_occlusion=facts_of(config.teacher).sees_occlusion,
     )
 
 
@@ -154,6 +155,8 @@ def _check_settings(config: TeachConfig) -> None:
     if config.padding != "sintel" and not facts.takes_padding:
         listed = ", ".join(name for name in MODELS.teachers() if facts_of(name).takes_padding)
         raise ValueError(f"padding={config.padding}: {teacher} knows no such choice, only {listed}; leave it out")
+    if config.too_large == "tile" and facts.sees_occlusion:
+        raise ValueError(f"too_large=tile: {teacher} follows pixels across the whole frame; use too_large=downscale")
     if config.too_large == "tile" and not config.max_megapixels:
         raise ValueError("too_large=tile needs max_megapixels, the size from which frames are cut into tiles")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from kinema.models.flow.geometry import RoundTrip, round_trip
 from kinema.pipelines.sidecars.flow_codec import FlowPair
 from kinema.pipelines.sidecars.sidecar import BadResult
-from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
+from kinema.pipelines.teach.protocol import ClipTeacher, FlowEstimate, Pairing, Teacher
 from kinema.pipelines.teach.quality import PairQuality, pair_quality
 
 OtherFlow = Callable[[int, int], Float32[np.ndarray, "2 H W"] | None]
@@ -33,28 +33,6 @@ ABSURD_DIAGONALS = 2.0
 
 class BadFlow(BadResult):
     """The teacher's flow is not finite, or longer than the picture allows; the clip is quarantined."""
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """Which pairs of frames are computed. `gaps` ascending; `stride` counts the earlier frame of a pair."""
-
-    gaps: tuple[int, ...]
-    forward: bool = True
-    backward: bool = True
-    stride: int = 1
-    occlusion: bool = True
-    batch_pairs: int = 4
-
-    @property
-    def stores_occlusion(self) -> bool:
-        """Occlusion needs both directions."""
-        return self.occlusion and self.forward and self.backward
-
-    def num_pairs(self, num_frames: int) -> int:
-        """Directed pairs of a clip with so many frames."""
-        starts = sum(len(range(0, num_frames - gap, self.stride)) for gap in self.gaps)
-        return starts * (self.forward + self.backward)
 
 
 @dataclass(frozen=True)
@@ -87,6 +65,9 @@ def clip_flow(
     Args: qualities, a list to which the signals of every pair are appended; other, flow to compare with.
     Raises: BadFlow for values that are not finite or longer than twice the diagonal.
     """
+    if isinstance(teacher, ClipTeacher):
+        yield from _clip_estimates(frames, teacher, pairing, qualities, other)
+        return
     window: deque[_Frame] = deque(maxlen=max(pairing.gaps) + 1)
     waiting: list[_Unit] = []
     per_unit = pairing.forward + pairing.backward
@@ -102,6 +83,24 @@ def clip_flow(
             del waiting[:units_per_batch]
     if waiting:
         yield from _unit_flows(waiting, teacher, pairing, qualities, other)
+
+
+def _clip_estimates(
+    frames: Iterable[UInt8[np.ndarray, "H W 3"]],
+    teacher: ClipTeacher,
+    pairing: Pairing,
+    qualities: list[PairQuality] | None,
+    other: OtherFlow | None,
+) -> Iterator[FlowPair]:
+    """Pairs of a teacher that looks at whole clips; what is hidden is what it says."""
+    for t, gap, flow, hidden, pictures in teacher.estimates(frames, pairing):
+        _check(flow, t, gap)
+        if qualities is not None:
+            first, second = (_grey(picture, flow[None]) for picture in pictures)
+            compared = None if other is None else other(t, gap)
+            known = None if compared is None else torch.from_numpy(compared).to(flow)
+            qualities.append(pair_quality(t, gap, first, second, flow, hidden=hidden, other_px=known))
+        yield FlowPair(t, gap, flow.cpu().numpy(), hidden.cpu().numpy() if pairing.occlusion else None)
 
 
 def _unit_flows(

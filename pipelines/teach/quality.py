@@ -70,11 +70,12 @@ def pair_quality(
     trip: RoundTrip | None = None,
     uncertainty_px: Float[Tensor, "H W"] | None = None,
     other_px: Float[Tensor, "2 H W"] | None = None,
+    hidden: Bool[Tensor, "H W"] | None = None,
 ) -> PairQuality:
     """Signals of the flow from picture 1 to picture 2 (grey, 0..1).
 
     Args: trip, to picture 2 and back, with a batch of this one pair; uncertainty_px, the network's own; other_px,
-        another teacher's flow.
+        another teacher's flow; hidden, without a trip, the pixels that the teacher itself calls hidden.
     """
     warped, inside = warp(grey2[None], flow_px[None])
     seen, consistency_px, occluded_share = inside[0], None, None
@@ -82,6 +83,7 @@ def pair_quality(
         if bool(trip.inside.any()):
             consistency_px = _number(trip.gap_px2[trip.inside].sqrt().median())
         hidden = trip.occluded()[0]
+    if hidden is not None:
         occluded_share = float(hidden.float().mean())
         seen = seen & ~hidden
     motion_px = float(flow_px.square().sum(0).sqrt().nanmean())  # ground truth is not known everywhere

@@ -15,8 +15,8 @@ from kinema.pipelines.artifacts import Artifact, read_range
 from kinema.pipelines.sidecars.flow_codec import FlowBlob, encode_clip_flow
 from kinema.pipelines.sidecars.sidecar import Count, Sample, ShardOutcome, clip_frames, read_clip, write_shard
 from kinema.pipelines.teach import quality
-from kinema.pipelines.teach.clip_flow import OtherFlow, Pairing, clip_flow
-from kinema.pipelines.teach.protocol import Teacher
+from kinema.pipelines.teach.clip_flow import OtherFlow, clip_flow
+from kinema.pipelines.teach.protocol import Pairing, Teacher
 from kinema.pipelines.teach.teachers import TeacherSpec, use_threads
 
 FLOW_COLUMNS = pa.schema(

@@ -24,7 +24,8 @@ from kinema.models.dinoflow.model import DinoFlowFeatures, FlowModel
 from kinema.models.flow.dis import DIS
 from kinema.models.flow.networks import flow_network
 from kinema.models.flow.raft.network import RAFT, FrameFeatures
-from kinema.models.flow.sea_raft.network import SEARAFT, SeaRaftFeatures
+from kinema.models.flow.sea_raft.network import SEARAFT
+from kinema.models.flow.waft.network import WAFT
 from kinema.models.weights import file_sha256, local_file
 from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
 from kinema.pipelines.teach.tiling import TiledTeacher
@@ -44,7 +45,7 @@ class TeacherSpec:
     iters: int = 0
     """Refinement iterations; 0 for the preset of dis."""
     scale: int = 0
-    """The network sees frames at 2^scale times their size (SEA-RAFT)."""
+    """The network sees frames at 2^scale times their size (SEA-RAFT, WAFT)."""
     padding: str = "sintel"
     """How RAFT and SMURF pad frames to multiples of 8: `sintel` or `kitti`."""
     short_side: int = 0
@@ -107,7 +108,7 @@ def locate_weights(name: str, weights: str) -> tuple[str, str]:
             )
         return "", ""
     path = local_file(weights_file(weights), row.weights or name)
-    flow_network(name, weights=path)  # a wrong file is refused before an artifact is tied to its hash
+    row.make(weights=path)  # a wrong file is refused before an artifact is tied to its hash
     return str(path), file_sha256(path)
 
 
@@ -195,15 +196,16 @@ class DinoFlowTeacher(_NetworkTeacher):
             return FlowEstimate(self.network.flow_from_features(first, second).float())
 
 
-class SeaRaftTeacher(_NetworkTeacher):
-    """SEA-RAFT; the correlation features are computed once per frame, the context once per pair."""
+class MixtureTeacher(_NetworkTeacher):
+    """SEA-RAFT or WAFT, which state the error they expect; what looks at one frame alone is run once per frame."""
 
-    network: SEARAFT
+    network: SEARAFT | WAFT
 
     @torch.inference_mode()
-    def flow(self, pairs: Sequence[tuple[SeaRaftFeatures, SeaRaftFeatures]]) -> FlowEstimate:
+    def flow(self, pairs: Sequence[tuple[Any, Any]]) -> FlowEstimate:
         """All pairs in one network call; the error that the mixture expects where the spec asks for it."""
-        first, second = (SeaRaftFeatures.stack(features) for features in zip(*pairs, strict=True))
+        stack = type(pairs[0][0]).stack
+        first, second = (stack(features) for features in zip(*pairs, strict=True))
         with self._autocast():
             if not self.spec.uncertainty:
                 return FlowEstimate(self.network.flow_from_features(first, second, iters=self.spec.iters).float())

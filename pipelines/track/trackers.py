@@ -18,6 +18,8 @@ from jaxtyping import Float32, UInt8
 from kinema.configs.checks import require_choice
 from kinema.configs.models.row import TrackerFacts, resolve
 from kinema.configs.models.table import MODELS
+from kinema.models.tracks.alltracker.network import alltracker
+from kinema.models.tracks.alltracker.predictor import AllTrackerPredictor
 from kinema.models.tracks.chaining import chain_tracks
 from kinema.models.tracks.cotracker3.network import cotracker3
 from kinema.models.tracks.cotracker3.predictor import CoTracker3Predictor
@@ -92,7 +94,7 @@ def locate_weights(name: str, weights: str) -> tuple[str, str]:
     """
     if not facts_of(name).needs_weights:
         if weights:
-            raise ValueError(f"weights={weights}: the tracker {name} has none; use tracker=cotracker3 or leave it out")
+            raise ValueError(f"weights={weights}: the tracker {name} has none; use a network or leave it out")
         return "", ""
     path = local_file(weights, MODELS[name].weights)
     return str(path), file_sha256(path)
@@ -158,6 +160,24 @@ class CoTracker3Tracker:
     def __call__(self, clip: Clip, queries: Float32[np.ndarray, "N 3"]) -> Tracks:
         """Tracked forwards and backwards from every query."""
         found = self.predict(ClipFrames(clip), queries, backward=True)
+        points_px, visible = found.tracks.float().cpu().numpy(), found.visible.cpu().numpy()
+        return Tracks(points_px, visible, (clip.height, clip.width), queries)
+
+
+class AllTrackerTracker:
+    """AllTracker: all points of a frame in one pass, in windows whatever the clip's length."""
+
+    def __init__(self, weights: str, iters: int = 0, device: str = "cpu"):
+        settings: dict[str, Any] = {"iters": iters} if iters else {}
+        self.predict = AllTrackerPredictor(alltracker(weights=weights).to(device), **settings)
+
+    def size(self, clip: Clip) -> tuple[int, int]:
+        """That of the clip."""
+        return clip.height, clip.width
+
+    def __call__(self, clip: Clip, queries: Float32[np.ndarray, "N 3"]) -> Tracks:
+        """Tracked forwards and backwards from every query."""
+        found = self.predict(ClipFrames(clip), queries)
         points_px, visible = found.tracks.float().cpu().numpy(), found.visible.cpu().numpy()
         return Tracks(points_px, visible, (clip.height, clip.width), queries)
 

@@ -8,7 +8,6 @@ arXiv:2405.14793, section 3.
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -106,18 +105,3 @@ class SeaRaftUpdateBlock(nn.Module):
         for block in self.refine:
             state = block(torch.cat([state, context, motion], 1))
         return state
-
-
-def convex_upsample(maps: Float[Tensor, "B C H W"], logits: Float[Tensor, "B 576 H W"]) -> Float[Tensor, "B C H8 W8"]:
-    """Maps at 8 times the size: convex combinations of 3x3 coarse neighbours, the same for every channel.
-
-    Neighbours outside the map count as zero. Logits are over neighbours, then fine rows, then columns.
-    """
-    H = maps.shape[2]
-    weights = rearrange(logits.float(), "b (k fine) h w -> b k fine (h w)", k=9).softmax(dim=1)
-    neighbours = rearrange(F.unfold(maps.float(), 3, padding=1), "b (c k) pixels -> b c k pixels", k=9)
-    # One neighbour at a time: all at once would hold nine maps of the full size.
-    fine = weights[:, None, 0] * neighbours[:, :, 0, None]  # [B, C, 64, H W]
-    for k in range(1, 9):
-        fine = torch.addcmul(fine, weights[:, None, k], neighbours[:, :, k, None])
-    return rearrange(fine, "b c (y x) (h w) -> b c (h y) (w x)", y=8, h=H)

@@ -37,8 +37,9 @@ from kinema.models.flow.raft.family import (
     lookup_between,
     padded_flow_init,
 )
-from kinema.models.flow.sea_raft.layers import HIDDEN_CHANNELS, ResNetEncoder, SeaRaftUpdateBlock, convex_upsample
+from kinema.models.flow.sea_raft.layers import HIDDEN_CHANNELS, ResNetEncoder, SeaRaftUpdateBlock
 from kinema.models.flow.sea_raft.loss import expected_error_px
+from kinema.models.flow.upsampling import convex_upsample
 from kinema.models.weights import download, load_weights, read_state_dict, resolve_weights
 
 RESNET18, RESNET34 = (2, 2, 2), (3, 4, 6)

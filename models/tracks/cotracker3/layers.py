@@ -20,10 +20,11 @@ TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA = 2**13, 2**17
 
 
 class FrameEncoder(nn.Module):
-    """Image in -1..1 to a feature map at a quarter of its size, from four scales."""
+    """Image to a feature map at 1/stride of its size, from four scales; CoTracker3's stride is 4, its range -1..1."""
 
-    def __init__(self, out_channels: int = 128) -> None:
+    def __init__(self, out_channels: int = 128, stride: int = 4) -> None:
         super().__init__()
+        self.stride = stride
         widths = (64, 96, 128, 128)
         self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3)
         self.norm1 = nn.InstanceNorm2d(64)
@@ -39,7 +40,7 @@ class FrameEncoder(nn.Module):
         self.conv3 = nn.Conv2d(2 * out_channels, out_channels, 1)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
-        size = (images.shape[-2] // 4, images.shape[-1] // 4)
+        size = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
         x = F.relu(self.norm1(self.conv1(images)), inplace=True)
         scales = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -148,17 +149,17 @@ class TrackTransformer(nn.Module):
             strict=True,
         )
         for over_time, virtual_from_points, among_virtual, points_from_virtual in blocks:
-            tokens = _by_rows(over_time, [rearrange(tokens, "b n t d -> (b n) t d")])
+            tokens = by_rows(over_time, [rearrange(tokens, "b n t d -> (b n) t d")])
             frames = rearrange(tokens, "(b n) t d -> (b t) n d", b=B)
             points, virtual = frames[:, :N], frames[:, N:]
-            virtual = among_virtual(_by_rows(virtual_from_points, [virtual, points]))
-            points = _by_rows(points_from_virtual, [points, virtual])
+            virtual = among_virtual(by_rows(virtual_from_points, [virtual, points]))
+            points = by_rows(points_from_virtual, [points, virtual])
             tokens = rearrange(torch.cat([points, virtual], dim=1), "(b t) n d -> b n t d", b=B)
         points = tokens[:, :N]
         return torch.cat([self.flow_head(points), self.vis_conf_head(points)], dim=-1)
 
 
-def _by_rows(block: Callable[..., Tensor], inputs: Sequence[Float[Tensor, "B _ D"]]) -> Float[Tensor, "B N D"]:
+def by_rows(block: Callable[..., Tensor], inputs: Sequence[Float[Tensor, "B _ D"]]) -> Float[Tensor, "B N D"]:
     """`block(*inputs)`, for a few rows of the batch at a time where memory would grow with their number."""
     limit = TOKENS_AT_ONCE_CUDA if inputs[0].is_cuda else TOKENS_AT_ONCE_CPU
     rows = max(limit // max(x.shape[1] for x in inputs), 1)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float32, UInt8
 
 from kinema.configs.models.row import resolve
 from kinema.configs.models.table import MODELS
+from kinema.models.tracks.alltracker.predictor import BenchmarkAllTracker
 from kinema.models.tracks.chaining import chain_tracks
 from kinema.models.tracks.cotracker3.network import cotracker3
 from kinema.models.tracks.cotracker3.predictor import BenchmarkTracker
@@ -97,3 +98,11 @@ def cotracker3_benchmark(settings: TrackerSettings) -> Tracker:
     model = cotracker3(pretrained=not weights, weights=weights or None).to(settings.device)
     iters = settings.iters or BENCHMARK_ITERS
     return BenchmarkTracker(model, settings.single_queries, settings.mode == "strided", iters=iters)
+
+
+def alltracker_benchmark(settings: TrackerSettings) -> Tracker:
+    """AllTracker as in its paper's tables, at 384 x 512."""
+    row = MODELS[settings.name]
+    model = row.make(pretrained=not settings.weights, weights=settings.weights).to(settings.device)
+    assert row.tracker is not None
+    return BenchmarkAllTracker(model, settings.iters or row.tracker.iters)

@@ -1,4 +1,4 @@
-"""Training of the flow networks: RAFT and SEA-RAFT on stored flow, SMURF on frames alone.
+"""Training of the flow networks: RAFT, SEA-RAFT and WAFT on stored flow, SMURF on frames alone.
 
 Stored flow may be ground truth, or a better teacher's. The module is the network itself, so a checkpoint's
 model.safetensors has the published keys and is what `kinema teach weights=` takes.
@@ -26,6 +26,8 @@ from kinema.models.flow.sea_raft.loss import mixture_sequence_loss
 from kinema.models.flow.sea_raft.network import SEARAFT
 from kinema.models.flow.smurf.loss import SmurfLossWeights, self_supervision_loss, unsupervised_sequence_loss
 from kinema.models.flow.smurf.network import SMURF
+from kinema.models.flow.waft.network import MAX_MOTION_PX as WAFT_MAX_MOTION_PX
+from kinema.models.flow.waft.network import WAFT
 from kinema.models.weights import LEDGER, load_weights
 from kinema.pipelines.loader import Clip, Skip
 from kinema.pipelines.train.checkpoint import weights_file
@@ -62,6 +64,9 @@ class FlowRecipe:
         network = flow_network(self.network)
         if self.weights:
             load_weights(network, weights_file(self.weights), self.network)
+        if isinstance(network, WAFT):
+            for parameter in network.unused_parameters():  # several ranks wait for the gradient of whatever wants one
+                parameter.requires_grad_(False)
         return network.train()
 
     def read_sample(self, clip: Clip, rng: np.random.Generator) -> dict[str, Tensor] | Skip:
@@ -98,9 +103,10 @@ class FlowRecipe:
         if isinstance(module, SMURF):
             return self._unsupervised(module, images, shown, count)
         flow_px, valid, iters = batch["flow_px"], batch["valid"], self.config.iters
-        if isinstance(module, SEARAFT):
+        if isinstance(module, SEARAFT | WAFT):
             predictions = module.predictions(shown[0], shown[1], iters=iters)
-            value = mixture_sequence_loss(predictions, flow_px, valid, self.config.gamma, MAX_MOTION_PX)
+            longest_px = WAFT_MAX_MOTION_PX if isinstance(module, WAFT) else MAX_MOTION_PX
+            value = mixture_sequence_loss(predictions, flow_px, valid, self.config.gamma, longest_px)
             last = predictions[-1].flow
         else:
             flows = module.predictions(shown[0], shown[1], iters=iters)  # type: ignore[operator]
