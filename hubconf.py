@@ -150,9 +150,9 @@ def motion_extractor_large(pretrained=False, weights=None):
 
     Videos are [B, T, H, W, 3], floating in -1..1 or uint8. Published weights are non-commercial.
     """
-    from kinema.models.dismo.motion_extractor import motion_extractor_large as build
+    from kinema.models.dismo.motion_extractor import motion_extractor as build
 
-    return build(pretrained=pretrained, weights=weights)
+    return build("motion_extractor_large", pretrained=pretrained, weights=weights)
 
 
 def frame_generator_large(pretrained=False, weights=None):

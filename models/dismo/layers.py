@@ -62,6 +62,8 @@ class FrameEncoder(nn.Module):
             raise ValueError(f"gradient_last_blocks={gradient_last_blocks}: {model_version} has {config.depth} blocks")
         self.model = VisionTransformer(config, image_size=(image_size, image_size))
         self.image_size = image_size
+        if config.mask_token:
+            self.model.mask_token.requires_grad_(False)  # of the encoder's own pre-training; never used
         if gradient_last_blocks is not None:
             self.model.requires_grad_(False)
             self.model.blocks[config.depth - gradient_last_blocks :].requires_grad_(True)

@@ -173,12 +173,20 @@ def _in_unit_range(video: Tensor) -> Tensor:
     return video.float() / 127.5 - 1 if video.dtype == torch.uint8 else video
 
 
-def motion_extractor_large(pretrained: bool = False, weights: str | Path | None = None) -> MotionExtractor:
-    """The published motion extractor, in eval mode.
+NAMES: Mapping[str, Mapping[str, Any]] = {"motion_extractor_large": {}}
+"""Arguments of `MotionExtractor` by name."""
+
+
+def motion_extractor(
+    name: str = "motion_extractor_large", pretrained: bool = False, weights: str | Path | None = None
+) -> MotionExtractor:
+    """A motion extractor by its name in `NAMES`, in eval mode.
 
     Args:
         pretrained: download the published weights (once) and load them.
         weights: path or URL of a checkpoint to load instead.
-    Raises: ValueError for weights that do not fit.
+    Raises: ValueError for an unknown name or weights that do not fit.
     """
-    return resolve_weights(MotionExtractor(), "motion_extractor_large", pretrained, weights).eval()
+    if name not in NAMES:
+        raise ValueError(f"motion extractor {name!r} is not known; use one of {', '.join(NAMES)}")
+    return resolve_weights(MotionExtractor(**NAMES[name]), name, pretrained, weights).eval()

@@ -1,8 +1,8 @@
 """Rendered clips in which how something moves and what it looks like vary independently.
 
-One object over a plain ground moves in one of eight ways. Its shape, texture and colour, its place and size, and those of
-the ground, are drawn without regard to the motion: whoever can read the motion class from an embedding has seen motion,
-whoever can read shape, texture or colour has seen appearance.
+One object over a plain ground moves in one of eight ways. Its shape, texture and colour, its place and size, and the
+ground's grey are drawn without regard to the motion: whoever can read the motion class from an embedding has seen
+motion, whoever can read shape, texture or colour has seen appearance.
 
 Units: positions and lengths are in sides of the square frame, x to the right and y down; time in frames.
 """
@@ -89,7 +89,7 @@ class MotionClip:
         size = np.full(self.num_frames, rng.uniform(0.16, 0.24))
         x, y = (np.full(self.num_frames, rng.uniform(0.38, 0.62)) for _ in range(2))
         angle = np.zeros(self.num_frames)
-        speed = rng.uniform(0.7, 1.3)
+        speed = float(rng.uniform(0.7, 1.3))
         if self.motion in _DIRECTIONS:
             dx, dy = _DIRECTIONS[self.motion]
             x, y = x + 0.055 * speed * dx * t, y + 0.055 * speed * dy * t
@@ -101,7 +101,9 @@ class MotionClip:
             size = size * np.exp(-0.1 * speed * t)
         else:
             heading = rng.uniform(0, 2 * math.pi, self.num_frames)
-            reach = 0.07 * speed * rng.uniform(0.6, 1.4, self.num_frames) * np.where(np.arange(self.num_frames) % 2, 1, -1)
+            reach = (
+                0.07 * speed * rng.uniform(0.6, 1.4, self.num_frames) * np.where(np.arange(self.num_frames) % 2, 1, -1)
+            )
             axis = rng.uniform(0, math.pi)
             x = x + reach * np.cos(axis + 0.5 * np.sin(heading))
             y = y + reach * np.sin(axis + 0.5 * np.sin(heading))

@@ -7,7 +7,7 @@ from einops import rearrange
 from kinema.models.dismo import DisMo, FrameGenerator, MotionExtractor
 from kinema.models.dismo.frame_generator import frame_generator_large
 from kinema.models.dismo.layers import FrameEncoder
-from kinema.models.dismo.motion_extractor import motion_extractor_large
+from kinema.models.dismo.motion_extractor import motion_extractor
 
 TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -122,7 +122,7 @@ def test_small_motion(num_frames, small, golden, fill):
 @pytest.mark.slow
 @torch.no_grad()
 def test_large_motion(golden, fill, manifest):
-    model = fill.fill_(motion_extractor_large(), 0, manifest("dismo_motion_large"))
+    model = fill.fill_(motion_extractor(), 0, manifest("dismo_motion_large"))
     assert not model.training
     expected = golden("dismo_motion_large__s0_t6")
     x = moving_picture(fill, 6, 256)

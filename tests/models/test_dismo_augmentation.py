@@ -1,5 +1,6 @@
 """DisMo's augmentation and target offsets: the published code's numbers, and batches that equal single clips."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from kinema.models.dismo.augmentation import (
     inverse_affine,
     warp_clips,
 )
-from kinema.models.dismo.target_offset import draw_offsets, offset_probabilities
+from kinema.models.dismo.target_offset import clip_frames, draw_target, nearest_frames, offset_probabilities
 
 TOLERANCE = 2e-5
 
@@ -82,18 +83,43 @@ def test_both_on_uint8_frames(golden, fill):
 
 @pytest.mark.parametrize(("fps", "stride"), [(24, 4), (30, 5), (25, 4)])
 def test_target_offsets(fps, stride, golden):
-    golden("dismo_delta_time_probs").check(
-        f"prob_fps{fps}_stride{stride}", offset_probabilities(fps, stride), atol=1e-7, rtol=1e-6
-    )
+    found = offset_probabilities(torch.arange(4 * stride + 1) / fps)
+    golden("dismo_delta_time_probs").check(f"prob_fps{fps}_stride{stride}", found, atol=1e-7, rtol=1e-6)
 
 
-def test_offsets_follow_their_probabilities_and_their_seed():
-    probabilities = offset_probabilities(24, 4)
-    drawn = draw_offsets(probabilities, 20_000, torch.Generator().manual_seed(0))
+def test_targets_follow_their_probabilities_and_their_seed():
+    times = np.arange(40) / 24
+    generator = torch.Generator().manual_seed(0)
+    drawn = [draw_target(times, 5, 4 / 6, generator) - 5 for _ in range(5000)]
     shares = torch.bincount(torch.tensor(drawn), minlength=17) / len(drawn)
-    assert (shares - probabilities).abs().max() < 0.01 and shares[0] == 0
-    again = draw_offsets(probabilities, 20_000, torch.Generator().manual_seed(0))
-    assert drawn == again
+    assert (shares - offset_probabilities(torch.arange(17) / 24)).abs().max() < 0.02 and shares[0] == 0
+    assert len(shares) == 17
+    assert draw_target(times, 5, 4 / 6, torch.Generator().manual_seed(0)) - 5 == drawn[0]
+    assert draw_target(times, 39, 4 / 6, generator) == 39
+
+
+@pytest.mark.parametrize("fps", [24.0, 30.0, 25.0, 59.94, 6.0])
+def test_clips_have_the_rate_that_was_asked_for(fps):
+    """Frames are those nearest to evenly spaced moments, from any start that leaves room for all."""
+    times = np.arange(int(4 * fps)) / fps
+    starts = set()
+    for seed in range(40):
+        chosen = clip_frames(times, 6.0, 8, np.random.default_rng(seed))
+        starts.add(int(chosen[0]))
+        assert np.abs(times[chosen] - times[chosen[0]] - np.arange(8) / 6).max() <= 0.5 / fps + 1e-9
+        assert chosen[-1] < len(times)
+    assert len(starts) > 5
+
+
+def test_clips_of_a_variable_rate_follow_the_clock():
+    times = np.array([0.0, 0.1, 0.15, 0.4, 0.5, 0.52, 0.75, 1.0])
+    assert nearest_frames(times, np.array([0.0, 0.24, 0.3, 0.51, 2.0])).tolist() == [0, 2, 3, 4, 7]
+    assert clip_frames(times, 4.0, 5, np.random.default_rng(0)).tolist() == [0, 2, 4, 6, 7]
+
+
+def test_short_and_slow_videos_give_no_clip():
+    assert clip_frames(np.arange(20) / 24, 6.0, 8, np.random.default_rng(0)) is None
+    assert clip_frames(np.arange(20) / 3, 6.0, 8, np.random.default_rng(0)) is None
 
 
 def test_a_batch_is_its_clips_one_by_one():
