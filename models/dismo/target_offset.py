@@ -7,6 +7,8 @@ Source: Ressler-Antal et al., arXiv:2511.23428, appendix: 6 frames a second, Gam
 Deviation: the published loader takes every n-th frame, n the rounded ratio of the rates.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +23,11 @@ def offset_probabilities(seconds: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
     """Probabilities of targets this many seconds behind their source: a Gamma density, normalised."""
     density = seconds ** (CONCENTRATION - 1) * (-RATE_PER_S * seconds).exp()
     return density / density.sum()
+
+
+def frame_times(pts: Sequence[int], time_base: Sequence[int]) -> Float[np.ndarray, "N"]:
+    """When each frame is shown, in seconds; time_base is (numerator, denominator)."""
+    return np.asarray(pts, np.float64) * (time_base[0] / time_base[1])
 
 
 def clip_frames(

@@ -27,7 +27,7 @@ from kinema.models.dismo.augmentation import (
     draw_warp,
     warp_clips,
 )
-from kinema.models.dismo.target_offset import clip_frames, draw_target
+from kinema.models.dismo.target_offset import clip_frames, draw_target, frame_times
 from kinema.pipelines.loader import Clip, Skip
 
 Sample = dict[str, Any]
@@ -57,17 +57,11 @@ def read_samples(
     Returns: motion uint8 [T, S, S, 3], source and target uint8 [P, S, S, 3], delta_time float32 [P] in frames of the
         motion branch.
     """
-    times = frame_times(clip)
+    times = frame_times(clip.meta["pts"], clip.meta["time_base"])
     drawn = [_draw(times, rng, config, window, max_offset) for rng in rngs]
     wanted = sorted(set().union(*(sample.frames for sample in drawn if sample is not None)))
     frames = dict(zip(wanted, clip.frames(wanted), strict=True))
     return [Skip(TOO_SHORT) if sample is None else _make(sample, frames, times, config) for sample in drawn]
-
-
-def frame_times(clip: Clip) -> Float[np.ndarray, "N"]:
-    """When each frame of a clip is shown, in seconds."""
-    numerator, denominator = clip.meta["time_base"]
-    return np.asarray(clip.meta["pts"], np.float64) * (numerator / denominator)
 
 
 def _draw(
