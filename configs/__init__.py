@@ -1,7 +1,7 @@
 """Settings: one file of dataclasses per stage, and how files and command lines become them (`load`)."""
 
 from kinema.configs.embed import EmbedConfig
-from kinema.configs.evaluate import EvaluateConfig, PokesConfig
+from kinema.configs.evaluate import EvaluateConfig, KNNConfig, PokesConfig
 from kinema.configs.flow_dataset import FlowDatasetConfig
 from kinema.configs.load import build, config_hash, load_stage, resolve_config_path
 from kinema.configs.loader import LoaderConfig, PairFilterConfig
@@ -27,6 +27,7 @@ __all__ = [
     "FlowDatasetConfig",
     "FlowFeatConfig",
     "FlowNetworkConfig",
+    "KNNConfig",
     "LoaderConfig",
     "PageConfig",
     "PairFilterConfig",

@@ -106,7 +106,7 @@ ROWS = (
         recipe="kinema.pipelines.train.recipes.dismo.recipe:DisMoRecipe",
         settings=DisMoConfig,
         section="dismo",
-        benchmarks=(),
+        benchmarks=("knn",),
         serving="motion",
         registered_name="kinema-dismo",
     ),

@@ -4,7 +4,7 @@
 (TAESD) by diffusers, from a folder or from the hub; the optional extra `transfer` brings it.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor
 EXTRA = "pip install 'kinema[transfer]'"
 
 
+@runtime_checkable
 class Autoencoder(Protocol):
     """Both ways between frames in -1..1 and latents; neither way keeps a gradient."""
 

@@ -86,7 +86,7 @@ class MotionClip:
     def _poses(self, rng: np.random.Generator) -> Float[np.ndarray, "T 4"]:
         """x, y of the centre, angle in radians, half size."""
         t = np.arange(self.num_frames) - (self.num_frames - 1) / 2
-        size = np.full(self.num_frames, rng.uniform(0.16, 0.24))
+        size: np.ndarray = np.full(self.num_frames, rng.uniform(0.16, 0.24))
         x, y = (np.full(self.num_frames, rng.uniform(0.38, 0.62)) for _ in range(2))
         angle = np.zeros(self.num_frames)
         speed = float(rng.uniform(0.7, 1.3))

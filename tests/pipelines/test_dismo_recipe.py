@@ -178,16 +178,12 @@ def test_embeddings_of_clips(run, clips, tmp_path, monkeypatch):
     config = EmbedConfig(model=str(run), clips=clips.url, out=str(out), fps=12.0, num_actors=1, allowed_quarantine=0.5)
     summary = embed.run(config)
     assert summary.clips == 2 and summary.quarantined == 1  # six frames are three at this rate
-    features = Artifact.open(str(out))
-    rows = features.samples().to_pylist()
+    features = Artifact.read(out)
     clip = clip_of(clips, 30)
-    row = next(row for row in rows if row["key"] == clip.key)
+    row = next(row for row in features.samples().to_pylist() if row["key"] == clip.key)
     assert row["frames"] == list(range(0, 22, 2))
-    stored = np.load(
-        io.BytesIO(read_range(features.shard_url(row["shard"]), row["motion_offset"], row["motion_size"]))
-        if "motion_offset" in row
-        else io.BytesIO(read_range(features.shard_url(row["shard"]), row["motion.npy_offset"], row["motion.npy_size"]))
-    )
+    data = read_range(features.shard_url(row["shard"]), row["motion_offset"], row["motion_size"])
+    stored = np.load(io.BytesIO(data), allow_pickle=False)
     with torch.no_grad():
         expected = load_model(run).forward_sliding(torch.from_numpy(clip.frames(range(0, 30, 2)))[None])[0]
     np.testing.assert_allclose(stored, expected, atol=1e-5)

@@ -24,8 +24,8 @@ def step_metrics(result: TrainingLoss, t: Float[Tensor, "N"], collapse_spread: f
     """Scalars of a step.
 
     loss_t1 .. loss_t4: mean loss of the pairs in each quarter of the noise levels, least noise first; where a quarter
-    has no pair, that of all. motion_std_batch, motion_std_video: as the published code logs them. motion_norm: length of
-    an embedding. motion_spread: see `spread`; collapsed: 1 where it is below `collapse_spread`.
+    has no pair, that of all. motion_std_batch, motion_std_video: as the published code logs them. motion_norm: length
+    of an embedding. motion_spread: see `spread`; collapsed: 1 where it is below `collapse_spread`.
     """
     per_sample, motion = result.per_sample.detach(), result.motion.detach().float()
     metrics = {}
