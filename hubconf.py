@@ -164,3 +164,23 @@ def fpt_base(pretrained=False, weights=None):
     from kinema.models.fpt.model import flow_poke_transformer as build
 
     return build("fpt_base", pretrained=pretrained, weights=weights)
+
+
+def motion_extractor_large(pretrained=False, weights=None):
+    """DisMo's motion extractor: `model(x)`, `model.forward_sliding(video)` -> embeddings [B, T - 4, 128].
+
+    Videos are [B, T, H, W, 3], floating in -1..1 or uint8. Published weights are non-commercial.
+    """
+    from kinema.models.dismo.motion_extractor import motion_extractor as build
+
+    return build("motion_extractor_large", pretrained=pretrained, weights=weights)
+
+
+def frame_generator_large(pretrained=False, weights=None):
+    """DisMo's frame generator: `model.sample(source_frames, motion, delta_times)` -> latents of later frames.
+
+    Frames are [B, H, W, 3] in -1..1, latents [B, H/8, W/8, 4]. No weights are published.
+    """
+    from kinema.models.dismo.frame_generator import frame_generator_large as build
+
+    return build(pretrained=pretrained, weights=weights)

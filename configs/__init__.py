@@ -1,10 +1,11 @@
 """Settings: one file of dataclasses per stage, and how files and command lines become them (`load`)."""
 
 from kinema.configs.embed import EmbedConfig
-from kinema.configs.evaluate import EvaluateConfig, PokesConfig
+from kinema.configs.evaluate import EvaluateConfig, KNNConfig, PokesConfig
 from kinema.configs.flow_dataset import FlowDatasetConfig
 from kinema.configs.load import build, config_hash, load_stage, resolve_config_path
 from kinema.configs.loader import LoaderConfig, PairFilterConfig
+from kinema.configs.models.dismo import DisMoConfig
 from kinema.configs.models.flow_network import FlowNetworkConfig
 from kinema.configs.models.flowfeat import FlowFeatConfig
 from kinema.configs.models.fpt import FPTConfig
@@ -19,12 +20,14 @@ from kinema.configs.workflow import STAGES, WorkflowConfig
 __all__ = [
     "STAGES",
     "ClipConfig",
+    "DisMoConfig",
     "EmbedConfig",
     "EvaluateConfig",
     "FPTConfig",
     "FlowDatasetConfig",
     "FlowFeatConfig",
     "FlowNetworkConfig",
+    "KNNConfig",
     "LoaderConfig",
     "PageConfig",
     "PairFilterConfig",

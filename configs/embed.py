@@ -24,6 +24,8 @@ class EmbedConfig:
     """Every how many frames one is embedded."""
     short_side: int = 224
     """Frames are resized to this shorter side (rounded to the patch size)."""
+    fps: float = 6.0
+    """Motion embeddings: frames a second that the model is shown, best as many as in its training."""
     batch_frames: int = 8
     """Frames per network call."""
     num_actors: int = 0
@@ -35,5 +37,6 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         require(self.frame_stride >= 1, "frame_stride", self.frame_stride, "use 1 or more")
+        require(self.fps > 0, "fps", self.fps, "use a positive number of frames a second")
         require(self.batch_frames >= 1, "batch_frames", self.batch_frames, "use 1 or more")
         require(self.short_side >= 16, "short_side", self.short_side, "use 16 or more pixels")

@@ -57,6 +57,39 @@ class PokesConfig:
 
 
 @dataclass(frozen=True)
+class KNNConfig:
+    """Benchmark `knn` of motion embeddings."""
+
+    k: int = 10
+    """Neighbours that vote."""
+    baselines: bool = True
+    """Whether a histogram of flow magnitudes and the features of an untrained image encoder are measured too."""
+    num_videos: int = 480
+    """data=scenes: clips to render."""
+    num_frames: int = 12
+    """data=scenes: frames of a clip."""
+    side_px: int = 64
+    """data=scenes: side of a clip; otherwise the shorter side that videos are shrunk to."""
+    fps: float = 6.0
+    """Folders: frames a second that are looked at, best as many as in the model's training."""
+    max_seconds: float = 10.0
+    """Folders: of a longer video, its beginning."""
+    max_videos: int = 0
+    """Folders: videos to look at, spread over all; 0 means every one."""
+    seed: int = 1
+    """Seed of the rendered clips."""
+
+    def __post_init__(self) -> None:
+        for name in ("k", "num_frames", "side_px"):
+            require(getattr(self, name) >= 1, f"knn.{name}", getattr(self, name), "use 1 or more")
+        require(self.num_videos >= 2, "knn.num_videos", self.num_videos, "use 2 or more")
+        for name in ("fps", "max_seconds"):
+            require(getattr(self, name) > 0, f"knn.{name}", getattr(self, name), "use a positive number")
+        for name in ("max_videos", "seed"):
+            require(getattr(self, name) >= 0, f"knn.{name}", getattr(self, name), "use 0 or more")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """`kinema evaluate`: a model and a benchmark folder in, one table out."""
 
@@ -69,7 +102,7 @@ class EvaluateConfig:
     """Which measures."""
     data: str = ""
     """The benchmark's folder; TAP-Vid: also a file; TAP-Vid and moving_part: also `scenes`, rendered with known motion.
-    """
+    knn: `scenes`, or a folder with a sub-folder of videos for each class, or with a labels.csv (file, label, ...)."""
     clips: str = ""
     """Benchmark pokes: a clips artifact that the model was not trained on."""
     tracks: str = ""
@@ -97,6 +130,8 @@ class EvaluateConfig:
     as many times longer as there are queries; otherwise all queries of a video in one run."""
     pokes: PokesConfig = field(default_factory=PokesConfig)
     """Benchmarks pokes and moving_part: how they ask."""
+    knn: KNNConfig = field(default_factory=KNNConfig)
+    """Benchmark knn: on what, and how."""
     run_id: str = ""
     """MLflow run that gets the table; empty: the model's own run if it has one."""
 

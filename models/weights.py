@@ -153,6 +153,12 @@ LEDGER: dict[str, PublishedWeights] = {
     "flowfeat/dinov2_vits14_yt": _flowfeat("dino2_s14_flowfeat_yt.pth"),
     "flowfeat/dinov2_vitb14_yt": _flowfeat("dino2_b14_flowfeat_yt.pth"),
     "flowfeat/dinov2_vitb14_kt": _flowfeat("dino2_b14_flowfeat_kt.pth"),
+    "motion_extractor_large": PublishedWeights(
+        "https://huggingface.co/CompVis/DisMo/resolve/main/motion_extractor_large.pt",
+        "Ressler-Antal et al., DisMo, NeurIPS 2025, arXiv:2511.23428",
+        "CC BY-NC 4.0",
+        non_commercial=True,
+    ),
     "fpt_base": PublishedWeights(
         "https://huggingface.co/CompVis/flow-poke-transformer/resolve/main/flow_poke_open_set_base.pt",
         "Baumann et al., What If: Understanding Motion Through Sparse Interactions, ICCV 2025, arXiv:2510.12777",

@@ -52,4 +52,9 @@ BENCHMARKS = {
     "moving_part": Benchmark(
         "kinema.pipelines.evaluate.pokes.stage:run_moving_part", "pokes", "Which part moves along with a poke: mIoU."
     ),
+    "knn": Benchmark(
+        "kinema.pipelines.evaluate.knn.stage:run_knn",
+        "motion",
+        "Action, and anything else that is labelled, from the nearest motion embeddings: accuracy.",
+    ),
 }

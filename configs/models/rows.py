@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kinema.configs.models.dinoflow import DinoFlowConfig
+from kinema.configs.models.dismo import DisMoConfig
 from kinema.configs.models.flow_network import FlowNetworkConfig
 from kinema.configs.models.flowfeat import FlowFeatConfig
 from kinema.configs.models.fpt import FPTConfig
@@ -118,6 +119,25 @@ ROWS = (
         serving="pokes",
         registered_name="kinema-fpt",
         demo="kinema.pipelines.page:demo",
+    ),
+    ModelRow(
+        name="dismo",
+        title="DisMo",
+        kind="motion",
+        summary="An embedding per frame of how a video moves, apart from what it shows.",
+        network="kinema.models.dismo.motion_extractor:MotionExtractor",
+        build="kinema.models.dismo.motion_extractor:motion_extractor",
+        presets="kinema.models.dismo.motion_extractor:NAMES",
+        hub="motion_extractor_large",
+        weights="motion_extractor_large",
+        parameters=594_349_888,
+        published={"kNN ARID / Jester / SSv2 / IARD": "57.3 / 56.7 / 22.2 / 90.7"},
+        recipe="kinema.pipelines.train.recipes.dismo.recipe:DisMoRecipe",
+        settings=DisMoConfig,
+        section="dismo",
+        benchmarks=("knn",),
+        serving="motion",
+        registered_name="kinema-dismo",
     ),
     ModelRow(
         name="dis",

@@ -101,6 +101,14 @@ CONFIGS: dict[str, ViTConfig] = {
     "mae_vitb16": ViTConfig(16, 768, 12, 12, "fixed_table", table_side=14),
 }
 
+ENCODERS: dict[str, ViTConfig] = {
+    **CONFIGS,
+    "tiny_vit8": ViTConfig(
+        patch_size=8, width=128, depth=4, num_heads=4, positions="antialias_table", table_side=12, floor_grid=False
+    ),
+}
+"""What a model may be built on: the published ones, and one that trains from scratch on a CPU within minutes."""
+
 NUM_REGISTERS = 4
 ROTARY_BASE = 100.0
 

@@ -11,7 +11,6 @@ grid, M = h w, H heads, e head size, R rotary angles, C tokens in a cache.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,21 +20,23 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kinema.kernels.cosine_attention import AttentionPattern, cosine_attention
+from kinema.models.backbones.rotary_layers import (
+    NORM_EPS,
+    AdaptiveRMSNorm,
+    AxialRotary,
+    ExactConstants,
+    RMSNorm,
+    at_least_float32,
+)
 from kinema.models.backbones.vision_transformer import VisionTransformer, ViTConfig
 from kinema.models.fpt.data_rules import central_square
 
 COSINE_EPS = 1e-6
-NORM_EPS = 1e-6
 INPUT_NORM_EPS = torch.finfo(torch.float32).eps
 """The published input norm names no epsilon, and torch then takes that of the input's dtype; float32's is meant."""
 FLOW_PRESCALE = 0.5
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x, or x in float32 if its dtype is narrower."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ImageEncoder(nn.Module):
@@ -68,78 +69,6 @@ class ImageEncoder(nn.Module):
         return rearrange(patches, "b (h w) e -> b e h w", h=self.grid)
 
 
-def cell_centres(height: int, width: int, *, device: torch.device) -> Float[Tensor, "h w 2"]:
-    """(x, y) of the cells of a feature map, 0..1 over its longer side and centred over the other."""
-    longer = max(height, width)
-    y, x = (
-        ((torch.arange(n, device=device, dtype=torch.float32) + 0.5) * 2 - n) / longer * 0.5 + 0.5
-        for n in (height, width)
-    )
-    return torch.stack([x[None, :].expand(height, -1), y[:, None].expand(-1, width)], dim=-1)
-
-
-class _ExactConstants(nn.Module):
-    """A module whose constant `constant_name` stays float32 when its weights are cast to a narrower dtype."""
-
-    constant_name: str
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_ExactConstants":
-        exact = getattr(self, self.constant_name).detach()
-        super()._apply(fn, recurse)
-        moved = getattr(self, self.constant_name)
-        if moved.dtype.itemsize < torch.float32.itemsize:
-            moved.data = exact.to(moved.device, torch.float32)
-        return self
-
-
-class AxialRotary(_ExactConstants):
-    """Rotary angles of points (x, y) in 0..1: the row's frequencies first, then the column's.
-
-    Frequencies run from pi to 10 pi, evenly in the logarithm, over all heads; consecutive ones go to different heads.
-    """
-
-    constant_name = "freqs"
-
-    def __init__(self, head_dim: int, num_heads: int):
-        super().__init__()
-        slots = head_dim // 4
-        exponents = torch.linspace(math.log(math.pi), math.log(10 * math.pi), num_heads * slots + 1)[:-1]
-        freqs = exponents.exp().view(slots, num_heads).T.expand(2, -1, -1).contiguous()
-        self.freqs = nn.Parameter(freqs, requires_grad=False)
-
-    def forward(self, pos: Float[Tensor, "B L 2"]) -> Float[Tensor, "B H L R"]:
-        """Angles in radians, R = head size / 2."""
-        x, y = (at_least_float32(pos) * 2 - 1).to(self.freqs.dtype)[:, None, :, :, None].unbind(3)
-        return torch.cat([y * self.freqs[1][:, None], x * self.freqs[0][:, None]], dim=-1)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with gain, computed in float32 or better; the result has the gain's dtype."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        x = at_least_float32(x)
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
-
-
-class AdaptiveRMSNorm(nn.Module):
-    """Root-mean-square norm whose gain is 1 + a linear function of the conditioning."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear = nn.Linear(width, width, bias=False)
-        nn.init.zeros_(self.linear.weight)
-
-    def forward(self, x: Float[Tensor, "B L D"], cond: Float[Tensor, "B D"]) -> Float[Tensor, "B L D"]:
-        x = at_least_float32(x)
-        gain = 1 + self.linear(cond).to(x.dtype)
-        return (F.rms_norm(x, x.shape[-1:], None, NORM_EPS) * gain[:, None]).to(self.linear.weight.dtype)
-
-
 class ResidualMlp(nn.Sequential):
     """Norm and two linear layers beside an identity."""
 
@@ -155,10 +84,10 @@ class ResidualMlp(nn.Sequential):
         return x + super().forward(x)
 
 
-class TokenInput(_ExactConstants):
+class TokenInput(ExactConstants):
     """Tokens from what is known at points: the flow of pokes, a learnt vector for queries, and image features."""
 
-    constant_name = "coeffs"
+    constant_names = ("coeffs",)
     coeffs: Tensor
 
     def __init__(self, width: int, feature_width: int, depth: int = 2):

@@ -20,20 +20,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kinema.kernels.cosine_attention.patterns import AttentionPattern, PatternLike, as_pattern
-from kinema.models.backbones.vision_transformer import CONFIGS, ViTConfig
-from kinema.models.fpt.layers import HeadMlp, ImageEncoder, TokenInput, Transformer, cell_centres
+from kinema.models.backbones.rotary_layers import cell_centres
+from kinema.models.backbones.vision_transformer import ENCODERS
+from kinema.models.fpt.layers import HeadMlp, ImageEncoder, TokenInput, Transformer
 from kinema.models.fpt.mixture import GaussianMixture
 from kinema.models.weights import resolve_weights
 
 NUM_COMPONENTS = 4
 SMALLEST_SCALE = 1e-4
 NUMBERS_PER_COMPONENT = 6  # a logit, two means, three entries of the Cholesky factor
-
-# An encoder that trains from scratch on a CPU within minutes.
-TINY_ENCODER = ViTConfig(
-    patch_size=8, width=128, depth=4, num_heads=4, positions="antialias_table", table_side=12, floor_grid=False
-)
-ENCODERS: dict[str, ViTConfig] = {**CONFIGS, "tiny_vit8": TINY_ENCODER}
 
 PRESETS: dict[str, dict[str, int | str]] = {
     "fpt_base": {

@@ -47,9 +47,7 @@ def run(config: EmbedConfig, *, report: Callable[[str], None] | None = None) -> 
     say = report or (lambda line: print(line, file=sys.stderr, flush=True))
     clips = _open_clips(config)
     spec = ModelSpec.locate(config.model)
-    features = Artifact.open(
-        config.out, kind="features", config=identity(config, spec.content_hash), inputs={"clips": clips.plan8}
-    )
+    features = Artifact.open(config.out, kind="features", config=identity(config, spec), inputs={"clips": clips.plan8})
     todo = plan_shards({"clips": clips}, features)
     say(
         f"embed: {spec.address} on {features.plan.num_rows} clips, "
@@ -66,10 +64,9 @@ def run(config: EmbedConfig, *, report: Callable[[str], None] | None = None) -> 
     return EmbedSummary(frames=frames, **totals(features, config.allowed_quarantine, len(todo), seconds, say))
 
 
-def identity(config: EmbedConfig, model_hash: str) -> dict[str, Any]:
+def identity(config: EmbedConfig, spec: ModelSpec) -> dict[str, Any]:
     """What decides the stored numbers; the artifact refuses to resume with anything else."""
-    names = ("features", "frame_stride", "short_side")
-    return {"model_hash": model_hash} | {name: getattr(config, name) for name in names}
+    return {"model_hash": spec.content_hash} | {name: getattr(config, name) for name in spec.form.IDENTITY}
 
 
 def _open_clips(config: EmbedConfig) -> Artifact:

@@ -15,7 +15,7 @@ CONFIGS = sorted(p.name for p in (Path(__file__).parents[2] / "configs").glob("*
 @pytest.fixture(scope="module")
 def scene_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scene")
-    scenes = [Scene(seed=seed, height=64, width=80, num_frames=6) for seed in range(2)]
+    scenes = [Scene(seed=seed, height=64, width=80, num_frames=9) for seed in range(2)]
     clips = write_scene_clips(scenes, folder / "clips")
     write_scene_flow(scenes, clips, folder / "flow", gaps=(1, 2, -1, -2))
     write_scene_tracks(scenes, clips, folder / "tracks", grid=8)
@@ -27,6 +27,15 @@ def tiny_settings(config):
     if config.model == "flowfeat":
         patch = 14 if "dinov2" in config.settings.variant else 16
         return {"flowfeat.resize": 4 * patch, "flowfeat.crop": 2 * patch, "flowfeat.backbone_weights": ""}
+    if config.model == "dismo":
+        return {
+            "dismo.preset": "dismo_tiny",
+            "dismo.encoder_weights": "",
+            "dismo.autoencoder": "pixels",
+            "dismo.pixels_per_latent": 3,
+            "dismo.frame_px": 48,
+            "dismo.fps": 24.0,
+        }
     return {
         "fpt.preset": "fpt_tiny",
         "fpt.encoder_weights": "",

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 
+from kinema.models.backbones.rotary_layers import cell_centres
 from kinema.models.fpt.data_rules import frame_to_image
-from kinema.models.fpt.layers import cell_centres
 from kinema.pipelines.evaluate.pokes.measures import average_precision, iou_by_threshold
 from kinema.pipelines.evaluate.pokes.scores import PokeModel, stable_seed
 

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from kinema.models.backbones.rotary_layers import cell_centres
 from kinema.models.flow.geometry import resize_flow
 from kinema.models.fpt.mixture import GaussianMixture
-from kinema.models.fpt.model import FlowPokeTransformer, cell_centres
+from kinema.models.fpt.model import FlowPokeTransformer
 from kinema.pipelines.pictures.images import flow_picture, panel
 from kinema.pipelines.pictures.motion import ARROW_COLOUR
 

@@ -1,0 +1,68 @@
+"""Settings of DisMo's training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kinema.configs.checks import require
+
+
+@dataclass(frozen=True)
+class DisMoConfig:
+    """DisMo: what it is shown, and its size (NeurIPS 2025, section 3 and appendix)."""
+
+    preset: Literal["dismo_large", "dismo_tiny"] = "dismo_large"
+    """The paper's model, or one that trains on a CPU."""
+    encoder_weights: str = field(default="", metadata={"file": True})
+    """Checkpoint both image encoders start from: file, URL, `published` (ledger) or empty (untrained, said aloud)."""
+    autoencoder: str = "madebyollin/taesd"
+    """Between frames and latents: folder or hub name of diffusers' AutoencoderTiny (extra `transfer`), or `pixels`."""
+    pixels_per_latent: int = 8
+    """Side of the square of pixels that a latent of `pixels` stands for."""
+    fps: float = 6.0
+    """Frames a second of a clip; chosen by time, whatever the video's rate."""
+    frame_px: int = 256
+    """Side of the frames after augmentation."""
+    motion_scale: tuple[float, float] = (0.25, 1.0)
+    """Share of the frame's area that the motion branch keeps."""
+    motion_aspect: tuple[float, float] = (0.666, 1.5)
+    """Width over height of that part, before it is stretched to a square."""
+    motion_angle_deg: float = 30.0
+    """Largest rotation of the motion branch, either way."""
+    motion_colours: tuple[float, float] = (0.5, 1.5)
+    """Factors of brightness, contrast and saturation in the motion branch."""
+    content_scale: tuple[float, float] = (0.7, 1.0)
+    """Share of the frame's area that a source and its target keep."""
+    content_colours: tuple[float, float] = (0.8, 1.2)
+    """Factors of brightness and saturation of a source and its target."""
+    aspect_limits: tuple[float, float] = (0.75, 1.333)
+    """Width over height that frames are trimmed to first."""
+    ema_decay: float = 0.9999
+    """Largest decay of the averaged weights."""
+    ema_every: int = 10
+    """Steps between updates of the averaged weights."""
+    checkpoint_layers: bool = False
+    """Make activations of the transformers again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the transformers' layers."""
+    collapse_spread: float = 0.05
+    """Spread of the embeddings over clips, relative to their size, under which a collapse is reported."""
+    sample_steps: int = 20
+    """Steps of the generated frames in the logged pictures."""
+
+    def __post_init__(self) -> None:
+        require(self.fps > 0, "dismo.fps", self.fps, "use a positive number of frames a second")
+        require(self.frame_px >= 16, "dismo.frame_px", self.frame_px, "use 16 or more pixels")
+        require(self.pixels_per_latent >= 1, "dismo.pixels_per_latent", self.pixels_per_latent, "use 1 or more pixels")
+        require(0 <= self.motion_angle_deg <= 180, "dismo.motion_angle_deg", self.motion_angle_deg, "use 0 to 180")
+        for name in ("motion_scale", "content_scale"):
+            low, high = getattr(self, name)
+            require(0 < low <= high <= 1, f"dismo.{name}", [low, high], "use an increasing range within 0..1")
+        for name in ("motion_aspect", "aspect_limits", "motion_colours", "content_colours"):
+            low, high = getattr(self, name)
+            require(0 < low <= high, f"dismo.{name}", [low, high], "use an increasing range of positive numbers")
+        require(0 <= self.ema_decay < 1, "dismo.ema_decay", self.ema_decay, "use 0 up to, but not, 1")
+        require(self.ema_every >= 1, "dismo.ema_every", self.ema_every, "use 1 or more steps")
+        require(self.collapse_spread >= 0, "dismo.collapse_spread", self.collapse_spread, "use 0 or more")
+        require(self.sample_steps >= 1, "dismo.sample_steps", self.sample_steps, "use 1 or more")

@@ -1,0 +1,33 @@
+"""DisMo in two sizes: the paper's, and one that trains on a CPU within minutes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_TINY_ENCODER = {"model_version": "tiny_vit8", "image_size": 48, "gradient_last_blocks": None}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "dismo_large": {
+        "motion_extractor_params": {"frame_encoder_params": {"model_version": "dinov2_vitl14_reg"}},
+        "frame_generator_params": {"source_encoder_params": {"model_version": "dinov2_vitl14_reg"}},
+    },
+    "dismo_tiny": {
+        "motion_extractor_params": {
+            "width": 128,
+            "depth": 3,
+            "d_head": 32,
+            "d_motion": 32,
+            "frame_encoder_params": _TINY_ENCODER,
+            "train_resolution": (8, 48, 48),
+        },
+        "frame_generator_params": {
+            "width": 128,
+            "depth": 4,
+            "d_head": 32,
+            "d_motion": 32,
+            "source_encoder_params": _TINY_ENCODER,
+            "mapping_width": 128,
+            "latent_channels": 3,
+        },
+    },
+}
+"""Arguments of `DisMo` by name."""

@@ -1,0 +1,46 @@
+"""Motion embeddings of clips: one for every frame at the rate the model was trained on, but for the last few."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Int
+
+from kinema.configs import EmbedConfig
+from kinema.models.dismo.target_offset import frame_times, nearest_frames
+from kinema.pipelines.loader.clip import Clip
+
+COLUMNS = pa.schema(
+    [("source", pa.string()), ("frames", pa.list_(pa.int32())), ("motion_mean", pa.list_(pa.float32()))]
+)
+IDENTITY = ("fps",)
+
+
+@torch.inference_mode()
+def embed_clip(
+    model: Any, clip: Clip, config: EmbedConfig, device: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Members and row of one clip: `motion` float32 [Q, d], the frames that they belong to, and their mean.
+
+    Raises: ValueError for a clip that is too short at this rate.
+    """
+    times = frame_times(clip.meta["pts"], clip.meta["time_base"])
+    chosen = frames_at(times, config.fps)
+    least = model.max_delta_time + 1
+    if len(chosen) < least:
+        raise ValueError(
+            f"clip {clip.key} has {len(chosen)} frames at {config.fps:g} a second; motion embeddings need {least}"
+        )
+    video = torch.from_numpy(clip.frames(chosen))[None]
+    motion = model.forward_sliding(video.to(device)).float().cpu()[0]
+    row = {"frames": chosen[: len(motion)].tolist(), "motion_mean": motion.mean(dim=0).tolist()}
+    return {"motion": motion.numpy()}, row
+
+
+def frames_at(times_s: np.ndarray, fps: float) -> Int[np.ndarray, "n"]:
+    """Frames nearest to evenly spaced moments from the first frame to the last; none twice."""
+    count = int(np.floor((times_s[-1] - times_s[0]) * fps + 0.5)) + 1
+    return np.unique(nearest_frames(times_s, times_s[0] + np.arange(count) / fps))

@@ -1,0 +1,1 @@
+"""DisMo's side of training: samples, loss, metrics, pictures, export."""
