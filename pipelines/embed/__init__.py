@@ -19,12 +19,10 @@ from kinema.pipelines.embed.shard_embedder import ModelSpec, ShardEmbedder
 from kinema.pipelines.sidecars.sidecar import (
     Place,
     SidecarSummary,
-    build_shards,
     check_seen_by_workers,
+    complete,
     open_input,
     place_actors,
-    plan_shards,
-    totals,
 )
 
 __all__ = ["EmbedSummary", "run"]
@@ -48,20 +46,16 @@ def run(config: EmbedConfig, *, report: Callable[[str], None] | None = None) -> 
     clips = _open_clips(config)
     spec = ModelSpec.locate(config.model)
     features = Artifact.open(config.out, kind="features", config=identity(config, spec), inputs={"clips": clips.plan8})
-    todo = plan_shards({"clips": clips}, features)
-    say(
-        f"embed: {spec.address} on {features.plan.num_rows} clips, "
-        f"{len(todo)} of {len(features.planned_shards())} shards to compute"
-    )
-    with features.swept_on_failure():
-        if todo:
-            spec, place = _place(config, spec)
-            build_shards(features, todo, partial(ShardEmbedder, clips, features, spec, config), place, unit="frames")
-    features.finalize()
+
+    def prepare() -> tuple[Any, Place]:
+        placed, place = _place(config, spec)
+        return partial(ShardEmbedder, clips, features, placed, config), place
+
+    options: dict[str, Any] = {"allowed_quarantine": config.allowed_quarantine, "started": started, "say": say}
+    done = complete(features, {"clips": clips}, spec.address, prepare, unit="frames", **options)
     samples = features.samples()
     frames = pc.sum(pc.list_value_length(samples["frames"])).as_py() if samples.num_rows else 0
-    seconds = time.monotonic() - started
-    return EmbedSummary(frames=frames, **totals(features, config.allowed_quarantine, len(todo), seconds, say))
+    return EmbedSummary(frames=frames, **done)
 
 
 def identity(config: EmbedConfig, spec: ModelSpec) -> dict[str, Any]:

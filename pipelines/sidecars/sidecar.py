@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -160,6 +161,34 @@ def place_actors(device: str, num_actors: int, threads: int, *, uses_gpu: bool, 
     if actor_bytes:
         fitting = min(fitting, int(resources.get("memory", actor_bytes)) // actor_bytes)
     return Place("cpu", num_actors or max(1, fitting), threads)
+
+
+def complete(
+    sidecar: Artifact,
+    inputs: Mapping[str, Artifact],
+    title: str,
+    prepare: Callable[[], tuple[Callable[[Count], Callable[[int], Any]], Place]],
+    *,
+    unit: str,
+    allowed_quarantine: float,
+    started: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What teach, track and embed have in common once they know what to do: plan, build what is missing, sum up.
+
+    Args: title, what computes, for people; prepare, called if there is work: `make` and `place` as `build_shards` takes
+        them; started, `time.monotonic()` when the stage began.
+    Returns: the fields of `SidecarSummary`.
+    """
+    todo = plan_shards(inputs, sidecar)
+    num_clips, num_shards = sidecar.plan.num_rows, len(sidecar.planned_shards())
+    say(f"{MAKERS[sidecar.kind]}: {title} on {num_clips} clips, {len(todo)} of {num_shards} shards to compute")
+    with sidecar.swept_on_failure():
+        if todo:
+            make, place = prepare()
+            build_shards(sidecar, todo, make, place, unit)
+    sidecar.finalize()
+    return totals(sidecar, allowed_quarantine, len(todo), time.monotonic() - started, say)
 
 
 def build_shards(

@@ -20,16 +20,14 @@ from kinema.pipelines.sidecars.sidecar import (
     Count,
     Place,
     SidecarSummary,
-    build_shards,
     check_seen_by_workers,
     column_mean,
     column_sum,
+    complete,
     default_out,
     fullest_flow,
     open_input,
     place_actors,
-    plan_shards,
-    totals,
 )
 from kinema.pipelines.teach.protocol import Pairing
 from kinema.pipelines.teach.shard_teacher import ShardTeacher
@@ -55,6 +53,7 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
     _check_settings(config)
     clips = open_input(config.clips, "clips")
     compare = _open_compared(config, clips)
+    inputs = {"clips": clips} | ({} if compare is None else {"compare": compare})
     pairing = pairing_of(config)
     weights, weights_hash = locate_weights(config.teacher, config.weights)
     spec = TeacherSpec(
@@ -79,22 +78,18 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         out,
         kind="flow",
         config=identity(spec, pairing),
-        inputs={"clips": clips.plan8} | ({} if compare is None else {"compare": compare.plan8}),
+        inputs={name: artifact.plan8 for name, artifact in inputs.items()},
     )
-    todo = plan_shards({"clips": clips} | ({} if compare is None else {"compare": compare}), flow)
-    total = flow.plan.num_rows
-    say(f"teach: {config.teacher} on {total} clips, {len(todo)} of {len(flow.planned_shards())} shards to compute")
-    with flow.swept_on_failure():
-        if todo:
-            spec, place = _place(config, spec)
-            make = partial(ShardTeacher, clips, flow, spec, pairing, compare=compare)
-            build_shards(flow, todo, partial(_shard_teacher, make), place, unit="pairs")
-    flow.finalize()
+
+    def prepare() -> tuple[Any, Place]:
+        placed, place = _place(config, spec)
+        return partial(_shard_teacher, partial(ShardTeacher, clips, flow, placed, pairing, compare=compare)), place
+
+    options: dict[str, Any] = {"allowed_quarantine": config.allowed_quarantine, "started": started, "say": say}
+    done = complete(flow, inputs, config.teacher, prepare, unit="pairs", **options)
     samples = flow.samples()
     return TeachSummary(
-        pairs=column_sum(samples, "num_pairs"),
-        mean_flow_px=column_mean(samples, "mean_flow_px"),
-        **totals(flow, config.allowed_quarantine, len(todo), time.monotonic() - started, say),
+        pairs=column_sum(samples, "num_pairs"), mean_flow_px=column_mean(samples, "mean_flow_px"), **done
     )
 
 

@@ -15,16 +15,14 @@ from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.sidecars.sidecar import (
     Place,
     SidecarSummary,
-    build_shards,
     check_seen_by_workers,
     column_mean,
     column_sum,
+    complete,
     default_out,
     fullest_flow,
     open_input,
     place_actors,
-    plan_shards,
-    totals,
 )
 from kinema.pipelines.track.shard_tracker import ShardTracker, Starts
 from kinema.pipelines.track.trackers import TrackerSpec, facts_of, locate_weights
@@ -70,19 +68,16 @@ def run(config: TrackConfig, *, report: Callable[[str], None] | None = None) -> 
         config=identity(spec, starts),
         inputs={name: artifact.plan8 for name, artifact in inputs.items()},
     )
-    todo = plan_shards(inputs, tracks)
-    total = tracks.plan.num_rows
-    say(f"track: {config.tracker} on {total} clips, {len(todo)} of {len(tracks.planned_shards())} shards to compute")
-    with tracks.swept_on_failure():
-        if todo:
-            spec, place = _place(config, spec)
-            build_shards(tracks, todo, partial(ShardTracker, inputs, tracks, spec, starts), place, unit="tracks")
-    tracks.finalize()
+
+    def prepare() -> tuple[Any, Place]:
+        placed, place = _place(config, spec)
+        return partial(ShardTracker, inputs, tracks, placed, starts), place
+
+    options: dict[str, Any] = {"allowed_quarantine": config.allowed_quarantine, "started": started, "say": say}
+    done = complete(tracks, inputs, config.tracker, prepare, unit="tracks", **options)
     samples = tracks.samples()
     return TrackSummary(
-        tracks=column_sum(samples, "num_tracks"),
-        visible_share=column_mean(samples, "visible_share"),
-        **totals(tracks, config.allowed_quarantine, len(todo), time.monotonic() - started, say),
+        tracks=column_sum(samples, "num_tracks"), visible_share=column_mean(samples, "visible_share"), **done
     )
 
 

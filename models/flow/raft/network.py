@@ -24,6 +24,7 @@ from kinema.kernels.correlation_lookup.planner import GATHERED
 from kinema.kernels.correlation_lookup.window import WindowOrder
 from kinema.models.flow.geometry import pixel_grid
 from kinema.models.flow.padding import Padding, padding_for
+from kinema.models.flow.pair_network import PairNetwork
 from kinema.models.flow.raft.family import (
     check_feature_pair,
     check_image_pair,
@@ -79,8 +80,8 @@ class FrameFeatures:
         return replace(frames[0], fmap=torch.cat([frame.fmap for frame in frames]), context=context)
 
 
-class RAFT(nn.Module):
-    """`model(image1, image2)` gives the flow from image1 to image2; see `forward`.
+class RAFT(PairNetwork):
+    """`model(image1, image2)` gives the flow from image1 to image2 after 12 refinements; see `PairNetwork`.
 
     Args:
         variant: "large" (5.3 M parameters) or "small" (1.0 M).
@@ -90,6 +91,7 @@ class RAFT(nn.Module):
             "auto" takes what `lookup_plan` says.
     """
 
+    title = "RAFT"
     benchmark_iters = {"sintel": 32, "kitti": 24, "middlebury": 32}
     """Refinements of the published figures; Middlebury is not among them and follows Sintel."""
     window_order: WindowOrder = "x_major"
@@ -123,24 +125,6 @@ class RAFT(nn.Module):
         """What the constructor is called with to make this network again."""
         return {"variant": self.variant, "padding": self.padding}
 
-    def forward(
-        self,
-        image1: Float[Tensor, "_ _ _ _"],
-        image2: Float[Tensor, "_ _ _ _"],
-        iters: int | None = None,
-        flow_init: Float[Tensor, "_ _ _ _"] | None = None,
-    ) -> Float[Tensor, "B 2 H W"]:
-        """Flow from image1 to image2 after `iters` refinements (default 12).
-
-        Args:
-            image1, image2: [B, 3, H, W] float in 0..1.
-            flow_init: [B, 2, ceil(H/8), ceil(W/8)], a first guess in 1/8 pixels.
-
-        Returns: [B, 2, H, W] float32, (x, y) in pixels.
-        Raises: ValueError for images or flow_init of the wrong shape, or iters < 1.
-        """
-        return self._refine(*self._encode_pair(image1, image2), iters, flow_init, all_steps=False)[-1]
-
     def predictions(
         self,
         image1: Float[Tensor, "_ _ _ _"],
@@ -149,7 +133,7 @@ class RAFT(nn.Module):
         flow_init: Float[Tensor, "_ _ _ _"] | None = None,
     ) -> list[Float[Tensor, "B 2 H W"]]:
         """As `forward`, but the flow after every refinement, for the sequence loss."""
-        return self._refine(*self._encode_pair(image1, image2), iters, flow_init, all_steps=True)
+        return self._refine(*self.encode_pair(image1, image2), iters, flow_init, all_steps=True)
 
     def encode(self, images: Float[Tensor, "_ _ _ _"], context: bool = True) -> FrameFeatures:
         """Features of frames [B, 3, H, W] in 0..1; without `context` they can only be targets."""
@@ -176,8 +160,9 @@ class RAFT(nn.Module):
         """
         return self._refine(features1, features2, iters, flow_init, all_steps=False)[-1]
 
-    def _encode_pair(self, image1: Tensor, image2: Tensor) -> tuple[FrameFeatures, FrameFeatures]:
-        check_image_pair(image1, image2, "RAFT")
+    def encode_pair(self, image1: Tensor, image2: Tensor) -> tuple[FrameFeatures, FrameFeatures]:
+        """Features of both images, the second without context. Raises: ValueError for images of the wrong shape."""
+        check_image_pair(image1, image2, self.title)
         features1 = self.encode(image1)
         return features1, self.encode(image2, context=False)
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from kinema.models.flow.geometry import pixel_grid, resize_flow
 from kinema.models.flow.padding import Padding, padding_for
+from kinema.models.flow.pair_network import PairNetwork
 from kinema.models.flow.raft.family import (
     Lookup,
     check_feature_pair,
-    check_image_pair,
     check_images,
     check_lookup,
     choose_lookup,
@@ -88,8 +88,10 @@ class _Step(NamedTuple):
     hidden: Float[Tensor, "B C h w"]
 
 
-class SEARAFT(nn.Module):
-    """`model(image1, image2)` gives the flow from image1 to image2; see `forward`.
+class SEARAFT(PairNetwork):
+    """`model(image1, image2)` gives the flow from image1 to image2; see `PairNetwork`.
+
+    0 iters give the regressed flow. `flow_init`, at 1/8 of the size after `scale`, takes that flow's place.
 
     Args:
         depths: residual blocks per stage of both encoders; S has those of ResNet-18, M and L of ResNet-34.
@@ -102,6 +104,8 @@ class SEARAFT(nn.Module):
             "auto" takes what `plan_lookup` expects to be faster and to fit (a volume of at most 4 GiB on a
             CPU, of half of the free memory on a GPU).
     """
+
+    title = "SEA-RAFT"
 
     def __init__(
         self,
@@ -137,25 +141,6 @@ class SEARAFT(nn.Module):
         }
         """What the constructor is called with to make this network again."""
 
-    def forward(
-        self,
-        image1: Float[Tensor, "_ _ _ _"],
-        image2: Float[Tensor, "_ _ _ _"],
-        iters: int | None = None,
-        flow_init: Float[Tensor, "_ _ _ _"] | None = None,
-    ) -> Float[Tensor, "B 2 H W"]:
-        """Flow from image1 to image2 after `iters` refinements (default: `self.iters`; 0 is the regressed flow).
-
-        Args:
-            image1, image2: [B, 3, H, W] float in 0..1.
-            flow_init: [B, 2, ceil(h/8), ceil(w/8)] with h, w the size after `scale`; takes the place of
-                the regressed first flow, in 1/8 pixels of the scaled image.
-
-        Returns: [B, 2, H, W] float32, (x, y) in pixels.
-        Raises: ValueError for images or flow_init of the wrong shape, or iters < 0.
-        """
-        return self.flow_from_features(*self._encode_pair(image1, image2), iters, flow_init)
-
     def with_info(
         self,
         image1: Float[Tensor, "_ _ _ _"],
@@ -164,7 +149,7 @@ class SEARAFT(nn.Module):
         flow_init: Float[Tensor, "_ _ _ _"] | None = None,
     ) -> Prediction:
         """As `forward`, with the mixture parameters beside the flow."""
-        return self.prediction_from_features(*self._encode_pair(image1, image2), iters, flow_init)
+        return self.prediction_from_features(*self.encode_pair(image1, image2), iters, flow_init)
 
     def predictions(
         self,
@@ -174,7 +159,7 @@ class SEARAFT(nn.Module):
         flow_init: Float[Tensor, "_ _ _ _"] | None = None,
     ) -> list[Prediction]:
         """The first flow and the flow after every refinement, iters + 1 in all, for the sequence loss."""
-        features1, features2 = self._encode_pair(image1, image2)
+        features1, features2 = self.encode_pair(image1, image2)
         steps = self._steps(features1, features2, iters, flow_init)
         return [self._full_size(step, features1) for step in steps]
 
@@ -213,10 +198,6 @@ class SEARAFT(nn.Module):
     ) -> Prediction:
         """As `flow_from_features`, with the mixture parameters beside the flow; equals `with_info`."""
         return self._full_size(self._last(features1, features2, iters, flow_init), features1)
-
-    def _encode_pair(self, image1: Tensor, image2: Tensor) -> tuple[SeaRaftFeatures, SeaRaftFeatures]:
-        check_image_pair(image1, image2, "SEA-RAFT")
-        return self.encode(image1), self.encode(image2)
 
     def _last(
         self, features1: SeaRaftFeatures, features2: SeaRaftFeatures, iters: int | None, flow_init: Tensor | None
