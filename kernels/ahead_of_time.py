@@ -2,10 +2,11 @@
 
     python -m kinema.kernels.ahead_of_time [--op cosine_attention] [--capability 9.0] [--only TEXT] [--all] [--json]
 
-The operations run on tensors without data, so that every kernel is compiled as its launch specialises it: by the strides
-that such tensors have, with the launched configuration. A line per launch gives registers, bytes of stack (spills),
-shared memory as asked for at launch, matrix instructions and, per innermost loop with matrix instructions, issue cycles
-(`kernels/sass.py`) for 64 x 64 products. Not for a process that runs the interpreter: triton then compiles nothing.
+The operations run on tensors without data, so that every kernel is compiled as its launch specialises it: by the
+strides that such tensors have, with the launched configuration. A line per launch gives registers, bytes of stack
+(spills), shared memory as asked for at launch, matrix instructions and, per innermost loop with matrix instructions,
+issue cycles (`kernels/sass.py`) per 64 x 64 pairs of one pass. Not for a process that runs the interpreter: triton
+then compiles nothing.
 """
 
 from __future__ import annotations

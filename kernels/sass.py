@@ -1,9 +1,9 @@
 """What a kernel's machine code costs: registers, spills, and the issue cycles of its loops, counted without a GPU.
 
-A sub-partition of a multiprocessor issues one instruction of one of its warps per cycle, so the instructions of a loop's
-body, times the warps of a program that share a sub-partition, are the cycles that the loop cannot go below, whatever
-the memory and the matrix units do beside it. That is a lower bound and no time: latencies do not count. Source of the
-four sub-partitions: CUDA programming guide, section on compute capabilities.
+A sub-partition of a multiprocessor issues one instruction of one of its warps per cycle, so the instructions of a
+loop's body, times the warps of a program that share a sub-partition, are the cycles that the loop cannot go below,
+whatever the memory and the matrix units do beside it. That is a lower bound and no time: latencies do not count.
+Source of the four sub-partitions: CUDA programming guide, section on compute capabilities.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ PREPARE_BLOCK = 32
 LARGEST_BLOCK_KEYS = 128
 """Scratch of shared keys is a whole number of these, so that no block reads behind it."""
 
-# By kernel, whether operands are 16 bits wide, and whether a head is padded to more than 64 columns: (rows, keys) of the
-# largest tiles that keep everything in registers on compute capability 8.0 and 9.0.
+# By kernel, whether operands are 16 bits wide, and whether a head is padded to more than 64 columns: (rows, keys) of
+# the largest tiles that keep everything in registers on compute capability 9.0.
 DEFAULTS = {
     ("forward", True, False): Config((128, 64), 8, 3),
     ("forward", True, True): Config((128, 64), 8, 2),

@@ -1,1 +1,1 @@
-"""`make gpu`: check and time the kernels on a CUDA device, within minutes, on a machine that has only torch and triton."""
+"""`make gpu`: check and time the kernels on a CUDA device within minutes; python3, torch and triton are enough."""

@@ -21,7 +21,8 @@ COLUMNS = (
     *("task", "case", "way", "status", "timer", "warm_ms", "cold_ms", "of_ours", "peak_mb", "error", "tolerance"),
     *("mbytes", "gflop", "gbytes_per_s", "of_copy_rate", "tflops", "of_matrix_rate", "of_roofline", "note"),
 )
-"""`way` is ours or a baseline; `status` ok, wrong (over tolerance, still timed), checked, measured, missing or failed."""
+"""`way` is ours or a baseline; `status` is ok, wrong (over tolerance, still timed), checked, measured, missing (a
+baseline or tool that is not there), skipped (no time left) or failed."""
 
 
 def identity() -> dict[str, str]:

@@ -51,7 +51,7 @@ def run(task: Task, out: Path) -> int:
                 measure(made, timing.load_rates(out / "rates.json"), write)
             else:
                 write(made)
-    except Exception as error:  # whatever a case raises while it is built or run costs this row, and it is written down
+    except Exception as error:  # noqa: BLE001 - whatever a case raises costs a row, in which it is written down
         write({"case": task.name, "status": "failed", "note": _one_line(error)})
         traceback.print_exc()
     if task.stage == "rates" and all(row["status"] == "measured" for row in written):
@@ -83,7 +83,7 @@ def measure(case: GpuCase, rates: dict[str, float], write: Callable[[dict[str, A
             other = timing.time_call(baseline)
         except torch.AcceleratorError:
             raise
-        except Exception as error:  # a baseline that cannot run here is no failure of ours
+        except Exception as error:  # noqa: BLE001 - a baseline that cannot run here is no failure of ours
             write({"case": case.name, "way": name, "status": "missing", "note": _one_line(error)})
             continue
         write(

@@ -127,7 +127,7 @@ BARE = """
 import importlib.abc, sys
 class OnlyThese(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("einops", "omegaconf", "av", "ray", "mlflow", "webdataset", "pandas", "pyarrow", "cv2"):
+        if name.split(".")[0] in ("einops", "omegaconf", "av", "ray", "mlflow", "webdataset", "pyarrow", "cv2"):
             raise ImportError(f"{name} is not on a bare machine")
 sys.meta_path.insert(0, OnlyThese())
 import kinema.kernels.gpu.__main__, kinema.kernels.gpu.candidates
