@@ -17,9 +17,7 @@ from kinema.kernels.correlation_lookup import (
     feature_pyramid,
     volume_lookup,
 )
-from kinema.kernels.correlation_lookup.op import form_windows
 from kinema.kernels.correlation_lookup.reference import correlation_lookup_reference
-from kinema.kernels.correlation_lookup.tuning import choose_config
 from kinema.kernels.gpu.candidates import Candidates
 from kinema.kernels.gpu.cases import GpuCase, relative_error
 from kinema.kernels.tuning import Config, Key
@@ -56,19 +54,23 @@ def toys(argument: None) -> Iterator[GpuCase]:
 
 def candidates() -> Iterator[Candidates]:
     """Blocks worth trying for 1080p."""
+    from kinema.kernels.correlation_lookup.tuning import choose_config
+
     for dtype, targets, channels in (
-        (torch.float32, (32, 64, 128), (16, 32)),
-        (torch.bfloat16, (64, 128), (32, 64, 128)),
+        (torch.float32, (32, 64), (16, 32)),
+        (torch.bfloat16, (64, 128), (64, 128)),
     ):
         for level in (0, 1, 2):
             key = Key("correlation_lookup", "form", _kind(dtype), f"level {level}")
             default = choose_config("form", dtype, level, torch.device("cpu"))
-            options = (Config((t, c), w, s) for t in targets for c in channels for w in (4, 8) for s in (2, 3))
+            options = (Config((t, c), w, s) for t in targets for c in channels for w in (4, 8) for s in (3,))
             configs = tuple(dict.fromkeys((default, *options)))
             yield Candidates(key, configs, "form_kernel", functools.partial(_tuned_call, dtype))
 
 
 def _tuned_call(dtype: torch.dtype, device: str) -> Callable[[], Any]:
+    from kinema.kernels.correlation_lookup.op import form_windows
+
     fmap1, fmap2, coords = _inputs(1, 135, 240, dtype, device)
     pooled = feature_pyramid(fmap2)
     return lambda: form_windows(fmap1, pooled, coords, RADIUS, False)

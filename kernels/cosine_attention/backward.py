@@ -226,13 +226,11 @@ def backward_keys_kernel(
     if KIND != FULL:
         dk_tile, dv_tile = _add_rows(
             dk_tile, dv_tile, k_tile, v_tile, queries, dout, lse_ptr + row_offset, delta_ptr + row_offset, keys,
-            some_pokes, all_pokes, some_queries, all_queries, lengths, True,
-            KIND, HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
+            some_pokes, all_pokes, some_queries, all_queries, lengths, True, HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
         )  # fmt: skip
     dk_tile, dv_tile = _add_rows(
         dk_tile, dv_tile, k_tile, v_tile, queries, dout, lse_ptr + row_offset, delta_ptr + row_offset, keys,
-        all_pokes, stop_pokes, all_queries, N, lengths, False,
-        KIND, HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
+        all_pokes, stop_pokes, all_queries, N, lengths, False, HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
     )  # fmt: skip
 
     store_tile(head_of(dv, b, h, HEAD.ALIGN), dv_tile, keys, in_keys, HEAD)
@@ -261,7 +259,6 @@ def _add_rows(
     stop_queries,
     lengths,
     MASKED: tl.constexpr,
-    KIND: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -286,8 +283,9 @@ def _add_rows(
         logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # [keys, rows]
         weights = tl.exp2(logits - lse[None, :])
         if MASKED:
-            visible = (keys[:, None] < limits_of(rows, lengths, KIND)[None, :]) | (keys[:, None] == rows[None, :])
-            weights = tl.where(visible, weights, 0.0)
+            # A poke sees itself and the pokes before it; key c is below the limit of the queries from P + (c + 1) n on.
+            seen_from = keys * tl.where(is_poke, 1, lengths.n) + tl.where(is_poke, 0, lengths.P + lengths.n)
+            weights = tl.where(rows[None, :] >= seen_from[:, None], weights, 0.0)
         dv_tile = tl.dot(weights.to(DOT_DTYPE), gradient, dv_tile, input_precision=PRECISION)
         dweights = tl.dot(v_tile, tl.trans(gradient), input_precision=PRECISION)
         dlogits = (weights * (dweights - delta[None, :])).to(DOT_DTYPE)

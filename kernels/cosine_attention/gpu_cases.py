@@ -15,10 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kinema.kernels.cosine_attention import as_pattern, cosine_attention
-from kinema.kernels.cosine_attention.op import run_backward, run_forward
 from kinema.kernels.cosine_attention.patterns import AttentionPattern
 from kinema.kernels.cosine_attention.reference import EPS, cosine_attention_reference, rotate, unit
-from kinema.kernels.cosine_attention.tuning import bucket_of, choose_config
 from kinema.kernels.gpu.candidates import Candidates
 from kinema.kernels.gpu.cases import GpuCase, relative_error
 from kinema.kernels.tuning import Config, Key
@@ -41,17 +39,21 @@ class Size:
     head_size: int
     num_angles: int
     dtype: torch.dtype = torch.bfloat16
+    directions: tuple[bool, ...] = (False, True)
+    """Whether backward, of each case."""
+    compared: bool = True
+    """With baselines, which take their time to compile."""
 
 
 _POKES = as_pattern(("query-causal", 128))
 SIZES = {
-    "FPT training": (
-        Size("FPT training", _POKES, 32, 12, 2048, 2048, 64, 32),
-        Size("FPT training", _POKES, 32, 12, 2048, 2048, 64, 32, torch.float16),
+    "FPT training": (Size("FPT training", _POKES, 32, 12, 2048, 2048, 64, 32),),
+    "FPT training, other types": (
+        Size("FPT training", _POKES, 32, 12, 2048, 2048, 64, 32, torch.float16, compared=False),
+        Size("FPT training", _POKES, 8, 12, 2048, 2048, 64, 32, torch.float32),
     ),
-    "FPT training fp32": (Size("FPT training", _POKES, 8, 12, 2048, 2048, 64, 32, torch.float32),),
     "FPT inference": (
-        Size("FPT inference", as_pattern(("query-inference", 100)), 8, 12, 4196, 4196, 64, 32),
+        Size("FPT inference", as_pattern(("query-inference", 100)), 8, 12, 4196, 4196, 64, 32, directions=(False,)),
         Size("FPT image", as_pattern("full"), 32, 12, 2048, 1024, 64, 32),
     ),
     "DisMo motion": (Size("DisMo motion", as_pattern("full"), 4, 16, 2052, 2052, 64, 24),),
@@ -77,12 +79,14 @@ def cases(what: str) -> Iterator[GpuCase]:
 def toys(argument: None) -> Iterator[GpuCase]:
     """Small shapes of every pattern and dtype: checked, not timed."""
     for size in TOYS:
-        for case in _both_directions(size):
-            yield dataclasses.replace(case, timed=False, baselines={})
+        for case in _both_directions(dataclasses.replace(size, compared=False)):
+            yield dataclasses.replace(case, timed=False)
 
 
 def candidates() -> Iterator[Candidates]:
     """Tiles worth trying for the sizes that train most."""
+    from kinema.kernels.cosine_attention.tuning import bucket_of, choose_config
+
     tiles = ((128, 64), (64, 64), (128, 32), (64, 32), (128, 128))
     for what, kind in (("FPT training", "query_causal"), ("DisMo motion", "full")):
         size = SIZES[what][0]
@@ -93,12 +97,17 @@ def candidates() -> Iterator[Candidates]:
         ):
             key = Key("cosine_attention", kernel, "bfloat16", bucket_of(size.head_size), kind)
             default = choose_config(kernel, size.dtype, kind, size.head_size, torch.device("cpu"))
-            configs = dict.fromkeys((default, *(Config(t, 4 * t[0] // 64, n) for t in tiles for n in (2, 3))))
+            # A warp group multiplies with 64 rows of what stays: rows, or keys.
+            stays = 1 if kernel == "keys" else 0
+            options = (Config(t, 4 * max(1, t[stays] // 64), n) for t in tiles for n in (2, 3))
+            configs = dict.fromkeys((default, *options))
             yield Candidates(key, tuple(configs), function, functools.partial(_tuned_call, size, kernel))
 
 
 def _tuned_call(size: Size, kernel: str, device: str) -> Callable[[], Any]:
     """The operation below autograd: a forward, or a backward, whose other kernel stays what it is."""
+    from kinema.kernels.cosine_attention.op import run_backward, run_forward
+
     q, k, v, dout = _tensors(size, device)
     scale, theta = _scale(size, device), _angles(size, device)
     known = (size.pattern.kind, size.pattern.num_pokes)
@@ -139,16 +148,11 @@ def _both_directions(size: Size) -> Iterator[GpuCase]:
     q, k, v, dout = _tensors(size, DEVICE)
     theta_q, theta_k = _angles(size, DEVICE)
     sides = _Sides(size.pattern, theta_q, theta_k)
-    functions: dict[str, Function] = {"FlexAttention, compiled": sides.flex(N, M)}
-    if size.pattern.kind in ("full", "causal"):
-        functions["SDPA, cuDNN"] = sides.sdpa(SDPBackend.CUDNN_ATTENTION)
-        functions["SDPA, flash"] = sides.sdpa(SDPBackend.FLASH_ATTENTION)
-    else:
-        functions["SDPA, mask"] = sides.masked(N, M)
+    functions = sides.baselines(N, M) if size.compared else {}
     row_bytes, key_bytes = q.nbytes, k.nbytes
     moved = 2 * row_bytes + 2 * key_bytes + theta_q.nbytes + (0 if theta_k is theta_q else theta_k.nbytes)
     kind = str(size.dtype).removeprefix("torch.")
-    for backward in (False, True):
+    for backward in size.directions:
         leaves = [x.detach().requires_grad_(backward) for x in (q, k, v, _scale(size, DEVICE))]
         yield GpuCase(
             name=f"{size.what} {size.pattern.kind} B{B} H{H} {N}x{M} D{D} {kind} "
@@ -191,6 +195,16 @@ class _Sides:
     def reference(self, leaves: list[Tensor]) -> Tensor:
         q, k, v, scale = leaves
         return cosine_attention_reference(q, k, v, self.theta_q, self.theta_k, scale, self.pattern)
+
+    def baselines(self, N: int, M: int) -> dict[str, Function]:
+        """Each compiled once, for both directions."""
+        found = {"FlexAttention, compiled": self.flex(N, M)}
+        if self.pattern.kind in ("full", "causal"):
+            found["SDPA, cuDNN"] = self.sdpa(SDPBackend.CUDNN_ATTENTION)
+            found["SDPA, flash"] = self.sdpa(SDPBackend.FLASH_ATTENTION)
+        else:
+            found["SDPA, mask"] = self.masked(N, M)
+        return found
 
     def flex(self, N: int, M: int) -> Function:
         """FlexAttention with the same blocks left out; normalisation and rotation compiled in front of it."""

@@ -28,6 +28,8 @@ DEFAULTS = {
     ("rows", False, True): Config((16, 16), 8, 1),
     ("keys", True, False): Config((64, 64), 4, 2),
     ("keys", True, True): Config((32, 64), 4, 2),
+    ("keys full", True, False): Config((64, 128), 8, 2),
+    ("keys causal", True, False): Config((64, 128), 8, 2),
     ("keys", False, False): Config((32, 16), 4, 1),
     ("keys", False, True): Config((16, 16), 8, 1),
 }
@@ -46,7 +48,7 @@ def bucket_of(D: int) -> str:
 def choose_config(kernel: str, dtype: torch.dtype, kind: str, D: int, device: torch.device) -> Config:
     """What a kernel runs with on a device: blocks are (rows, keys)."""
     size = (dtype != torch.float32, half_width(D) > 32)
-    # Rows of "full" have no own key to handle, which leaves registers.
+    # Rows of "full" have no own key to handle, which leaves registers; where keys are few, blocks of them stay small.
     default = DEFAULTS.get((f"{kernel} {kind}", *size)) or DEFAULTS[kernel, *size]
     key = Key(OP, kernel, str(dtype).removeprefix("torch."), bucket_of(D), kind)
     return tuning.choose_config(key, default, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 import multiprocessing
@@ -19,8 +18,8 @@ from kinema.kernels.gpu import timing
 from kinema.kernels.gpu.rows import identity
 from kinema.kernels.tuning import Config, Key
 
-SECONDS = 40
-"""After which no further candidate is timed."""
+SECONDS = 30
+"""From the start on, after which no further candidate is timed."""
 OPS = ("cosine_attention", "correlation_lookup")
 
 
@@ -40,8 +39,8 @@ class Candidates:
 def rows(argument: None) -> Iterator[dict[str, Any]]:
     """A row per candidate; a better one than the default is written into the card's file."""
     everything = [c for op in OPS for c in importlib.import_module(f"kinema.kernels.{op}.gpu_cases").candidates()]
-    fit = _that_fit(everything)
     deadline = time.monotonic() + SECONDS
+    fit = _that_fit(everything)
     winners = []
     for candidates, configs in zip(everything, fit, strict=True):
         if time.monotonic() > deadline:
@@ -49,12 +48,16 @@ def rows(argument: None) -> Iterator[dict[str, Any]]:
             continue
         call, measured = candidates.call("cuda"), {}
         for config in configs:
-            with tuning.trying(candidates.key, config):
-                measured[config] = timing.time_call(call).warm_ms
-            yield {
-                **{"case": _name(candidates.key), "way": str(config), "status": "measured"},
-                "warm_ms": round(measured[config], 5),
-            }
+            row = {"case": _name(candidates.key), "way": str(config)}
+            try:
+                with tuning.trying(candidates.key, config):
+                    measured[config] = timing.time_call(call).warm_ms
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:  # noqa: BLE001 - a candidate that cannot run here is left out
+                yield {**row, "status": "missing", "note": f"{type(error).__name__}: {error}"[:200]}
+                continue
+            yield {**row, "status": "measured", "warm_ms": round(measured[config], 5)}
         if measured:
             best = min(measured, key=lambda config: measured[config])
             winners.append(_row(candidates.key, best, measured[best]))
@@ -68,7 +71,7 @@ def _that_fit(everything: list[Candidates]) -> list[list[Config]]:
     jobs = [(c, config, capability) for c in everything for config in c.configs]
     # New processes: a CUDA context does not survive a fork, and triton's driver is another one there.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        good = dict(zip(jobs, pool.map(functools.partial(_fits), jobs), strict=True))
+        good = dict(zip(jobs, pool.map(_fits, jobs), strict=True))
     return [[config for config in c.configs if good[c, config, capability]] for c in everything]
 
 

@@ -72,25 +72,25 @@ def tasks() -> tuple[Task, ...]:
         *(
             Task("attention", f"attention {what}", f"{attention}:cases", limit, what)
             for what, limit in (
-                ("FPT training", 35),
-                ("FPT training fp32", 30),
-                ("FPT inference", 35),
-                ("DisMo motion", 30),
+                ("FPT training", 45),
+                ("FPT training, other types", 35),
+                ("FPT inference", 40),
+                ("DisMo motion", 35),
                 ("DisMo generator", 30),
-                ("causal", 30),
+                ("causal", 35),
             )
         ),
         Task("lookup", "lookup toys", f"{lookup}:toys", 20),
         *(
-            Task("lookup", f"lookup {what}", f"{lookup}:cases", 20, what)
+            Task("lookup", f"lookup {what}", f"{lookup}:cases", 17, what)
             for what in ("Sintel", "1080p", "1080p bf16", "training", "pair")
         ),
         Task("local", "local toys", f"{local}:toys", 15),
         *(
-            Task("local", f"local {what}", f"{local}:cases", 20, what)
+            Task("local", f"local {what}", f"{local}:cases", 25, what)
             for what in ("1080p fp16", "1080p fp32", "DinoFlow training")
         ),
         Task("sanitizer", "sanitizer memcheck", "kinema.kernels.gpu.sanitizer:rows", 15, "memcheck"),
         Task("sanitizer", "sanitizer racecheck", "kinema.kernels.gpu.sanitizer:rows", 15, "racecheck"),
-        Task("tuning", "tuning", "kinema.kernels.gpu.candidates:rows", 45),
+        Task("tuning", "tuning", "kinema.kernels.gpu.candidates:rows", 40),
     )
