@@ -23,7 +23,7 @@ class Launch(NamedTuple):
 _noted: list[Launch] | None = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[Any, ...], *arguments: Any, **options: Any) -> None:
     """Start a kernel on the current device."""
     if _noted is not None:
         _noted.append(Launch(kernel, arguments, options))

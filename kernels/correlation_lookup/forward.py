@@ -23,6 +23,39 @@ from kinema.kernels.correlation_lookup.geometry import (
 
 
 @triton.jit
+def split_kernel(
+    fmap,  # Map [B, h, w, C] float32
+    parts_ptr,  # [2, B, h, w, C] float16, contiguous: written, high and low parts
+    scales_ptr,  # [B, h, w] float32, contiguous: written
+    width,
+    pixels,  # h w
+    low,  # B h w C
+    C,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Each pixel's features, divided by a power of two that brings the largest to [1, 2), as two float16.
+
+    Together they hold 22 of float32's 24 bits, or what is above 2^-25 of the pixel's largest.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.arange(0, CHANNELS)
+    known = (pixel < pixels)[:, None] & (channel < C)[None, :]
+    places = fmap.ptr + b * fmap.b + ((pixel // width) * fmap.y + (pixel % width) * fmap.x)[:, None] + channel[None, :]
+    values = tl.load(places, mask=known, other=0.0)
+    exponent = tl.max(tl.abs(values), axis=1).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    values = values * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    high = values.to(tl.float16)
+    target = parts_ptr + b * pixels * C + pixel[:, None] * C + channel[None, :]
+    tl.store(target, high, mask=known)
+    tl.store(target + low, (values - high.to(tl.float32)).to(tl.float16), mask=known)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    tl.store(scales_ptr + b * pixels + pixel, scale, mask=pixel < pixels)
+
+
+@triton.jit
 def form_kernel(
     f1,  # Map [B, H, W, C]
     f2,  # Map [B, h, w, C]
@@ -34,10 +67,13 @@ def form_kernel(
     BY: tl.constexpr,
     BX: tl.constexpr,
     BC: tl.constexpr,
+    SPLIT: tl.constexpr,
     COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Products of the queries of one tile with the lattice points of their windows."""
+    """Products of the queries of one tile with the lattice points of their windows.
+
+    With SPLIT, values come in two float16 parts, and all their products but that of the low parts are summed.
+    """
     K: tl.constexpr = 2 * RADIUS + 2
     b = tl.program_id(1).to(tl.int64)
     qy, qx, known, y0, x0, seen = tile_windows(coords, tl.program_id(0), b, level, RADIUS, TILE)
@@ -55,9 +91,20 @@ def form_kernel(
                 f2_rows = f2_image + ty * f2.y + tx * f2.x
                 products = tl.zeros([TILE * TILE, BY * BX], tl.float32)
                 for start in range(0, level.C, BC):
-                    a = tl.load(f1_rows[:, None] + (start + channel)[None, :], mask=known[:, None], other=0.0)
-                    c = tl.load(f2_rows[None, :] + (start + channel)[:, None], mask=inside[None, :], other=0.0)
-                    products = tl.dot(a.to(COMPUTE), c.to(COMPUTE), products, input_precision=PRECISION)
+                    a_places = f1_rows[:, None] + (start + channel)[None, :]
+                    c_places = f2_rows[None, :] + (start + channel)[:, None]
+                    a = tl.load(a_places, mask=known[:, None], other=0.0).to(COMPUTE)
+                    c = tl.load(c_places, mask=inside[None, :], other=0.0).to(COMPUTE)
+                    products = tl.dot(a, c, products)
+                    if SPLIT:
+                        a_low = tl.load(a_places + f1.low, mask=known[:, None], other=0.0)
+                        c_low = tl.load(c_places + f2.low, mask=inside[None, :], other=0.0)
+                        products = tl.dot(a_low, c, products)
+                        products = tl.dot(a, c_low, products)
+                if SPLIT:
+                    a_scale = tl.load(f1.scales + b * (level.H * level.W) + query, mask=known, other=0.0)
+                    c_scale = tl.load(f2.scales + b * (level.h * level.w) + ty * level.w + tx, mask=inside, other=0.0)
+                    products = products * a_scale[:, None] * c_scale[None, :]
                 offset, mine = diagonal(query, y0, x0, ty, tx, inside, K)
                 tl.store(lattice_ptr + offset, products, mask=mine)
 

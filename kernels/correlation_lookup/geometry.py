@@ -19,6 +19,10 @@ class Map(NamedTuple):
     """Stride from item to item, in elements; y, x likewise."""
     y: Any
     x: Any
+    low: Any = 0
+    """Distance from a value to its low part, where float32 is held as two float16."""
+    scales: Any = None
+    """[B, height, width] float32, contiguous: what multiplies the parts of a pixel."""
 
 
 class Coords(NamedTuple):

@@ -17,12 +17,13 @@ from kinema.kernels.correlation_lookup.backward import (
     target_grad_kernel,
     unblend_kernel,
 )
-from kinema.kernels.correlation_lookup.forward import blend_kernel, form_kernel
+from kinema.kernels.correlation_lookup.forward import blend_kernel, form_kernel, split_kernel
 from kinema.kernels.correlation_lookup.geometry import Coords, Level, Map
 from kinema.kernels.correlation_lookup.tuning import (
     ELEMENTS,
     SCAN,
     SMALLEST_BLOCK_C,
+    SPLIT_PIXELS,
     TILE,
     backward_types,
     block_channels,
@@ -100,13 +101,14 @@ def form_windows(fmap1: Tensor, pyramid: list[Tensor], coords: Tensor, radius: i
     out = torch.empty(B, H, W, len(levels) * points, dtype=torch.float32, device=f1.device)
     lattice = torch.empty(B, H, W, (2 * radius + 2) ** 2, dtype=torch.float32, device=f1.device)
     centres, count = _coords(coords), H * W * points
+    queries = _parts(f1)
     for level, f2 in enumerate(levels):
         config, sizes = choose_config("form", f1.dtype, level, f1.device), _level(f1, f2, level)
         block_y, block_x = block_of(config.blocks[0], level)
         launch(
             form_kernel,
             (_tiles(H, W), B),
-            *(_map(f1), _map(f2), centres, lattice, sizes),
+            *(queries, _parts(f2), centres, lattice, sizes),
             RADIUS=radius,
             TILE=TILE,
             BY=block_y,
@@ -227,12 +229,32 @@ def _map(fmap: Tensor) -> Map:
     return Map(fmap, *fmap.stride()[:3])
 
 
+def _parts(fmap: Tensor) -> Map:
+    """Of a map as `form_kernel` takes it: float32 as two float16, other types as they are."""
+    if fmap.dtype != torch.float32:
+        return _map(fmap)
+    B, h, w, C = fmap.shape
+    parts = torch.empty(2, B, h, w, C, dtype=torch.float16, device=fmap.device)
+    scales = torch.empty(B, h, w, dtype=torch.float32, device=fmap.device)
+    launch(
+        split_kernel,
+        (triton.cdiv(h * w, SPLIT_PIXELS), B),
+        *(_map(fmap), parts, scales, w, h * w, fmap.numel(), C),
+        PIXELS=SPLIT_PIXELS,
+        CHANNELS=triton.next_power_of_2(C),
+        num_warps=4,
+    )
+    return Map(parts, *parts.stride()[1:4], low=fmap.numel(), scales=scales)
+
+
 def _coords(coords: Tensor) -> Coords:
     return Coords(coords, *coords.stride())
 
 
 def _level(f1: Tensor, f2: Tensor, level: int) -> Level:
-    return Level(*f1.shape[1:3], *f2.shape[1:], 1.0 / 2**level)
+    _, H, W, _ = f1.shape
+    _, h, w, C = f2.shape
+    return Level(H, W, h, w, C, 1.0 / 2**level)
 
 
 def _channels_last(fmap: Tensor) -> Tensor:

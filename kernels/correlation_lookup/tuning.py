@@ -18,14 +18,15 @@ SCAN = 32
 """Boxes looked at at once."""
 SMALLEST_BLOCK_C = 16
 """Matrix instructions take no fewer channels."""
+SPLIT_PIXELS = 16
+"""Pixels of a program that splits float32 features."""
 ELEMENTS = 8192 if INTERPRETING else 512
-_LANGUAGE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# Targets and channels of a block, by kernel and whether maps are 16 bits wide. float32 takes three matrix products and
+# Targets and channels of a block, by kernel and whether maps are 16 bits wide. float32 takes more matrix products and
 # their operands' parts, hence smaller blocks; gradients hold the weights of a block beside the sums.
 DEFAULTS = {
     ("form", True): Config((128, 64), 8, 3),
-    ("form", False): Config((64, 16), 8, 3),
+    ("form", False): Config((64, 64), 8, 2),
     ("query_grad", True): Config((64, 128), 8, 2),
     ("query_grad", False): Config((32, 64), 8, 2),
     ("target_grad", True): Config((TILE * TILE, 128), 8, 2),
@@ -51,14 +52,16 @@ def block_channels(channels: int, config: Config) -> int:
 
 
 def forward_types(dtype: torch.dtype) -> dict[str, Any]:
-    """Type in which products are formed, and how: exact enough for 1e-5 in float32."""
+    """Type in which products are formed; float32 comes as two float16, exact enough for 1e-5."""
     if dtype == torch.bfloat16 and INTERPRETING:
-        dtype = torch.float32  # numpy has no bfloat16
-    return {"COMPUTE": _LANGUAGE[dtype], "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}
+        return {"SPLIT": False, "COMPUTE": tl.float32}  # numpy has no bfloat16
+    return {"SPLIT": dtype == torch.float32, "COMPUTE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16}
 
 
 def backward_types(dtype: torch.dtype) -> dict[str, Any]:
-    """As forward, but float16 is multiplied as TF32: as many mantissa bits, and small gradients stay."""
+    """float16 is multiplied as TF32: as many mantissa bits, and small gradients stay; float32 in three products."""
     if dtype == torch.float16:
         return {"COMPUTE": tl.float32, "PRECISION": "tf32"}
-    return forward_types(dtype)
+    if dtype == torch.bfloat16 and not INTERPRETING:
+        return {"COMPUTE": tl.bfloat16, "PRECISION": "tf32"}
+    return {"COMPUTE": tl.float32, "PRECISION": "tf32x3"}

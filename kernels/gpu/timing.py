@@ -36,6 +36,8 @@ def time_call(function: Callable[[], Any]) -> Times:
     if not torch.cuda.is_available():
         seconds = [_clocked(function) for _ in range(3)]
         return Times(1e3 * statistics.median(seconds), 1e3 * statistics.median(seconds), "clock")
+    once: Callable[[], Any]
+    often: Callable[[], Any]
     try:
         once, often = _captured(function, 1), _captured(function, CALLS_PER_GRAPH)
         timer = "graph"

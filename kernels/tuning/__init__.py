@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 FOLDER = Path(__file__).parent
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "op": str,
     "kernel": str,
     "dtype": str,
