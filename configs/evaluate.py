@@ -90,6 +90,23 @@ class KNNConfig:
 
 
 @dataclass(frozen=True)
+class FlowSuiteConfig:
+    """Benchmark `flow`: the optical flow benchmarks that a folder holds."""
+
+    datasets: tuple[Literal["sintel", "kitti2012", "kitti2015", "spring", "middlebury"], ...] = ()
+    """Which of them; empty: all that are found in `data` or one folder below."""
+    models: tuple[str, ...] = ()
+    """Further models beside `model`, each as there, or NAME:WEIGHTS (`raft_small:raft-small.pth`)."""
+    split: Literal["training", "test"] = "training"
+    """test: no measures, but submissions of `model` in `out` for Sintel, KITTI and Spring."""
+    worst: int = 3
+    """Pairs with the largest error of each model and data set that the page shows."""
+
+    def __post_init__(self) -> None:
+        require(self.worst >= 0, "flow.worst", self.worst, "use 0 or more")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """`kinema evaluate`: a model and a benchmark folder in, one table out."""
 
@@ -132,6 +149,8 @@ class EvaluateConfig:
     """Benchmarks pokes and moving_part: how they ask."""
     knn: KNNConfig = field(default_factory=KNNConfig)
     """Benchmark knn: on what, and how."""
+    flow: FlowSuiteConfig = field(default_factory=FlowSuiteConfig)
+    """Benchmark flow: data sets, models and pages."""
     run_id: str = ""
     """MLflow run that gets the table; empty: the model's own run if it has one."""
 

@@ -39,6 +39,12 @@ BENCHMARKS = {
     "middlebury": Benchmark(
         "kinema.pipelines.evaluate.flow.stage:run_flow", "flow", "Middlebury: end-point error.", higher_is_better=False
     ),
+    "flow": Benchmark(
+        "kinema.pipelines.evaluate.flow.stage:run_suite",
+        "flow",
+        "Sintel, KITTI 2012 and 2015, Spring, Middlebury: every measure, published figures beside; submissions.",
+        higher_is_better=False,
+    ),
     "tapvid": Benchmark(
         "kinema.pipelines.evaluate.tapvid.stage:run_tapvid", "tracks", "TAP-Vid: AJ, position and occlusion accuracy."
     ),

@@ -13,7 +13,7 @@ from kinema.configs.models.row import ModelRow, TeacherFacts, TrackerFacts
 
 _RAFT_TEACHER = "kinema.pipelines.teach.teachers:RAFTTeacher"
 _MIXTURE_TEACHER = "kinema.pipelines.teach.teachers:MixtureTeacher"
-_FLOW_BENCHMARKS = ("sintel", "kitti", "middlebury")
+_FLOW_BENCHMARKS = ("sintel", "kitti", "middlebury", "flow")
 
 
 def _flow_network(

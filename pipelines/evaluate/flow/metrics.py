@@ -8,6 +8,10 @@ Sources: Butler et al. (Sintel) ECCV 2012; Menze and Geiger (KITTI 2015) CVPR 20
 scripts of RAFT, gmflow and ptlflow.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 import numpy as np
 from jaxtyping import Bool, Float32
 
@@ -25,6 +29,7 @@ class FlowErrors:
 
     def __init__(self) -> None:
         self._images: list[dict[str, dict[str, float]]] = []
+        self.by_speed = ErrorBySpeed()
 
     def add(
         self,
@@ -32,25 +37,43 @@ class FlowErrors:
         flow_gt_px: Float32[np.ndarray, "2 H W"],
         valid: Bool[np.ndarray, "H W"] | None = None,
         occluded: Bool[np.ndarray, "H W"] | None = None,
-    ) -> None:
+        candidates_px: Float32[np.ndarray, "K 2 H W"] | None = None,
+        masks: Mapping[str, Bool[np.ndarray, "H W"]] | None = None,
+    ) -> Float32[np.ndarray, "H W"]:
         """Counts one image; pixels whose ground truth is not finite count nowhere.
 
+        Args: candidates_px, several true flows of a pixel, of which the nearest counts (see `nearest_truth`); masks,
+            further subsets of the valid pixels, by name.
+        Returns: the end-point error of every pixel, nan where the truth is unknown.
         Raises: ValueError if the fields differ in size.
         """
         if flow_px.shape != flow_gt_px.shape:
             raise ValueError(f"flow is {list(flow_px.shape)}, ground truth {list(flow_gt_px.shape)}")
-        known = np.isfinite(flow_gt_px).all(axis=0)
-        valid = known if valid is None else known & valid
-        error, speed = endpoint_error(flow_px, flow_gt_px), np.sqrt((flow_gt_px**2).sum(axis=0))
-        masks = {"all": known, "valid": valid}
+        if candidates_px is None:
+            error, speed = endpoint_error(flow_px, flow_gt_px), np.sqrt((flow_gt_px**2).sum(axis=0))
+            longest = speed
+        else:
+            error, longest, speed = nearest_truth(flow_px, candidates_px)
+        known = np.isfinite(error)
+        valid = known if valid is None or candidates_px is not None else known & valid
+        subsets = {"all": known, "valid": valid}
         if occluded is not None:
-            masks |= {"occluded": valid & occluded, "visible": valid & ~occluded}
-        masks |= {
+            subsets |= {"occluded": valid & occluded, "visible": valid & ~occluded}
+        fast = speed > 40 if candidates_px is None else speed >= 40  # Spring's ranges are half open, Sintel's closed
+        subsets |= {
             "s0_10": known & (speed < 10),
-            "s10_40": known & (speed >= 10) & (speed <= 40),
-            "s40plus": known & (speed > 40),
+            "s10_40": known & (speed >= 10) & ~fast,
+            "s40plus": known & fast,
         }
-        self._images.append({name: _sums(error[mask], speed[mask]) for name, mask in masks.items()})
+        subsets |= {name: valid & mask for name, mask in (masks or {}).items()}
+        self._images.append({name: _sums(error[mask], longest[mask]) for name, mask in subsets.items()})
+        self.by_speed.add(error[valid], speed[valid])
+        return error
+
+    @property
+    def subsets(self) -> tuple[str, ...]:
+        """Names of the subsets that some image has."""
+        return tuple(dict.fromkeys(name for image in self._images for name in image))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -91,6 +114,52 @@ def endpoint_error(
 ) -> Float32[np.ndarray, "H W"]:
     """Length of the difference vector at every pixel."""
     return np.sqrt(((flow_px - flow_gt_px) ** 2).sum(axis=0))
+
+
+def nearest_truth(
+    flow_px: Float32[np.ndarray, "2 H W"], candidates_px: Float32[np.ndarray, "K 2 H W"]
+) -> tuple[Float32[np.ndarray, "H W"], Float32[np.ndarray, "H W"], Float32[np.ndarray, "H W"]]:
+    """Spring's measures where a pixel has several true flows: the least end-point error, longest and mean length.
+
+    The longest decides whether an error is an outlier, the mean which speed range the pixel is in; all are nan where
+    none of the candidates is known. Source: the evaluation of Mehl et al. (Spring), CVPR 2023.
+    """
+    known = np.isfinite(candidates_px).all(axis=1)
+    count = known.sum(axis=0)
+    candidates = np.where(known[:, None], candidates_px, np.float32(0))
+    errors = np.sqrt(((flow_px - candidates) ** 2).sum(axis=1))
+    lengths = np.sqrt((candidates**2).sum(axis=1))
+    unknown = np.float32(np.nan)
+    error = np.where(count > 0, np.where(known, errors, np.inf).min(axis=0), unknown)
+    longest = np.where(count > 0, np.where(known, lengths, -np.inf).max(axis=0), unknown)
+    mean = np.where(count > 0, lengths.sum(axis=0) / np.maximum(count, 1), unknown)
+    return error.astype(np.float32), longest.astype(np.float32), mean.astype(np.float32)
+
+
+class ErrorBySpeed:
+    """Mean end-point error against how far pixels move, in ranges that double."""
+
+    edges_px = (0.0, *(2.0**i for i in range(-1, 10)), np.inf)
+
+    def __init__(self) -> None:
+        self.count = np.zeros(len(self.edges_px) - 1)
+        self.total = np.zeros(len(self.edges_px) - 1)
+
+    def add(self, error: Float32[np.ndarray, " N"], speed: Float32[np.ndarray, " N"]) -> None:
+        """Count pixels."""
+        place = np.searchsorted(self.edges_px, speed, side="right") - 1
+        self.count += np.bincount(place, minlength=len(self.count))
+        self.total += np.bincount(place, weights=error, minlength=len(self.total))
+
+    def merge(self, other: ErrorBySpeed) -> None:
+        """Count another's pixels too."""
+        self.count, self.total = self.count + other.count, self.total + other.total
+
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Lower edge of every range with pixels (the first is at 0.25 px), and the mean error in it, pixels."""
+        there = self.count > 0
+        edges = np.array([0.25, *self.edges_px[1:-1]])
+        return edges[there].tolist(), (self.total[there] / self.count[there]).tolist()
 
 
 def _sums(error: np.ndarray, speed: np.ndarray) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
 from kinema.pipelines.evaluate.flow.metrics import FlowErrors
@@ -47,13 +47,13 @@ def evaluate_flow(
     if iters is None:
         iters = getattr(network, "benchmark_iters", {}).get(benchmark)
     groups: dict[str, FlowErrors] = {}
-    with _evaluation_mode(network, "kitti" if benchmark == "kitti" else "sintel"):
+    with evaluation_mode(network, "kitti" if benchmark == "kitti" else "sintel"):
         for done, sample in enumerate(dataset, 1):
             flow_gt, occluded = sample.flow_px, sample.occlusion
             assert flow_gt is not None  # training splits have it
             if use_invalid and "invalid" in sample.masks:
                 flow_gt = np.where(sample.masks["invalid"], np.float32(np.nan), flow_gt)
-            flow = _predict(network, sample, iters)
+            flow = predict(network, sample, iters)
             groups.setdefault(sample.group, FlowErrors()).add(flow, flow_gt, occluded=occluded)
             if progress is not None:
                 progress(done, len(dataset), sample.id)
@@ -86,7 +86,8 @@ def find_samples(benchmark_root: str | Path, benchmark: Benchmark) -> FlowDatase
     return dataset
 
 
-def _predict(network: nn.Module, sample: FlowSample, iters: int | None) -> np.ndarray:
+def predict(network: nn.Module, sample: FlowSample, iters: int | None) -> Float32[np.ndarray, "2 H W"]:
+    """A network's flow of a pair, on the device of its parameters."""
     parameter = next(network.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     image1, image2 = (_batch(image).to(device) for image in (sample.image1, sample.image2))
@@ -99,7 +100,7 @@ def _batch(image: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "1 3 H W"]:
 
 
 @contextmanager
-def _evaluation_mode(network: nn.Module, padding: str) -> Iterator[None]:
+def evaluation_mode(network: nn.Module, padding: str) -> Iterator[None]:
     """Evaluation mode and the benchmark's padding, put back afterwards."""
     training, own_padding = network.training, getattr(network, "padding", None)
     network.eval()
