@@ -73,7 +73,8 @@ def read_video(path: Path, fps: float, short_side: int, max_seconds: float) -> U
 
     Raises: SourceError (pipelines/video/errors.py) for a file that cannot be read.
     """
-    times, frames = [], []
+    times: list[float] = []
+    frames: list[np.ndarray] = []
     with VideoFile(str(path)) as video:
         for frame in video.frames():
             time_s = float((frame.pts or 0) * frame.time_base) if frame.time_base else 0.0
