@@ -54,6 +54,12 @@ def nearest_frames(times_s: Float[np.ndarray, "N"], moments_s: Float[np.ndarray,
     return after - (moments_s - times_s[after - 1] <= times_s[after] - moments_s)
 
 
+def frames_at_rate(times_s: Float[np.ndarray, "N"], fps: float) -> Int[np.ndarray, "n"]:
+    """Frames nearest to evenly spaced moments from the first frame to the last; none twice."""
+    count = int(np.floor((times_s[-1] - times_s[0]) * fps + _TOLERANCE_S)) + 1
+    return np.unique(nearest_frames(times_s, times_s[0] + np.arange(count) / fps))
+
+
 def draw_target(times_s: Float[np.ndarray, "N"], source: int, reach_s: float, generator: torch.Generator) -> int:
     """A frame of the video, at most `reach_s` behind the source frame."""
     last = int(np.searchsorted(times_s, times_s[source] + reach_s + _TOLERANCE_S))

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Int
 
 from kinema.configs import EmbedConfig
-from kinema.models.dismo.target_offset import frame_times, nearest_frames
+from kinema.models.dismo.target_offset import frame_times, frames_at_rate
 from kinema.pipelines.loader.clip import Clip
 
 COLUMNS = pa.schema(
@@ -28,7 +27,7 @@ def embed_clip(
     Raises: ValueError for a clip that is too short at this rate.
     """
     times = frame_times(clip.meta["pts"], clip.meta["time_base"])
-    chosen = frames_at(times, config.fps)
+    chosen = frames_at_rate(times, config.fps)
     least = model.max_delta_time + 1
     if len(chosen) < least:
         raise ValueError(
@@ -38,9 +37,3 @@ def embed_clip(
     motion = model.forward_sliding(video.to(device)).float().cpu()[0]
     row = {"frames": chosen[: len(motion)].tolist(), "motion_mean": motion.mean(dim=0).tolist()}
     return {"motion": motion.numpy()}, row
-
-
-def frames_at(times_s: np.ndarray, fps: float) -> Int[np.ndarray, "n"]:
-    """Frames nearest to evenly spaced moments from the first frame to the last; none twice."""
-    count = int(np.floor((times_s[-1] - times_s[0]) * fps + 0.5)) + 1
-    return np.unique(nearest_frames(times_s, times_s[0] + np.arange(count) / fps))

@@ -87,8 +87,9 @@ class MotionClip:
         """x, y of the centre, angle in radians, half size."""
         t = np.arange(self.num_frames) - (self.num_frames - 1) / 2
         size: np.ndarray = np.full(self.num_frames, rng.uniform(0.16, 0.24))
-        x, y = (np.full(self.num_frames, rng.uniform(0.38, 0.62)) for _ in range(2))
-        angle = np.zeros(self.num_frames)
+        x: np.ndarray = np.full(self.num_frames, rng.uniform(0.38, 0.62))
+        y: np.ndarray = np.full(self.num_frames, rng.uniform(0.38, 0.62))
+        angle: np.ndarray = np.zeros(self.num_frames)
         speed = float(rng.uniform(0.7, 1.3))
         if self.motion in _DIRECTIONS:
             dx, dy = _DIRECTIONS[self.motion]

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from kinema.models.dismo.target_offset import nearest_frames
+from kinema.models.dismo.target_offset import frames_at_rate
 from kinema.pipelines.scenes.motion_classes import LABELS, motion_clips
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.errors import SourceError
@@ -73,7 +73,8 @@ def read_video(path: Path, fps: float, short_side: int, max_seconds: float) -> U
 
     Raises: SourceError (pipelines/video/errors.py) for a file that cannot be read.
     """
-    times, frames = [], []
+    times: list[float] = []
+    frames: list[np.ndarray] = []
     with VideoFile(str(path)) as video:
         for frame in video.frames():
             time_s = float((frame.pts or 0) * frame.time_base) if frame.time_base else 0.0
@@ -83,8 +84,7 @@ def read_video(path: Path, fps: float, short_side: int, max_seconds: float) -> U
             frames.append(_shrunk(orientation_of(frame).apply(frame.to_ndarray(format="rgb24")), short_side))
     if not frames:
         raise SourceError("no frame comes out of it")
-    moments = np.arange(times[0], times[-1] + 0.5 / fps, 1 / fps)
-    return np.stack([frames[i] for i in np.unique(nearest_frames(np.asarray(times), moments))])
+    return np.stack([frames[i] for i in frames_at_rate(np.asarray(times), fps)])
 
 
 def _shrunk(frame: np.ndarray, short_side: int) -> np.ndarray:
