@@ -41,6 +41,8 @@ class TeachConfig:
     """Such frames are reduced (flow is stored at that size), or cut into overlapping tiles whose flow is blended."""
     uncertainty: bool = False
     """Store the error the teacher itself expects beside the flow (SEA-RAFT only)."""
+    from_: tuple[str, ...] = ()
+    """teacher=consensus: the flow artifacts of the same clips that it judges; it stores flow at the first one's size."""
     compare: str = ""
     """Another teacher's flow of the same clips; the mean distance to it becomes the column pair_disagreement_px."""
     occlusion: bool = True

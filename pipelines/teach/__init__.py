@@ -31,6 +31,7 @@ from kinema.pipelines.sidecars.sidecar import (
     plan_shards,
     totals,
 )
+from kinema.pipelines.teach.consensus import open_members
 from kinema.pipelines.teach.protocol import Pairing
 from kinema.pipelines.teach.shard_teacher import ShardTeacher
 from kinema.pipelines.teach.teachers import TeacherSpec, locate_weights
@@ -56,6 +57,8 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
     clips = open_input(config.clips, "clips")
     compare = _open_compared(config, clips)
     pairing = pairing_of(config)
+    others = {} if compare is None else {"compare": compare}
+    members = open_members(config.from_, clips, pairing) if facts_of(config.teacher).judges_flow else {}
     weights, weights_hash = locate_weights(config.teacher, config.weights)
     spec = TeacherSpec(
         name=config.teacher,
@@ -67,7 +70,7 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         short_side=config.short_side,
         max_pixels=round(config.max_megapixels * 1e6),
         too_large=config.too_large,
-        uncertainty=config.uncertainty,
+        uncertainty=config.uncertainty or facts_of(config.teacher).judges_flow,
         precision=config.precision,
         threads=config.threads_per_actor,
     )
@@ -79,15 +82,15 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         out,
         kind="flow",
         config=identity(spec, pairing),
-        inputs={"clips": clips.plan8} | ({} if compare is None else {"compare": compare.plan8}),
+        inputs={name: artifact.plan8 for name, artifact in ({"clips": clips} | others | members).items()},
     )
-    todo = plan_shards({"clips": clips} | ({} if compare is None else {"compare": compare}), flow)
+    todo = plan_shards({"clips": clips} | others | members, flow)
     total = flow.plan.num_rows
     say(f"teach: {config.teacher} on {total} clips, {len(todo)} of {len(flow.planned_shards())} shards to compute")
     with flow.swept_on_failure():
         if todo:
             spec, place = _place(config, spec)
-            make = partial(ShardTeacher, clips, flow, spec, pairing, compare=compare)
+            make = partial(ShardTeacher, clips, flow, spec, pairing, compare=compare, members=members)
             build_shards(flow, todo, partial(_shard_teacher, make), place, unit="pairs")
     flow.finalize()
     samples = flow.samples()
@@ -155,6 +158,10 @@ def _check_settings(config: TeachConfig) -> None:
     if config.padding != "sintel" and not facts.takes_padding:
         listed = ", ".join(name for name in MODELS.teachers() if facts_of(name).takes_padding)
         raise ValueError(f"padding={config.padding}: {teacher} knows no such choice, only {listed}; leave it out")
+    if config.from_ and not facts.judges_flow:
+        raise ValueError(f"from={list(config.from_)}: {teacher} looks at frames alone; use teacher=consensus")
+    if facts.judges_flow and (config.short_side or config.max_megapixels or config.iters):
+        raise ValueError(f"{teacher} works at its first member's size; leave short_side, max_megapixels and iters out")
     if config.too_large == "tile" and facts.sees_occlusion:
         raise ValueError(f"too_large=tile: {teacher} follows pixels across the whole frame; use too_large=downscale")
     if config.too_large == "tile" and not config.max_megapixels:
