@@ -1,7 +1,7 @@
 """`teacher=consensus`: several teachers' stored flow of a clip, and at each pixel the best supported of it.
 
 Estimates of a pair are each member's own flow and, over gaps above 1, its shorter gaps one after another where it
-stores them: direct flow over a long gap and chained flow fail in different places. models/flow/consensus.py has the rule.
+stores them: direct flow over a long gap and chained flow fail in different places. The rule: models/flow/consensus.py.
 """
 
 from __future__ import annotations
