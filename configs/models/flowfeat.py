@@ -26,7 +26,7 @@ class FlowFeatConfig:
     time_flip: bool = True
     """Also learn from backward pairs (YouTube-VOS: on, Kinetics: off)."""
     confidence_px: float = 0.0
-    """A pixel whose stored expected error is e counts 1 / (1 + (e / confidence_px)^2) in the losses; 0: all count alike.
+    """A pixel whose stored expected error is e counts 1 / (1 + (e / confidence_px)^2) in the losses; 0: all alike.
     Flow of the consensus, and of networks taught with uncertainty=true, has expected errors."""
     ridge_alpha: float = 0.1
     """Regulariser of the linear map (YouTube-VOS 0.1, Kinetics 1.0)."""

@@ -96,7 +96,7 @@ def add_teachers(page: Page, targets: Sequence[str], clips_url: str, truth_url: 
     page.section("Figures", _EXPLANATION)
     page.table(_figures(teachers))
     page.section("The same pairs", "Saturation is length, on one scale for all flows of a row. "
-                 "Maps of distances and errors go from black (none) over red to white.")  # fmt: skip
+                 "Maps of distances and errors go from black (none) over red and yellow to white.")  # fmt: skip
     page.pictures([(wheel_picture(), "colour of a motion from the centre")])
     for row in pictures:
         page.pictures(row, width=PICTURE_WIDTH)
@@ -279,7 +279,7 @@ def _pair_pictures(
 
 
 def heat_picture(values: Float32[np.ndarray, "H W"], top: float = 0.0) -> np.ndarray:
-    """Values from 0 to `top` (0: their 99th percentile, at least `FLAT_PX`) from black over red to white, uint8."""
+    """Values from 0 to `top` (0: their 99th percentile, at least `FLAT_PX`) from black over red and yellow to white, uint8."""
     share = np.clip(values / max(top or float(np.percentile(values, 99)), FLAT_PX), 0, 1)[..., None]
     return (255 * np.clip(3 * share - np.arange(3), 0, 1)).astype(np.uint8)
 
