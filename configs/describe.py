@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import keyword
 import textwrap
 import typing
 from typing import Any
@@ -27,9 +28,15 @@ def describe(schema: Any, prefix: str = "") -> str:
             continue
         default = list(field.default) if isinstance(field.default, tuple) else field.default
         allowed = choices(hints[field.name], field.metadata)
-        lines.append(f"  {prefix}{field.name}={default}" + (f"  ({' | '.join(allowed)})" if allowed else ""))
+        lines.append(f"  {prefix}{key_of(field.name)}={default}" + (f"  ({' | '.join(allowed)})" if allowed else ""))
         lines.append(textwrap.fill(docs.get(field.name, ""), 100, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
+
+
+def key_of(field_name: str) -> str:
+    """The key of a field: Python's own words (`from`) end in an underscore as field names only."""
+    bare = field_name.removesuffix("_")
+    return bare if keyword.iskeyword(bare) else field_name
 
 
 def choices(hint: Any, metadata: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import keyword
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, safe_load
 
+from kinema.configs.describe import key_of
 from kinema.configs.models.table import MODELS
 from kinema.configs.workflow import STAGES, WorkflowConfig
 
@@ -35,7 +37,7 @@ def load_stage(stage: str, path: str | Path | None = None, overrides: Sequence[s
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not known; stages are {', '.join(STAGES)}")
-    workflow = _read_yaml(path) if path else {}
+    workflow = _field_names(_read_yaml(path)) if path else {}
     _check_keys(workflow, WorkflowConfig, where=str(path))
     section = workflow if stage == "run" else workflow.get(stage) or {}
     return build(STAGES[stage], section, overrides)
@@ -43,13 +45,14 @@ def load_stage(stage: str, path: str | Path | None = None, overrides: Sequence[s
 
 def build(schema: type[T], values: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> T:
     """An instance of the dataclass `schema` from a nested mapping and `key=value` overrides."""
-    values = dict(values or {})
+    values = _field_names(values or {})
     _check_keys(values, schema, where="config")
     merged = _merge(OmegaConf.structured(_flat_schema(schema)), _yes_and_no(values, schema), "config file")
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
             raise ValueError(f"argument {override!r} is not key=value; write for example steps=100")
+        key = ".".join(map(field_name, key.split(".")))
         leaf = _leaf_type(key, schema)
         try:
             value = text if leaf is str or text in typing.get_args(leaf) else safe_load(text)
@@ -76,8 +79,20 @@ def to_mapping(config: Any) -> dict[str, Any]:
             if value is not None:
                 mapping[MODELS[getattr(config, chooser)].section] = to_mapping(value)
         else:
-            mapping[f.name] = to_mapping(value) if dataclasses.is_dataclass(value) else value
+            mapping[key_of(f.name)] = to_mapping(value) if dataclasses.is_dataclass(value) else value
     return mapping
+
+
+def field_name(key: str) -> str:
+    """The field behind a key: Python's own words (`from`) end in an underscore there."""
+    return f"{key}_" if keyword.iskeyword(key) else key
+
+
+def _field_names(values: Mapping[Any, Any]) -> dict[str, Any]:
+    return {
+        field_name(str(key)): _field_names(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+    }
 
 
 def _merge(base: DictConfig, values: Mapping[str, Any], source: str) -> DictConfig:
@@ -158,7 +173,7 @@ def _construct(schema: Any, values: Mapping[str, Any]) -> Any:
 
 def _refuse_without_effect(override: str, schema: Any, values: Mapping[str, Any]) -> None:
     """Raises: ValueError for an override in the section of a model that is not the chosen one."""
-    parts = override.partition("=")[0].split(".")
+    parts = [field_name(part) for part in override.partition("=")[0].split(".")]
     for part in parts[:-1]:
         for f in dataclasses.fields(schema):
             row = MODELS.get(values[f.metadata["sections"]]) if "sections" in f.metadata else None

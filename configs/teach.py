@@ -28,9 +28,10 @@ class TeachConfig:
     stride: int = 1
     """Pairs start at every `stride`-th frame."""
     iters: int = 0
-    """Refinements; 0 means the network's usual number (RAFT and RAFT-small 20, SEA-RAFT 4, L 12, SMURF 12)."""
+    """Refinements; 0 means the network's usual number (RAFT and RAFT-small 20, SEA-RAFT 4, L 12, SMURF 12,
+    WAFT 5, AllTracker 4)."""
     scale: int = 0
-    """SEA-RAFT sees the frames at 2^scale times their size; its Spring weights are meant for -1 on 1080p."""
+    """SEA-RAFT and WAFT see the frames at 2^scale times their size; its Spring weights are meant for -1 on 1080p."""
     padding: Literal["sintel", "kitti"] = "sintel"
     """RAFT pads frames to multiples of 8: evenly on all sides, or (kitti) all rows below, as for its benchmark."""
     short_side: int = 0
@@ -40,7 +41,9 @@ class TeachConfig:
     too_large: Literal["downscale", "tile"] = "downscale"
     """Such frames are reduced (flow is stored at that size), or cut into overlapping tiles whose flow is blended."""
     uncertainty: bool = False
-    """Store the error the teacher itself expects beside the flow (SEA-RAFT only)."""
+    """Store the error the teacher itself expects beside the flow (SEA-RAFT and WAFT; consensus always does)."""
+    from_: tuple[str, ...] = ()
+    """teacher=consensus: the flow artifacts of the same clips that it judges; the first one's size is stored."""
     compare: str = ""
     """Another teacher's flow of the same clips; the mean distance to it becomes the column pair_disagreement_px."""
     occlusion: bool = True

@@ -103,6 +103,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         elif name in ("verify", "inspect"):
             sub.add_argument("target", help="folder or URL of an artifact" + (" or run" if name == "inspect" else ""))
             if name == "inspect":
+                sub.add_argument("others", nargs="*", help="further flow of the same clips: teachers side by side")
+                sub.add_argument("--truth", default="", help="true motion: a flow artifact, or the rendered videos")
                 sub.add_argument("--out", default="", help="where the page goes; default: beside the target")
                 sub.add_argument("--pictures", default="", help="folder for its pictures and films as files")
         else:
@@ -128,9 +130,7 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
 
         return submit(args.stage, args.rest, address=args.address, wait=not args.no_wait, stdout=stdout)
     if args.command == "inspect":
-        from kinema.pipelines.report.inspect import inspect
-
-        summary: Any = inspect(args.target, args.out or None, args.pictures or None)
+        summary: Any = _inspect(args)
     elif args.command == "demo":
         _sigterm_interrupts()
         summary = resolve(MODELS[args.model].demo)(args.config, args.overrides)
@@ -142,6 +142,17 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
         summary = stages.stage_module(args.command).run(config)
     print_summary(summary, args.json, stdout)
     return int(getattr(summary, "exit_status", DONE))
+
+
+def _inspect(args: argparse.Namespace) -> Any:
+    from kinema.pipelines.report.inspect import inspect, inspect_teachers
+
+    out, pictures = args.out or None, args.pictures or None
+    if args.others:
+        return inspect_teachers([args.target, *args.others], out, pictures, args.truth or None)
+    if args.truth:
+        raise ValueError(f"--truth {args.truth}: errors are shown where teachers are compared; give two flow artifacts")
+    return inspect(args.target, out, pictures)
 
 
 def _verify(args: argparse.Namespace, stdout: TextIO) -> int:

@@ -25,6 +25,9 @@ class FlowFeatConfig:
     """Largest distance between the frames of a pair; 1..gap and both signs are drawn when available."""
     time_flip: bool = True
     """Also learn from backward pairs (YouTube-VOS: on, Kinetics: off)."""
+    confidence_px: float = 0.0
+    """A pixel whose stored expected error is e counts 1 / (1 + (e / confidence_px)^2) in the losses; 0: all alike.
+    Flow of the consensus, and of networks taught with uncertainty=true, has expected errors."""
     ridge_alpha: float = 0.1
     """Regulariser of the linear map (YouTube-VOS 0.1, Kinetics 1.0)."""
     flow_weight: float = 0.1
@@ -48,6 +51,7 @@ class FlowFeatConfig:
             f"use at least crop={self.crop} (>= 16)",
         )
         require(self.gap >= 1, "flowfeat.gap", self.gap, "use 1 or more")
+        require(self.confidence_px >= 0, "flowfeat.confidence_px", self.confidence_px, "use 0 or more pixels")
         require(self.ridge_alpha > 0, "flowfeat.ridge_alpha", self.ridge_alpha, "use a positive number")
         require(0 <= self.ema_decay < 1, "flowfeat.ema_decay", self.ema_decay, "use 0 <= decay < 1")
         require(self.ema_every >= 1, "flowfeat.ema_every", self.ema_every, "use 1 or more steps")

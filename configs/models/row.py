@@ -34,6 +34,8 @@ class TeacherFacts:
     """Whether it states the error it expects."""
     sees_occlusion: bool = False
     """Whether it says itself which pixels are hidden, from a whole clip (`ClipTeacher`); its frames are not tiled."""
+    judges_flow: bool = False
+    """Whether it looks at other teachers' stored flow (`from`) besides the frames."""
     actor_bytes: int = 4 << 30
     """Memory one of them may take on a CPU; bounds the number of actors."""
 

@@ -209,6 +209,19 @@ ROWS = (
         registered_name="kinema-dinoflow",
     ),
     ModelRow(
+        name="consensus",
+        title="consensus",
+        kind="flow",
+        summary="At each pixel the best supported of several teachers' stored flow; needs no weights.",
+        teacher=TeacherFacts(
+            "kinema.pipelines.teach.consensus:ConsensusTeacher",
+            needs_weights=False,
+            gives_uncertainty=True,
+            judges_flow=True,
+            actor_bytes=2 << 30,
+        ),
+    ),
+    ModelRow(
         name="chain",
         title="chain",
         kind="tracks",

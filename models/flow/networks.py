@@ -23,7 +23,7 @@ def flow_network(name: str, pretrained: bool = False, weights: str | Path | None
 
     Raises: ValueError for an unknown name, weights that do not fit, or a scale where there is none.
     """
-    names = MODELS.of_kind("flow")
+    names = [known for known in MODELS.of_kind("flow") if MODELS[known].build]
     if name not in names:
         raise ValueError(f"model={name} is no flow network; use one of {', '.join(names)}")
     row = MODELS[name]

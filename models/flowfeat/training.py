@@ -169,9 +169,14 @@ class NormalEquations:
 
 
 def edge_loss(
-    student: Float[Tensor, "B 2 h w"], teacher: Float[Tensor, "B 2 h w"], sigma: float
+    student: Float[Tensor, "B 2 h w"],
+    teacher: Float[Tensor, "B 2 h w"],
+    sigma: float,
+    confidence: Float[Tensor, "B 1 h w"] | None = None,
 ) -> tuple[Float[Tensor, "B"], Bool[Tensor, "B"]]:
     """Difference of flow gradients, weighted towards the teacher's edges.
+
+    Args: confidence, what each pixel counts, 0..1; an edge counts as the lesser of its two pixels.
 
     Returns: the loss of each sample (mean over channels, x and y added), and whether it is defined: a
     channel in which the teacher has no gradient at all in x or in y has no weights to share out. The
@@ -183,6 +188,9 @@ def edge_loss(
         student_edge = student.diff(dim=dim).abs()
         teacher_edge = teacher.diff(dim=dim).abs()
         weight = 1 - torch.exp(-teacher_edge / sigma)
+        if confidence is not None:
+            side = confidence.shape[dim] - 1
+            weight = weight * torch.minimum(confidence.narrow(dim, 0, side), confidence.narrow(dim, 1, side))
         total = weight.sum(dim=(2, 3), keepdim=True)  # [B, 2, 1, 1]
         has_edges = total > 0
         weight = weight / torch.where(has_edges, total, 1.0)
@@ -227,9 +235,16 @@ class FlowFeatTraining(nn.Module):
         assert isinstance(decoder, DPTDecoder)
         return decoder
 
-    def forward(self, frame: Tensor, teacher_flow: Tensor, params1: Tensor, params2: Tensor) -> TrainingLosses:
+    def forward(
+        self,
+        frame: Tensor,
+        teacher_flow: Tensor,
+        params1: Tensor,
+        params2: Tensor,
+        confidence: Tensor | None = None,
+    ) -> TrainingLosses:
         """Same as `training_losses`; the name that data-parallel wrappers call."""
-        return self.training_losses(frame, teacher_flow, params1, params2)
+        return self.training_losses(frame, teacher_flow, params1, params2, confidence)
 
     def training_losses(
         self,
@@ -237,6 +252,7 @@ class FlowFeatTraining(nn.Module):
         teacher_flow: Float[Tensor, "B 2 Ht Wt"],
         params1: Float[Tensor, "B 2 3"],
         params2: Float[Tensor, "B 2 3"],
+        confidence: Float[Tensor, "B 1 Ht Wt"] | None = None,
     ) -> TrainingLosses:
         """Losses of a batch.
 
@@ -245,13 +261,16 @@ class FlowFeatTraining(nn.Module):
             teacher_flow: the teacher's flow of the whole frame, at any size and in any unit (it is
                 standardised).
             params1, params2: crop matrices (see `random_crop_matrix`) of averaged and trained decoder.
+            confidence: what each pixel of the flow counts in the losses, 0..1; all alike by default, as published.
         """
         crops = self.sample_crops(frame, params1, params2)
         maps1, maps2 = self.encode(crops)
         flow1, flow2, usable = self.sample_flow(teacher_flow, params1, params2)
         flow_map = self.fit(maps1, flow1)
         student_flow = self.predict(maps2, flow_map)
-        return self._losses(student_flow, flow2, usable)
+        if confidence is not None:
+            confidence = sample_crop(confidence.float(), params2, self.input_size)
+        return self._losses(student_flow, flow2, usable, confidence)
 
     def sample_crops(self, frame: Tensor, params1: Tensor, params2: Tensor) -> Float[Tensor, "N 3 h w"]:
         """The first crops of all frames, then the second ones."""
@@ -326,10 +345,17 @@ class FlowFeatTraining(nn.Module):
         self.encoder.eval()
         return self
 
-    def _losses(self, student_flow: Tensor, teacher_flow: Tensor, usable: Tensor) -> TrainingLosses:
+    def _losses(
+        self, student_flow: Tensor, teacher_flow: Tensor, usable: Tensor, confidence: Tensor | None
+    ) -> TrainingLosses:
         config = self.loss_config
-        edge, defined = edge_loss(student_flow, teacher_flow, config.edge_sigma)
-        flow = (student_flow - teacher_flow).abs().sum(dim=1).mean(dim=(1, 2))
+        edge, defined = edge_loss(student_flow, teacher_flow, config.edge_sigma, confidence)
+        distance = (student_flow - teacher_flow).abs().sum(dim=1)
+        if confidence is None:
+            flow = distance.mean(dim=(1, 2))
+        else:
+            sure = confidence[:, 0]
+            flow = (sure * distance).sum(dim=(1, 2)) / sure.sum(dim=(1, 2)).clamp_min(1e-6)
         valid = usable & defined
         num_valid = valid.sum().clamp(min=1)
         flow = torch.where(valid, flow, 0.0).sum() / num_valid

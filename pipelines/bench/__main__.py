@@ -18,6 +18,7 @@ BENCHMARKS = {
     "flow_codec": "flow sidecar against fp16 npz",
     "loader": "groups of pictures by ranged reads against decoding each clip from its start",
     "teacher": "RAFT and RAFT-small against the plain pairwise network; memory at 1080p",
+    "flow_networks": "a pair of frames through RAFT, SEA-RAFT, WAFT and AllTracker: processor time and memory",
     "train_step": "FlowFeat step with stored flow against the same step with RAFT inside",
     "fpt_loader": "several samples per opened clip against one per MPEG-1 file decoded from its start",
     "fpt_step": "Flow Poke Transformer step against the same model with a dense boolean mask",

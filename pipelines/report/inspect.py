@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts.layout import MANIFEST
 from kinema.pipelines.report import sections
 from kinema.pipelines.report.page import Page
+from kinema.pipelines.report.teachers import add_teachers
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class InspectSummary:
     page: str
     """Path of the HTML file."""
     kind: str
-    """`clips`, `flow`, `tracks`, `features` or `run`."""
+    """`clips`, `flow`, `tracks`, `features`, `run` or `teachers`."""
     files: int = 0
     """Pictures and films written beside it."""
 
@@ -47,6 +49,28 @@ def inspect(target: str, out: str | None = None, pictures: str | None = None) ->
         _artifact(page, artifact)
     written = page.write_media(pictures) if pictures else 0
     return InspectSummary(str(page.write(path)), kind, written)
+
+
+def inspect_teachers(
+    targets: Sequence[str], out: str | None = None, pictures: str | None = None, truth: str | None = None
+) -> InspectSummary:
+    """One page about the flow that several teachers found in the same clips; see `report.teachers`.
+
+    Args: truth, a flow artifact with the true motion, or the folder of rendered videos that the clips were cut from.
+    Raises: ValueError for artifacts that are not flow of the same clips, or whose clips are not beside them.
+    """
+    first = Artifact.read(targets[0])
+    clips = _clips_beside(first)
+    if clips is None:
+        raise ValueError(f"{targets[0]}: its clips were not found beside it or its folder; pictures need them")
+    page = Page("Teachers side by side", ", ".join(targets))
+    add_teachers(page, targets, clips, truth or "")
+    folder = Path() if "://" in targets[0] else Path(targets[0]).resolve().parent
+    path = Path(out) if out else folder / "teachers_inspect.html"
+    if path.suffix != ".html":
+        path = path / "teachers_inspect.html"
+    written = page.write_media(pictures) if pictures else 0
+    return InspectSummary(str(page.write(path)), "teachers", written)
 
 
 def _artifact(page: Page, artifact: Artifact) -> None:

@@ -101,7 +101,7 @@ def _trails(clip: Clip) -> Iterator[np.ndarray]:
     shown = spread(tracks.points_px.shape[1], MAX_TRAILS)
     num_frames = min(clip.num_frames, MAX_FILM_FRAMES)
     height = min(tracks.size[0], FILM_HEIGHT)
-    frames = (shrink(_at_size(frame, tracks.size), height) for frame in clip.frames(range(num_frames)))
+    frames = (shrink(at_size(frame, tracks.size), height) for frame in clip.frames(range(num_frames)))
     scale = np.array(
         [shrink(np.zeros((*tracks.size, 3), np.uint8), height).shape[1] / tracks.size[1], height / tracks.size[0]]
     )
@@ -252,23 +252,25 @@ def shrink(picture: np.ndarray, height: int = SHOWN_HEIGHT) -> np.ndarray:
 def _pair_pictures(clip: Clip, signals: Mapping[str, Any]) -> list[tuple[np.ndarray, str]]:
     t, gap = signals["pair_t"], signals["pair_gap"]
     stored = clip.flow_pair(t, gap)
-    first, second = (_at_size(frame, clip.flow_size) for frame in clip.frames([t, t + gap]))
+    first, second = (at_size(frame, clip.flow_size) for frame in clip.frames([t, t + gap]))
     flow, hidden = stored.flow_px, stored.occlusion
     known = {name: signals.get(f"pair_{name}") for name in ("consistency_px", "photometric")}
     caption = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in known.items() if value is not None)
     return [
         (shrink(first), f"{clip.meta['source']}, frame {t}"),
-        (shrink(flow_picture(torch.from_numpy(flow))), f"flow to frame {t + gap}, up to {_longest(flow):.1f} px"),
+        (shrink(flow_picture(torch.from_numpy(flow))), f"flow to frame {t + gap}, up to {longest(flow):.1f} px"),
         (shrink(arrows_picture(first, flow)), "where pixels go"),
         (shrink(warped_difference(first, second, flow, hidden)), f"difference after warping ({caption})"),
     ]
 
 
-def _at_size(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def at_size(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A frame reduced to the size of its flow."""
     return frame if frame.shape[:2] == size else cv2.resize(frame, size[::-1], interpolation=cv2.INTER_AREA)
 
 
-def _longest(flow_px: np.ndarray) -> float:
+def longest(flow_px: np.ndarray) -> float:
+    """Length of the longest known vector of a flow field."""
     return float(np.nanmax(np.hypot(flow_px[0], flow_px[1])))
 
 

@@ -29,6 +29,7 @@ from kinema.pipelines.sidecars.sidecar import (
     open_input,
     place_actors,
 )
+from kinema.pipelines.teach.consensus import open_members
 from kinema.pipelines.teach.protocol import Pairing
 from kinema.pipelines.teach.shard_teacher import ShardTeacher
 from kinema.pipelines.teach.teachers import TeacherSpec, locate_weights
@@ -53,8 +54,9 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
     _check_settings(config)
     clips = open_input(config.clips, "clips")
     compare = _open_compared(config, clips)
-    inputs = {"clips": clips} | ({} if compare is None else {"compare": compare})
     pairing = pairing_of(config)
+    members = open_members(config.from_, clips, pairing) if facts_of(config.teacher).judges_flow else {}
+    inputs = {"clips": clips} | ({} if compare is None else {"compare": compare}) | members
     weights, weights_hash = locate_weights(config.teacher, config.weights)
     spec = TeacherSpec(
         name=config.teacher,
@@ -66,7 +68,7 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         short_side=config.short_side,
         max_pixels=round(config.max_megapixels * 1e6),
         too_large=config.too_large,
-        uncertainty=config.uncertainty,
+        uncertainty=config.uncertainty or facts_of(config.teacher).judges_flow,
         precision=config.precision,
         threads=config.threads_per_actor,
     )
@@ -83,7 +85,8 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
 
     def prepare() -> tuple[Any, Place]:
         placed, place = _place(config, spec)
-        return partial(_shard_teacher, partial(ShardTeacher, clips, flow, placed, pairing, compare=compare)), place
+        make = partial(ShardTeacher, clips, flow, placed, pairing, compare=compare, members=members)
+        return partial(_shard_teacher, make), place
 
     options: dict[str, Any] = {"allowed_quarantine": config.allowed_quarantine, "started": started, "say": say}
     done = complete(flow, inputs, config.teacher, prepare, unit="pairs", **options)
@@ -150,6 +153,10 @@ def _check_settings(config: TeachConfig) -> None:
     if config.padding != "sintel" and not facts.takes_padding:
         listed = ", ".join(name for name in MODELS.teachers() if facts_of(name).takes_padding)
         raise ValueError(f"padding={config.padding}: {teacher} knows no such choice, only {listed}; leave it out")
+    if config.from_ and not facts.judges_flow:
+        raise ValueError(f"from={list(config.from_)}: {teacher} looks at frames alone; use teacher=consensus")
+    if facts.judges_flow and (config.short_side or config.max_megapixels or config.iters):
+        raise ValueError(f"{teacher} works at its first member's size; leave short_side, max_megapixels and iters out")
     if config.too_large == "tile" and facts.sees_occlusion:
         raise ValueError(f"too_large=tile: {teacher} follows pixels across the whole frame; use too_large=downscale")
     if config.too_large == "tile" and not config.max_megapixels:

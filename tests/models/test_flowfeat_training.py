@@ -277,6 +277,24 @@ def test_edge_loss_by_hand():
 
 
 @pytest.mark.parametrize("pixels", [1000, 112 * 112, 3 * 112 * 112], ids=["part", "sample", "batch"])
+def test_equal_confidence_changes_nothing_and_pixels_without_any_do_not_count(module, inputs):
+    frame, teacher, params1, params2 = inputs
+    with torch.no_grad():
+        plain = module.training_losses(*inputs)
+        even = module.training_losses(*inputs, torch.full((2, 1, 112, 112), 0.3))
+        known = torch.zeros(2, 1, 112, 112)
+        known[..., :56] = 1
+        half = module.training_losses(frame, teacher, IDENTITY.expand(2, -1, -1), IDENTITY.expand(2, -1, -1), known)
+    assert even.total.item() == pytest.approx(plain.total.item(), rel=1e-4)
+    difference = (half.student_flow - half.teacher_flow).abs().sum(1)
+    assert half.flow.item() == pytest.approx(difference[..., :55].mean().item(), rel=0.03)
+    student, truth = torch.zeros(1, 2, 4, 4, requires_grad=True), torch.rand(1, 2, 4, 4)
+    sure = torch.ones(1, 1, 4, 4)
+    sure[..., 3] = 0
+    edge_loss(student, truth, 0.1, sure)[0].sum().backward()
+    assert not student.grad[..., 3].any() and student.grad[..., :3].any()
+
+
 def test_step_does_not_depend_on_the_pieces(module, inputs, monkeypatch, pixels):
     """Pieces smaller than a sample, of a sample, and of several samples."""
     module.zero_grad()

@@ -6,15 +6,18 @@ import re
 
 import av
 import numpy as np
+import pytest
 from PIL import Image
 
 from kinema.configs import TeachConfig, TrackConfig
 from kinema.pipelines import teach, track
-from kinema.pipelines.report import Page
-from kinema.pipelines.report.inspect import inspect
+from kinema.pipelines.loader import ClipIndex
+from kinema.pipelines.report import Page, teachers
+from kinema.pipelines.report.inspect import inspect, inspect_teachers
 from kinema.pipelines.report.sections import ranked_pairs
 from kinema.pipelines.scenes import Scene
-from kinema.pipelines.scenes.packed import write_scene_clips
+from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
+from kinema.pipelines.teach.cost import PairCost
 
 
 def test_page_holds_its_pictures_and_escapes_text(tmp_path):
@@ -74,3 +77,40 @@ def test_page_about_flow_has_histograms_and_pictures_of_pairs(tmp_path, monkeypa
     (tmp_path / "far").mkdir()
     (tmp_path / "renamed").rename(tmp_path / "far" / "clips")
     assert "no pictures" in open(inspect(str(tmp_path / "flow" / "dis")).page).read()
+
+
+def test_teachers_side_by_side_on_one_page(tmp_path, monkeypatch):
+    monkeypatch.setenv("KINEMA_ENGINE", "serial")
+    scenes = [Scene(seed=s, height=64, width=96, num_frames=3) for s in range(2)]
+    clips = write_scene_clips(scenes, tmp_path / "clips")
+    write_scene_flow(scenes, clips, tmp_path / "flow" / "truth", gaps=(1, -1))
+    targets = [str(tmp_path / "flow" / name) for name in ("usual", "coarse")]
+    for target, preset in zip(targets, (0, 1), strict=True):
+        teach.run(TeachConfig(clips=str(tmp_path / "clips"), out=target, iters=preset, gaps=(1,)))
+    measured = []
+    monkeypatch.setattr(teachers, "pair_cost", lambda *asked: measured.append(asked) or PairCost(0.25, 0.5))
+    summary = inspect_teachers(targets, pictures=str(tmp_path / "pictures"), truth=str(tmp_path / "flow" / "truth"))
+    assert measured == [("dis", 64, 96, 0), ("dis", 64, 96, 1)]
+    text = open(summary.page).read()
+    assert summary.kind == "teachers" and "Which to take" in text and "true motion" in text
+    # The wheel, and of four pairs: both frames, two flows, disagreement, true motion, two errors.
+    assert summary.files == 1 + 4 * 8
+    index = ClipIndex.open(tmp_path / "clips", targets[0])
+    truth = {f"scene-{scene.seed}": scene for scene in scenes}
+    errors = [
+        np.hypot(*(clip.flow(t, gap) - truth[clip.row["source"]].motion(t, t + gap)[0])).mean()
+        for clip in (index.clip(i) for i in range(len(index)))
+        for t, gap in clip.flow_pairs
+    ]
+    assert float(re.search(r"error, px: usual ([\d.]+)", text)[1]) == pytest.approx(np.mean(errors), abs=0.02)
+    monkeypatch.setattr(teachers, "pair_cost", lambda *asked: None)
+    without = open(inspect_teachers(targets, out=str(tmp_path / "blind.html")).page).read()
+    assert "no true motion is known" in without and "true motion</figcaption>" not in without
+    with pytest.raises(ValueError, match="no pair of frames in common"):
+        teach.run(TeachConfig(clips=str(tmp_path / "clips"), out=str(tmp_path / "flow" / "far"), gaps=(2,)))
+        inspect_teachers([targets[0], str(tmp_path / "flow" / "far")])
+
+
+def test_heat_goes_from_black_over_red_to_white():
+    heat = teachers.heat_picture(np.array([[0.0, 1.0, 2.0, 3.0]], np.float32), 3.0)
+    assert heat[0].tolist() == [[0, 0, 0], [255, 0, 0], [255, 255, 0], [255, 255, 255]]

@@ -127,7 +127,7 @@ def test_published_weights_are_tuned_to_other_footage_then_teach_and_are_evaluat
         evaluate.run(EvaluateConfig(model=str(tmp_path / "run"), data=str(shared_data / "davis" / "DAVIS")))
 
 
-@pytest.mark.parametrize("model", ["sea_raft_s", "smurf"])
+@pytest.mark.parametrize("model", ["sea_raft_s", "smurf", pytest.param("waft", marks=pytest.mark.slow)])
 def test_the_other_losses_run_through_the_loop(data, tmp_path, model):
     settings = dataclasses.replace(SMALL, iters=2)
     if model == "smurf":

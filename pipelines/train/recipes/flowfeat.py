@@ -79,7 +79,8 @@ class FlowFeatRecipe:
     def read_sample(self, clip: Clip, rng: np.random.Generator) -> dict[str, Tensor] | Skip:
         """One frame, the flow from it to a neighbour, and two crops.
 
-        Returns: image uint8 [3, S, S], flow float32 [2, s, s] in px of its own size, crop1 and crop2 [2, 3].
+        Returns: image uint8 [3, S, S], flow float32 [2, s, s] in px of its own size, crop1 and crop2 [2, 3]; with
+            confidence_px also confidence [1, s, s].
         """
         config = self.config
         pairs = [(t, gap) for t, gap in clip.flow_pairs if abs(gap) <= config.gap and (gap > 0 or config.time_flip)]
@@ -88,18 +89,24 @@ class FlowFeatRecipe:
         t, gap = pairs[int(rng.integers(len(pairs)))]
         size = (config.resize, config.resize)
         crops = [random_crop_matrix(size, rng, config.crop_scale) for _ in range(2)]
-        flow = square_flow(torch.from_numpy(np.ascontiguousarray(clip.flow(t, gap))), config.crop)
+        stored = clip.flow_pair(t, gap)
+        if config.confidence_px and stored.uncertainty_px is None:
+            return Skip("flow without expected errors, which flowfeat.confidence_px weighs by")
+        flow = square_flow(torch.from_numpy(np.ascontiguousarray(stored.flow_px)), config.crop)
         if not flow.isfinite().all():
             return Skip("teacher flow is not finite")
         if bool((flow.amax(dim=(1, 2)) == flow.amin(dim=(1, 2))).any()):
             return Skip("constant teacher flow")
         image = square_image(torch.from_numpy(np.ascontiguousarray(clip.frames([t])[0])), config.resize)
-        return {"image": image, "flow": flow, "crop1": crops[0], "crop2": crops[1]}
+        sample = {"image": image, "flow": flow, "crop1": crops[0], "crop2": crops[1]}
+        if config.confidence_px and stored.uncertainty_px is not None:
+            sample["confidence"] = confidence(stored.uncertainty_px, config.confidence_px, config.crop)
+        return sample
 
     def loss(self, module: nn.Module, batch: Batch) -> Loss:
         """Flow and edge loss of the trained decoder; samples without flow edges in their crop do not count."""
         images = normalise_images(batch["image"].float() / 255)
-        losses = module(images, batch["flow"], batch["crop1"], batch["crop2"])
+        losses = module(images, batch["flow"], batch["crop1"], batch["crop2"], batch.get("confidence"))
         metrics = {"flow_loss": losses.flow, "edge_loss": losses.edge}
         return Loss(losses.total, losses.valid.sum(), metrics)
 
@@ -182,6 +189,16 @@ def square_image(image: Tensor, side: int) -> Tensor:
     top, left = (height - short) // 2, (width - short) // 2
     square = image[top : top + short, left : left + short].permute(2, 0, 1)[None]
     return F.interpolate(square, (side, side), mode="bilinear", antialias=True)[0].contiguous()
+
+
+def confidence(expected_error_px: np.ndarray, half_px: float, side: int) -> Tensor:
+    """What pixels of the centre square count: 1 if certain, a half at an expected error of `half_px`; [1, s, s]."""
+    error = torch.from_numpy(np.ascontiguousarray(expected_error_px)).float()
+    height, width = error.shape
+    short = min(height, width)
+    top, left = (height - short) // 2, (width - short) // 2
+    square = 1 / (1 + (error[top : top + short, left : left + short] / half_px).square())
+    return F.interpolate(square[None, None], (side, side), mode="bilinear", antialias=True)[0].contiguous()
 
 
 def square_flow(flow_px: Tensor, side: int) -> Tensor:

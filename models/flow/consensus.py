@@ -1,0 +1,102 @@
+"""One flow out of several estimates of it: at each pixel the one that is best supported.
+
+What speaks against an estimate, in pixels:
+
+- round trip: how far a pixel ends from where it began, there by the estimate and back by its own backward flow;
+- difference: how unlike its surroundings are where it is sent to (`CENSUS_WEIGHT` pixels for complete unlikeness);
+- alone: how far the nearest other estimate is, `ALONE_WEIGHT` of it: a vote counts where the pictures do not tell.
+
+The first two are averaged over a square of `2 * RADIUS + 1` pixels, the round trip up to `MAX_TRIP_PX`. Where the
+target leaves the frame neither can be seen; both are then what is usual for the estimate. The estimate with the least
+sum is taken as it is: a mean of flows that disagree is wrong for every one of them. The sum is the error to expect.
+
+Source of the census difference: Zabih and Woodfill, ECCV 1994, in the soft form of Stone et al., CVPR 2021.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kinema.models.flow.geometry import warp
+
+RADIUS = 2
+MAX_TRIP_PX = 20.0
+CENSUS_WEIGHT = 20.0
+ALONE_WEIGHT = 0.0
+CENSUS_RADIUS = 3
+_CENSUS_EPS2, _CENSUS_HALF = 0.81 / 255**2, 0.1
+_GREY = (0.299, 0.587, 0.114)
+
+
+class Consensus(NamedTuple):
+    """The chosen flow of a pair."""
+
+    flow_px: Float[Tensor, "2 H W"]
+    expected_error_px: Float[Tensor, "H W"]
+    """What speaks against the chosen estimate; 0 is full confidence."""
+    chosen: Tensor
+    """Number of the estimate taken at each pixel, int64 [H, W]."""
+
+
+def consensus(
+    image1: Float[Tensor, "3 H W"],
+    image2: Float[Tensor, "3 H W"],
+    forward: Sequence[Float[Tensor, "2 H W"]],
+    backward: Sequence[Float[Tensor, "2 H W"]],
+) -> Consensus:
+    """Flow from image1 to image2 (0..1) by several estimates, each with its own backward flow.
+
+    Raises: ValueError without estimates, or for one without backward flow.
+    """
+    if not forward or len(forward) != len(backward):
+        raise ValueError(f"{len(forward)} forward and {len(backward)} backward flows; give one of each per estimate")
+    against = torch.stack(
+        [_against(image1, image2, there, back) for there, back in zip(forward, backward, strict=True)]
+    )
+    flows = torch.stack(list(forward))
+    if len(flows) > 1:
+        apart = (flows[:, None] - flows[None]).norm(dim=2)  # [K, K, H, W]
+        apart.diagonal(dim1=0, dim2=1).fill_(torch.inf)
+        against = against + ALONE_WEIGHT * apart.amin(dim=1)
+    least, chosen = against.min(dim=0)
+    flow = flows.gather(0, chosen.expand(1, 2, -1, -1))[0]
+    return Consensus(flow, least, chosen)
+
+
+def _against(image1: Tensor, image2: Tensor, there: Tensor, back: Tensor) -> Float[Tensor, "H W"]:
+    """Round trip and difference of one estimate, in pixels."""
+    returned, inside = warp(back[None], there[None])
+    trip_px = (there + returned[0]).norm(dim=0).clamp(max=MAX_TRIP_PX)
+    grey = image1.new_tensor(_GREY).view(3, 1, 1)
+    moved, _ = warp((image2 * grey).sum(0)[None, None], there[None])
+    difference = census_difference((image1 * grey).sum(0), moved[0, 0])
+    seen = inside[0]
+    sums = trip_px + CENSUS_WEIGHT * difference
+    usual = sums[seen].mean() if bool(seen.any()) else sums.new_tensor(MAX_TRIP_PX)
+    return _averaged(torch.where(seen, sums, usual))
+
+
+def census_difference(grey1: Float[Tensor, "H W"], grey2: Float[Tensor, "H W"]) -> Float[Tensor, "H W"]:
+    """How differently two pictures relate each pixel to its neighbours, 0 to below 1; brightness hardly matters."""
+    r = CENSUS_RADIUS
+    padded = F.pad(torch.stack([grey1, grey2])[None], (r, r, r, r), mode="replicate")[0]
+    middle = torch.stack([grey1, grey2])
+    height, width = grey1.shape
+    total = torch.zeros_like(grey1)
+    for dy in range(2 * r + 1):
+        for dx in range(2 * r + 1):
+            step = padded[:, dy : dy + height, dx : dx + width] - middle
+            first, second = step / torch.sqrt(_CENSUS_EPS2 + step.square())
+            square = (first - second).square()
+            total += square / (_CENSUS_HALF + square)
+    return total / ((2 * r + 1) ** 2 - 1)
+
+
+def _averaged(values: Float[Tensor, "H W"]) -> Float[Tensor, "H W"]:
+    side = 2 * RADIUS + 1
+    padded = F.pad(values[None, None], (RADIUS,) * 4, mode="replicate")
+    return F.avg_pool2d(padded, side, stride=1)[0, 0]
