@@ -19,17 +19,21 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, safe_load
 
 from kinema.configs.models.table import MODELS
+from kinema.configs.paths import placed
 from kinema.configs.workflow import STAGES, WorkflowConfig
 
 T = TypeVar("T")
 FOLDER = Path(__file__).resolve().parent
 
 
-def load_stage(stage: str, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
+def load_stage(
+    stage: str, path: str | Path | None = None, overrides: Sequence[str] = (), *, away: bool = False
+) -> Any:
     """The config of one stage.
 
     Args: stage, a key of `STAGES`; path, a workflow file (its section `stage` is read; for `run` all of it);
-        overrides, `key=value` with dotted keys relative to the stage's section.
+        overrides, `key=value` with dotted keys relative to the stage's section, and `root=FOLDER`, under which
+        relative paths then lie; away, whether it will run elsewhere, where relative paths mean nothing.
     Returns: the stage's frozen dataclass.
     Raises: ValueError naming the key or value, what is allowed, and the nearest key.
     """
@@ -38,7 +42,11 @@ def load_stage(stage: str, path: str | Path | None = None, overrides: Sequence[s
     workflow = _read_yaml(path) if path else {}
     _check_keys(workflow, WorkflowConfig, where=str(path))
     section = workflow if stage == "run" else workflow.get(stage) or {}
-    return build(STAGES[stage], section, overrides)
+    if stage != "run" and workflow.get("experiment") and "experiment" in _fields(STAGES[stage]):
+        section = {"experiment": workflow["experiment"], **section}
+    roots = [text.removeprefix("root=") for text in overrides if text.startswith("root=")]
+    config = build(STAGES[stage], section, [text for text in overrides if not text.startswith("root=")])
+    return placed(config, roots[-1] if roots else "", away=away)
 
 
 def build(schema: type[T], values: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> T:

@@ -221,14 +221,17 @@ def load_weights(model: Model, source: str | Path | None, name: str) -> Model:
             module.adapt_state_dict(state, f"{prefix}." if prefix else "")
     _check_keys(model, state, source, name)
     model.load_state_dict(state, strict=True)
-    entry = LEDGER.get(name)
-    if entry is not None and entry.non_commercial:
-        warnings.warn(
-            f"weights of {name}: licence {entry.licence}; not for commercial use",
-            NonCommercialWeightsWarning,
-            stacklevel=2,
-        )
+    if notice := licence_notice(name):
+        warnings.warn(notice, NonCommercialWeightsWarning, stacklevel=2)
     return model
+
+
+def licence_notice(name: str) -> str:
+    """What a user of these published weights must know of their licence; empty if they may be used commercially."""
+    entry = LEDGER.get(name)
+    if entry is None or not entry.non_commercial:
+        return ""
+    return f"weights of {name}: licence {entry.licence}; not for commercial use"
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

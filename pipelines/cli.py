@@ -126,7 +126,8 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
     if args.command == "submit":
         from kinema.pipelines.submit import submit
 
-        return submit(args.stage, args.rest, address=args.address, wait=not args.no_wait, stdout=stdout)
+        wait = not args.no_wait
+        return submit(args.stage, args.rest, address=args.address, wait=wait, stdout=stdout, as_json=args.json)
     if args.command == "inspect":
         from kinema.pipelines.report.inspect import inspect
 
@@ -139,7 +140,7 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
     else:
         config = load_stage(args.command, args.config, args.overrides)
         _sigterm_interrupts()
-        summary = stages.stage_module(args.command).run(config)
+        summary = stages.run_stage(args.command, config)
     print_summary(summary, args.json, stdout)
     return int(getattr(summary, "exit_status", DONE))
 

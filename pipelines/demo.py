@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kinema.configs import TrainConfig, WorkflowConfig, build, load_stage
-from kinema.pipelines import workflow
+from kinema.pipelines import tracking, workflow
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.registry import registered_name
 from kinema.pipelines.report import Page, sections
@@ -62,12 +61,16 @@ def demo(config_path: str | None = None, overrides: Sequence[str] = ()) -> DemoS
     workspace = Path(config.workspace).expanduser().resolve()
     if not config.shard.videos:
         config = load_stage("run", config_path or "demo", [*settings, f"shard.videos={_render(workspace / 'videos')}"])
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'mlflow.db'}")
+    with tracking.logging_beside(str(workspace / "report.html")):
+        return _demo(config, workspace, started)
+
+
+def _demo(config: WorkflowConfig, workspace: Path, started: float) -> DemoSummary:
     result = workflow.run(config)
     known = known_motion(config, result)
     page = _page(config, result, known, time.monotonic() - started)
     path = page.write(workspace / "report.html")
-    command = f"mlflow ui --backend-store-uri {os.environ['MLFLOW_TRACKING_URI']} --host 127.0.0.1"
+    command = f"mlflow ui --backend-store-uri {tracking.tracking_uri()} --host 127.0.0.1"
     if (binary := Path(sys.executable).parent / "mlflow").exists() and not shutil.which("mlflow"):
         command = command.replace("mlflow ui", f"{binary} ui", 1)
     uri = f"models:/{registered_name(config.register, config.train.model)}@champion"
@@ -192,7 +195,7 @@ def _page(config: WorkflowConfig, result: workflow.WorkflowSummary, known: dict[
     page.section("Use it")
     page.code(
         "import mlflow\n"
-        f'mlflow.set_tracking_uri("{os.environ["MLFLOW_TRACKING_URI"]}")\n'
+        f'mlflow.set_tracking_uri("{tracking.tracking_uri()}")\n'
         f'model = mlflow.pyfunc.load_model("models:/{registered_name(config.register, config.train.model)}@champion")\n'
         "features = model.predict(images)  # uint8 [B, H, W, 3]"
     )

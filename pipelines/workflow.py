@@ -68,7 +68,11 @@ def run(config: WorkflowConfig, *, report: Callable[[str], None] | None = None) 
     if "shard" in config.stages and not workspace.exists():
         find_sources(config.shard.videos, config.shard.layout)  # wrong videos leave no workspace behind
     _prepare(workspace)
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'mlflow.db'}")
+    with tracking.logging_beside(str(workspace / "_workflow")):
+        return _run(config, workspace, report, started)
+
+
+def _run(config: WorkflowConfig, workspace: Path, report: Callable[[str], None], started: float) -> WorkflowSummary:
     outputs: dict[str, str] = {}
     states: dict[str, str] = {}
     summaries: dict[str, dict[str, Any]] = {}
@@ -206,8 +210,8 @@ def _output_state(out: str) -> str:
     """State of a stage's files; a stage without a folder of its own (register) has the registry's database."""
     if out:
         return listing_hash(out)
-    database = os.environ.get("MLFLOW_TRACKING_URI", "").removeprefix("sqlite:///")
-    return str(Path(database).is_file()) if "://" not in database else "remote"
+    database = tracking.sqlite_path(tracking.tracking_uri())
+    return "remote" if database is None else str(database.is_file())
 
 
 def listing_hash(url: str) -> str:

@@ -81,7 +81,7 @@ def run(config: RegisterConfig, *, report: Callable[[dict[str, Any]], None] | No
         {},
         tags={"kinema.registered_as": name},
         resume=record.get("run_id", ""),
-        workspace=_workspace(record),
+        workspace=tracking.workspace_of(record),
     )
     try:
         registry = Registry(tracker.client, tracker.handle.uri, name)
@@ -142,12 +142,6 @@ def _beats(registry: Registry, value: float | None, before: int, name: str, high
 def _run_record(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint.parent.parent / "run.json"
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _workspace(record: Mapping[str, Any]) -> Path | None:
-    """Folder of the embedded store that the training logged to, so that both are in one."""
-    database = tracking.sqlite_path(record.get("tracking_uri", ""))
-    return database.parent if database is not None and database.name == "mlflow.db" else None
 
 
 def _tags(

@@ -6,7 +6,6 @@ instead of computed, at the teacher's own resolution; samples without any flow e
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from kinema.models.backbones.vision_transformer import CONFIGS
 from kinema.models.flow.geometry import crop_flow, resize_flow
 from kinema.models.flowfeat.model import VARIANTS, FlowFeat
 from kinema.models.flowfeat.training import FlowFeatLossConfig, FlowFeatTraining, random_crop_matrix
-from kinema.models.weights import LEDGER, load_weights, published_file
+from kinema.models.weights import LEDGER, licence_notice, load_weights, published_file
 from kinema.pipelines.loader import Clip, Skip
 from kinema.pipelines.pictures.images import (
     IMAGENET_MEAN,
@@ -68,12 +67,22 @@ class FlowFeatRecipe:
                 f"train.flowfeat.crop={config.crop} is no multiple of {self.backbone}'s patch {patch}; use {sizes}"
             )
         if self.weights or config.backbone_weights:
-            self._load_start(self._new_module(), say=False)
+            self._load_start(self._new_module())
+
+    def notices(self) -> tuple[str, ...]:
+        """What a user must know of a model trained so."""
+        if self.weights or self.config.backbone_weights:
+            names = (self.backbone, f"flowfeat/{self.config.variant}")
+            return tuple(dict.fromkeys(filter(None, map(licence_notice, names))))
+        return (
+            f"the encoder {self.backbone} is untrained; set train.flowfeat.backbone_weights to a file or to "
+            "`published` for useful features",
+        )
 
     def build(self) -> FlowFeatTraining:
         """Frozen encoder, decoder, averaged decoder; weights as the config asks."""
         module = self._new_module()
-        self._load_start(module, say=True)
+        self._load_start(module)
         return module
 
     def read_sample(self, clip: Clip, rng: np.random.Generator) -> dict[str, Tensor] | Skip:
@@ -156,7 +165,7 @@ class FlowFeatRecipe:
         size = (config.crop, config.crop)
         return FlowFeatTraining(self.backbone, constants, size, config.ema_decay, config.ema_every)
 
-    def _load_start(self, module: FlowFeatTraining, say: bool) -> None:
+    def _load_start(self, module: FlowFeatTraining) -> None:
         source = self.config.backbone_weights
         if source:
             path = published_file(self.backbone) if source == "published" else source
@@ -168,11 +177,6 @@ class FlowFeatRecipe:
         elif self.weights:
             load_weights(module.student(ema=False), self.weights, f"flowfeat/{self.config.variant}")
             module.decoder_ema.ema_model.load_state_dict(module.decoder.state_dict())
-        if say and not source and not self.weights:
-            sys.stderr.write(
-                f"kinema train: the encoder {self.backbone} is untrained; set train.flowfeat.backbone_weights to a "
-                "file or to `published` for useful features\n"
-            )
 
 
 def square_image(image: Tensor, side: int) -> Tensor:
