@@ -26,9 +26,7 @@ T = TypeVar("T")
 FOLDER = Path(__file__).resolve().parent
 
 
-def load_stage(
-    stage: str, path: str | Path | None = None, overrides: Sequence[str] = (), *, away: bool = False
-) -> Any:
+def load_stage(stage: str, path: str | Path | None = None, overrides: Sequence[str] = (), *, away: bool = False) -> Any:
     """The config of one stage.
 
     Args: stage, a key of `STAGES`; path, a workflow file (its section `stage` is read; for `run` all of it);

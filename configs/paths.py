@@ -16,11 +16,16 @@ from kinema.configs.models.table import MODELS
 
 ROOT_VARIABLE = "KINEMA_ROOT"
 PATH_KEYS = frozenset(
-    "videos out clips flow other_flow tracks weights data workspace compare model backbone_weights encoder_weights".split()
+    "videos out clips flow other_flow tracks weights data workspace compare model backbone_weights "
+    "encoder_weights".split()
 )
 """Settings that name a file or folder, in every stage."""
 _CACHE_FOLDER = "runtime_resources"
-_WORDS = {"weights": ("published", "auto"), "backbone_weights": ("published", "auto"), "encoder_weights": ("published",)}
+_WORDS = {
+    "weights": ("published", "auto"),
+    "backbone_weights": ("published", "auto"),
+    "encoder_weights": ("published",),
+}
 _ADDRESSES = ("models:/", "runs:/")
 
 

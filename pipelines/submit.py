@@ -37,7 +37,7 @@ FORWARDED = (
 def submit(
     stage: str, rest: Sequence[str], *, address: str | None, wait: bool, stdout: TextIO, as_json: bool = False
 ) -> int:
-    """Submit `kinema STAGE rest...`; prints the stage's summary and returns its exit status (without `wait`: 0 at once).
+    """Submit `kinema STAGE rest...`; prints the stage's summary, returns its exit status (without `wait`: 0 at once).
 
     Args: address, the job server (http://HEAD:8265); None: RAY_ADDRESS; as_json, the summary as one JSON line, which
         `--json` among the stage's arguments asks for too.
