@@ -83,7 +83,7 @@ class Registry:
         )
         try:
             record = Model(
-                artifact_path=logged.artifact_location,
+                artifact_path=self.name,  # the place itself would tell of this machine
                 model_uuid=logged.model_id,
                 run_id=run_id,
                 model_id=logged.model_id,
