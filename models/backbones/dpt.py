@@ -146,6 +146,20 @@ class DPTDecoder(nn.Module):
         return linear(F.relu(hidden), mix.weight.flatten(1), mix.bias)
 
 
+class PyramidDecoder(DPTDecoder):
+    """The decoder on the four maps of a pyramid, which have their sizes already: nothing is reassembled.
+
+    Args: widths, channels of the maps, finest first; width, channels of the decoder and of its output.
+    """
+
+    def __init__(self, widths: Sequence[int], width: int):
+        nn.Module.__init__(self)
+        self.scratch = Scratch(widths, width)
+        for level in range(1, len(widths) + 1):
+            self.add_module(f"act_postprocess{level}", nn.Identity())
+        self.norm = ChannelNorm(width)
+
+
 def tokens_to_map(tokens: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Float[Tensor, "B C h w"]:
     """The last h * w tokens as a map; class and register tokens in front are dropped.
 

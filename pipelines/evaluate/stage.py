@@ -34,6 +34,8 @@ class EvaluateSummary:
     """Wall time."""
     run_id: str = ""
     """MLflow run that got the table."""
+    out: str = ""
+    """Folder of the table, if one was asked for."""
 
     def flat(self) -> dict[str, Any]:
         """What `--json` prints: every metric a key of its own."""
@@ -58,7 +60,9 @@ def run(config: EvaluateConfig, *, report: Callable[[Any], None] | None = None) 
         tracking.open_client(tracking.tracking_uri())  # a server that is down is told before the work
     metrics, pictures = resolve(benchmark.run)(config)
     run_id = _log(config, metrics, pictures)
-    summary = EvaluateSummary(metrics, config.model, config.benchmark, round(time.monotonic() - started, 2), run_id)
+    summary = EvaluateSummary(
+        metrics, config.model, config.benchmark, round(time.monotonic() - started, 2), run_id, config.out
+    )
     if config.out:
         write_table(Path(config.out), summary)
     return summary

@@ -162,6 +162,14 @@ class ClipLoader:
 
     def index(self) -> ClipIndex:
         """The clips to train on; ValueError with reasons and counts if there are none."""
+        return self.all_clips().split(self.config.loader.hold_out)[0]
+
+    def held_out(self) -> ClipIndex:
+        """The clips that were kept out of training; all of them if none were."""
+        return self.all_clips().split(self.config.loader.hold_out)[1]
+
+    def all_clips(self) -> ClipIndex:
+        """Every usable clip."""
         config, with_flow = self.config, "flow" in self.recipe.needs
         return ClipIndex.open(
             config.clips,
