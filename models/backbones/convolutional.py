@@ -1,4 +1,4 @@
-"""A small convolutional encoder that learns from scratch in minutes on a CPU: residual blocks in a pyramid of four maps.
+"""A small convolutional encoder that learns from scratch in minutes on a CPU: a pyramid of residual blocks.
 
 Source: He et al., Deep Residual Learning, CVPR 2016, with group normalisation (Wu and He, ECCV 2018), which knows no
 difference between training and use and does not depend on the batch.

@@ -112,12 +112,12 @@ class DPTDecoder(nn.Module):
             self.add_module(f"act_postprocess{level}", Reassemble(width_in, width_level, scale))
         self.norm = ChannelNorm(width)
 
-    def forward(self, maps: Sequence[Float[Tensor, "B C h w"]], size: tuple[int, int]) -> Float[Tensor, "B F H W"]:
+    def forward(self, maps: Sequence[Float[Tensor, "B _ _ _"]], size: tuple[int, int]) -> Float[Tensor, "B F H W"]:
         """Normed features at `size` = (H, W) from the token maps, shallowest block first."""
         hidden = self.hidden(maps, size)
         return self.head(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def hidden(self, maps: Sequence[Float[Tensor, "B C h w"]], size: tuple[int, int]) -> Float[Tensor, "B F H W"]:
+    def hidden(self, maps: Sequence[Float[Tensor, "B _ _ _"]], size: tuple[int, int]) -> Float[Tensor, "B F H W"]:
         """All of the decoder that looks at neighbours; what is left, `head`, works pixel by pixel."""
         scratch = self.scratch
         levels = [

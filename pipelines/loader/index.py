@@ -128,7 +128,7 @@ class ClipIndex:
         return self._length
 
     def split(self, hold_out: int) -> tuple[ClipIndex, ClipIndex]:
-        """(clips to learn from, clips to judge on): every `hold_out`-th one is judged on, at least one if there are two.
+        """(clips to learn from, clips to judge on): every `hold_out`-th is judged on, one at least if there are two.
 
         With `hold_out` 0, or a single clip, both are all clips.
         """
