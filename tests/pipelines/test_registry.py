@@ -346,7 +346,7 @@ def test_a_version_says_what_it_is_and_belongs_to_its_run(store, first):
         assert text in version.description, text
     assert 'load_model("models:/kinema-flowfeat@champion")' in version.description
     assert client.get_registered_model(NAME).description.startswith("FlowFeat: Pixel-dense")
-    info = mlflow.models.get_model_info(logged.artifact_location)
+    info = mlflow.models.get_model_info(logged.artifact_location.removeprefix("file://"))
     assert info.signature.inputs.input_names() == ["images"] and info.metadata["kinema"]["outputs"]["y_dec"] == [-1] * 4
     assert [spec.name for spec in info.signature.params.params] == ["outputs", "pooled", "stride", "dtype"]
 

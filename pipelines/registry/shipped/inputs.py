@@ -53,17 +53,20 @@ def _numbers_of(images: Any) -> np.ndarray:
     """Images as an array of whole numbers or fractions, decoded where they are pictures' bytes in base64."""
     if isinstance(images, str | bytes | dict):
         images = [images]
-    values = np.require(images, requirements=["C", "W"])  # copies only what torch could not share
+    try:
+        values = np.require(images, requirements=["C", "W"])  # copies only what torch could not share
+    except ValueError:
+        raise ValueError("images are ragged lists; give images of one size, or one at a time") from None
     if values.dtype.kind == "U":
         values = values.astype(object)
     if values.dtype.kind == "O":  # JSON comes as objects, whatever is in it
-        flat = values.ravel()
-        first = flat[0] if flat.size else None
+        flat = [v.item() if isinstance(v, np.ndarray) and v.ndim == 0 else v for v in values.ravel()]
+        first = flat[0] if flat else None
         if isinstance(first, str | bytes | dict):
             return _stacked([_decoded(picture) for picture in flat])
         if isinstance(first, np.ndarray | list):
             return _stacked([np.asarray(image) for image in flat])
-        if not all(isinstance(value, int | float | np.number) for value in (first, flat[-1] if flat.size else None)):
+        if not all(isinstance(value, int | float | np.number) for value in (first, flat[-1] if flat else None)):
             raise ValueError(f"images are {type(first).__name__}; give uint8 in 0..255 or float in 0..1")
         try:
             values = np.array(values.tolist())
