@@ -33,6 +33,11 @@ class Page:
         self._media: list[tuple[str, bytes]] = []
         self._sections: list[dict[str, Any]] = [{"title": "", "id": "", "blocks": []}]
 
+    def extend(self, other: Page) -> None:
+        """Add another page's sections and media at the end."""
+        self._sections += [part for part in other._sections if part["title"] or part["blocks"]]
+        self._media += other._media
+
     def section(self, title: str, text: str = "", warning: bool = False) -> None:
         """Start a section, with an optional paragraph; it is listed in the contents."""
         name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
