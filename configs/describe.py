@@ -8,15 +8,19 @@ import functools
 import inspect
 import textwrap
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from kinema.configs.models.table import MODELS
 
 
-def describe(schema: Any, prefix: str = "") -> str:
-    """One entry per key with what it may be, sections flattened to dotted keys, those of models under their names."""
+def describe(schema: Any, prefix: str = "", required: Sequence[str] = ()) -> str:
+    """One entry per key with what it may be, sections flattened to dotted keys, those of models under their names.
+
+    Args: required, keys that must be given: they come first and are marked.
+    """
     docs, hints, lines = field_docs(schema), typing.get_type_hints(schema), []
-    for field in dataclasses.fields(schema):
+    for field in sorted(dataclasses.fields(schema), key=lambda field: field.name not in required):
         if "sections" in field.metadata:
             for section, settings in MODELS.sections().items():
                 models = ", ".join(name for name, row in MODELS.items() if row.section == section and row.recipe)
@@ -27,9 +31,24 @@ def describe(schema: Any, prefix: str = "") -> str:
             continue
         default = list(field.default) if isinstance(field.default, tuple) else field.default
         allowed = choices(hints[field.name], field.metadata)
-        lines.append(f"  {prefix}{field.name}={default}" + (f"  ({' | '.join(allowed)})" if allowed else ""))
+        mark = "  REQUIRED" if field.name in required else ""
+        lines.append(f"  {prefix}{field.name}={default}" + (f"  ({' | '.join(allowed)})" if allowed else "") + mark)
         lines.append(textwrap.fill(docs.get(field.name, ""), 100, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
+
+
+def key_names(schema: Any, prefix: str = "") -> list[str]:
+    """Every key of a schema, dotted."""
+    hints, names = typing.get_type_hints(schema), []
+    for field in dataclasses.fields(schema):
+        if "sections" in field.metadata:
+            for section, settings in MODELS.sections().items():
+                names += key_names(settings, f"{prefix}{section}.")
+        elif dataclasses.is_dataclass(hints[field.name]):
+            names += key_names(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            names.append(f"{prefix}{field.name}")
+    return names
 
 
 def choices(hint: Any, metadata: Any) -> tuple[str, ...]:

@@ -90,12 +90,38 @@ def _merge(base: DictConfig, values: Mapping[str, Any], source: str) -> DictConf
     try:
         merged = OmegaConf.merge(base, OmegaConf.create(dict(values)))
     except OmegaConfBaseException as error:
-        line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
-        key = getattr(error, "full_key", None)
-        line = line.replace("Value '$VALUE' of type '$VALUE_TYPE'", "an element").replace("value '$VALUE'", "element")
-        raise ValueError(f"{source}: {f'{key}: ' if key and '=' not in source else ''}{line}") from None
+        key = str(getattr(error, "full_key", None) or source.partition("=")[0]).partition("[")[0]
+        given = source if "=" in source else f"{source}: {key}={_value_at(values, key)}"
+        raise ValueError(f"{given} does not fit: {key} is {_in_words(key, base)}") from None
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _value_at(values: Any, key: str) -> Any:
+    """What a file says for a dotted key."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def _in_words(key: str, base: DictConfig) -> str:
+    """What a setting may be, for people."""
+    node: Any = base
+    for part in key.split(".")[:-1]:
+        node = node[part]
+    name = key.rpartition(".")[2]
+    kind = typing.get_type_hints(OmegaConf.get_type(node)).get(name, str)
+    if typing.get_origin(kind) is tuple:
+        first, *rest = typing.get_args(kind)
+        inner = _WORDS.get(first, f"one of {', '.join(map(str, typing.get_args(first)))}")
+        count = "" if Ellipsis in rest else f" of {len(rest) + 1}"
+        return f"a list{count}, each {inner}, as in [1,2]"
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    return _WORDS.get(kind, "a value of another kind")
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def resolve_config_path(name: str | Path) -> Path:
@@ -119,7 +145,12 @@ def _read_yaml(name: str | Path) -> dict[str, Any]:
     path = resolve_config_path(name)
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except OmegaConfBaseException as error:
+        where = f" at {error.full_key}" if getattr(error, "full_key", None) else ""
+        raise ValueError(
+            f"config file {path} refers to something that is not there{where}; check its ${{...}}"
+        ) from None
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"config file {path} holds a {type(loaded).__name__}; write `section: {{key: value}}`")

@@ -292,6 +292,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("KINEMA_CACHE") or Path.home() / ".cache" / "kinema")
 
 
+def cached_path(url: str, archive_member: str | None = None) -> Path:
+    """Where `download` keeps a file, whether it is there or not."""
+    base = Path(archive_member or urllib.parse.urlsplit(url).path).name
+    # Files of one name from two places must not be taken for one another.
+    tag = hashlib.sha256(f"{url}#{archive_member or ''}".encode()).hexdigest()[:8]
+    return cache_folder() / "weights" / tag / base
+
+
 def download(url: str, sha256: str | None = None, archive_member: str | None = None) -> Path:
     """Fetch a file into the cache unless it is there, and return its path.
 
@@ -300,10 +308,8 @@ def download(url: str, sha256: str | None = None, archive_member: str | None = N
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https", "file"):
         raise ValueError(f"weights={url}: only http, https and file addresses can be read; download it first")
-    base = Path(archive_member or urllib.parse.urlsplit(url).path).name
-    # Files of one name from two places must not be taken for one another.
-    tag = hashlib.sha256(f"{url}#{archive_member or ''}".encode()).hexdigest()[:8]
-    target = cache_folder() / "weights" / tag / base
+    target = cached_path(url, archive_member)
+    base = target.name
     if target.is_file():
         if sha256 is None or file_sha256(target) == sha256:
             return target

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import kinema
 from kinema.configs import STAGES, load_stage, resolve_config_path
 from kinema.configs.paths import ROOT_VARIABLE
+from kinema.configs.required import check_required
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.summary import RESULT_MARK_VARIABLE, print_summary
 
@@ -147,6 +148,7 @@ def _check_arguments(stage: str, rest: Sequence[str]) -> tuple[list[str], Path |
             overrides.append(text)
     assert stage in STAGES
     config = load_stage(stage, config_path, overrides, away=True)
+    check_required(stage, config)
     return arguments, config_path, getattr(config, "workspace" if stage == "run" else "out", "")
 
 

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
-from kinema.models.weights import LEDGER, cache_folder, file_sha256, published_file
+from kinema.models.weights import LEDGER, cached_path, file_sha256, published_file
 
 BACKBONE, VARIANT = "dino_vits16", "dino_vits16_yt"
 ANSWER_S = 5.0
@@ -40,7 +40,7 @@ def _fetched() -> bool:
     """Whether the published weights are here now."""
     entry = LEDGER[BACKBONE]
     try:
-        if not (cache_folder() / entry.url.rpartition("/")[2]).is_file():
+        if not cached_path(entry.url).is_file():
             request = urllib.request.Request(entry.url, method="HEAD")
             with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
                 size = int(answer.headers.get("Content-Length") or 0)

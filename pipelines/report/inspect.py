@@ -60,13 +60,13 @@ def _artifact(page: Page, artifact: Artifact) -> None:
     if artifact.kind == "clips":
         sections.add_clips(page, artifact.url)
     elif artifact.kind in ("flow", "tracks"):
-        clips = _clips_beside(artifact)
+        clips = clips_beside(artifact)
         if clips is None:
             page.text("The clips were not found beside this artifact or its folder, so no pictures are shown.")
         add = sections.add_flow if artifact.kind == "flow" else sections.add_tracks
         add(page, artifact.url, clips)
     elif artifact.kind == "features":
-        add_features(page, artifact, _clips_beside(artifact))
+        add_features(page, artifact, clips_beside(artifact))
     else:
         samples = artifact.samples()
         page.numbers({"samples": samples.num_rows, "shards": len(artifact.commits())})
@@ -74,7 +74,7 @@ def _artifact(page: Page, artifact: Artifact) -> None:
     page.table([{"key": k, "value": str(v)} for k, v in _flat(artifact.manifest["config"])])
 
 
-def _clips_beside(sidecar: Artifact) -> str | None:
+def clips_beside(sidecar: Artifact) -> str | None:
     """The clips artifact that a sidecar on this machine was made from, in a folder beside it or beside its parent."""
     wanted = sidecar.manifest["inputs"].get("clips")
     if "://" in sidecar.url or not wanted:
