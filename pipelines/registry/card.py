@@ -71,7 +71,8 @@ def describe_version(
     outputs = "\n".join(f"| `{key}` | float32, {_axes(shape)} |" for key, shape in form.OUTPUTS.items())
     parts.append(f"| output | what it is |\n|---|---|\n{outputs}")
     if form.PARAMS:
-        rows = "\n".join(f"| `{key}` | `{value}` | {form.PARAMS_MEAN[key]} |" for key, value in form.PARAMS.items())
+        means = getattr(form, "PARAMS_MEAN", {})
+        rows = "\n".join(f"| `{key}` | `{value}` | {means.get(key, '')} |" for key, value in form.PARAMS.items())
         parts.append(f"| param | default | meaning |\n|---|---|---|\n{rows}")
     first = next(iter(form.INPUTS))
     call = first if len(form.INPUTS) == 1 else "{" + ", ".join(f'"{key}": {key}' for key in form.INPUTS) + "}"

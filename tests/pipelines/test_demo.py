@@ -24,7 +24,7 @@ def test_videos_become_a_registered_model_and_a_page(tmp_path, monkeypatch):
     settings += ["backbone_weights=scratch"]
     settings += ["embed.short_side=32", "embed.frame_stride=4"]
 
-    first = demo("flowfeat", overrides=settings)
+    first = demo("demo", overrides=settings)
     assert set(first.stages.values()) == {"done"}
     page = Path(first.report).read_text()
     assert "broken.mp4" in page and page.count("data:image/png") > 2 and page.count("data:image/jpeg") >= 4 * 4
@@ -45,12 +45,12 @@ def test_videos_become_a_registered_model_and_a_page(tmp_path, monkeypatch):
     assert parent.data.tags["kinema.kind"] == "workflow"
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    second = demo("flowfeat", overrides=settings)
+    second = demo("demo", overrides=settings)
     assert set(second.stages.values()) == {"skipped"}
 
     shutil.rmtree(tmp_path / "ws" / "flow" / "dis")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    third = demo("flowfeat", overrides=settings)
+    third = demo("demo", overrides=settings)
     assert third.stages == {"shard": "skipped", "teach": "done", "train": "done", "register": "done", "embed": "done"}
 
 
