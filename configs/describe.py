@@ -9,15 +9,19 @@ import inspect
 import keyword
 import textwrap
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from kinema.configs.models.table import MODELS
 
 
-def describe(schema: Any, prefix: str = "") -> str:
-    """One entry per key with what it may be, sections flattened to dotted keys, those of models under their names."""
+def describe(schema: Any, prefix: str = "", required: Sequence[str] = ()) -> str:
+    """One entry per key with what it may be, sections flattened to dotted keys, those of models under their names.
+
+    Args: required, keys that must be given: they come first and are marked.
+    """
     docs, hints, lines = field_docs(schema), typing.get_type_hints(schema), []
-    for field in dataclasses.fields(schema):
+    for field in sorted(dataclasses.fields(schema), key=lambda field: field.name not in required):
         if "sections" in field.metadata:
             for section, settings in MODELS.sections().items():
                 models = ", ".join(name for name, row in MODELS.items() if row.section == section and row.recipe)
@@ -28,7 +32,10 @@ def describe(schema: Any, prefix: str = "") -> str:
             continue
         default = list(field.default) if isinstance(field.default, tuple) else field.default
         allowed = choices(hints[field.name], field.metadata)
-        lines.append(f"  {prefix}{key_of(field.name)}={default}" + (f"  ({' | '.join(allowed)})" if allowed else ""))
+        mark = "  REQUIRED" if field.name in required else ""
+        lines.append(
+            f"  {prefix}{key_of(field.name)}={default}" + (f"  ({' | '.join(allowed)})" if allowed else "") + mark
+        )
         lines.append(textwrap.fill(docs.get(field.name, ""), 100, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
 
@@ -37,6 +44,20 @@ def key_of(field_name: str) -> str:
     """The key of a field: Python's own words (`from`) end in an underscore as field names only."""
     bare = field_name.removesuffix("_")
     return bare if keyword.iskeyword(bare) else field_name
+
+
+def key_names(schema: Any, prefix: str = "") -> list[str]:
+    """Every key of a schema, dotted."""
+    hints, names = typing.get_type_hints(schema), []
+    for field in dataclasses.fields(schema):
+        if "sections" in field.metadata:
+            for section, settings in MODELS.sections().items():
+                names += key_names(settings, f"{prefix}{section}.")
+        elif dataclasses.is_dataclass(hints[field.name]):
+            names += key_names(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            names.append(f"{prefix}{key_of(field.name)}")
+    return names
 
 
 def choices(hint: Any, metadata: Any) -> tuple[str, ...]:

@@ -20,6 +20,10 @@ class EmbedConfig:
     """Folder or URL of the features artifact."""
     features: Literal["y_dec", "y_enc", "pooled"] = "pooled"
     """Dense decoder or encoder maps, or their mean over the frame."""
+    dtype: Literal["float16", "float32", "int8"] = "float16"
+    """Type in which maps are stored (means are float32); int8 with a scale for each channel of a clip."""
+    stride: int = 1
+    """Every how many rows and columns of a map are stored."""
     frame_stride: int = 12
     """Every how many frames one is embedded."""
     short_side: int = 224
@@ -38,5 +42,6 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         require(self.frame_stride >= 1, "frame_stride", self.frame_stride, "use 1 or more")
         require(self.fps > 0, "fps", self.fps, "use a positive number of frames a second")
+        require(self.stride >= 1, "stride", self.stride, "use 1 or more pixels")
         require(self.batch_frames >= 1, "batch_frames", self.batch_frames, "use 1 or more")
         require(self.short_side >= 16, "short_side", self.short_side, "use 16 or more pixels")

@@ -153,6 +153,8 @@ class EvaluateConfig:
     """Benchmark flow: data sets, models and pages."""
     run_id: str = ""
     """MLflow run that gets the table; empty: the model's own run if it has one."""
+    experiment: str = ""
+    """MLflow experiment, for a model without a run of its own; empty: the workflow's, else kinema."""
 
     def __post_init__(self) -> None:
         require_choice("benchmark", self.benchmark, tuple(BENCHMARKS))

@@ -21,17 +21,19 @@ from yaml import YAMLError, safe_load
 
 from kinema.configs.describe import key_of
 from kinema.configs.models.table import MODELS
+from kinema.configs.paths import placed
 from kinema.configs.workflow import STAGES, WorkflowConfig
 
 T = TypeVar("T")
 FOLDER = Path(__file__).resolve().parent
 
 
-def load_stage(stage: str, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
+def load_stage(stage: str, path: str | Path | None = None, overrides: Sequence[str] = (), *, away: bool = False) -> Any:
     """The config of one stage.
 
     Args: stage, a key of `STAGES`; path, a workflow file (its section `stage` is read; for `run` all of it);
-        overrides, `key=value` with dotted keys relative to the stage's section.
+        overrides, `key=value` with dotted keys relative to the stage's section, and `root=FOLDER`, under which
+        relative paths then lie; away, whether it will run elsewhere, where relative paths mean nothing.
     Returns: the stage's frozen dataclass.
     Raises: ValueError naming the key or value, what is allowed, and the nearest key.
     """
@@ -40,7 +42,11 @@ def load_stage(stage: str, path: str | Path | None = None, overrides: Sequence[s
     workflow = _field_names(_read_yaml(path)) if path else {}
     _check_keys(workflow, WorkflowConfig, where=str(path))
     section = workflow if stage == "run" else workflow.get(stage) or {}
-    return build(STAGES[stage], section, overrides)
+    if stage != "run" and workflow.get("experiment") and "experiment" in _fields(STAGES[stage]):
+        section = {"experiment": workflow["experiment"], **section}
+    roots = [text.removeprefix("root=") for text in overrides if text.startswith("root=")]
+    config = build(STAGES[stage], section, [text for text in overrides if not text.startswith("root=")])
+    return placed(config, roots[-1] if roots else "", away=away)
 
 
 def build(schema: type[T], values: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> T:
@@ -99,12 +105,38 @@ def _merge(base: DictConfig, values: Mapping[str, Any], source: str) -> DictConf
     try:
         merged = OmegaConf.merge(base, OmegaConf.create(dict(values)))
     except OmegaConfBaseException as error:
-        line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
-        key = getattr(error, "full_key", None)
-        line = line.replace("Value '$VALUE' of type '$VALUE_TYPE'", "an element").replace("value '$VALUE'", "element")
-        raise ValueError(f"{source}: {f'{key}: ' if key and '=' not in source else ''}{line}") from None
+        key = str(getattr(error, "full_key", None) or source.partition("=")[0]).partition("[")[0]
+        given = source if "=" in source else f"{source}: {key}={_value_at(values, key)}"
+        raise ValueError(f"{given} does not fit: {key} is {_in_words(key, base)}") from None
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _value_at(values: Any, key: str) -> Any:
+    """What a file says for a dotted key."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def _in_words(key: str, base: DictConfig) -> str:
+    """What a setting may be, for people."""
+    node: Any = base
+    for part in key.split(".")[:-1]:
+        node = node[part]
+    name = key.rpartition(".")[2]
+    kind = typing.get_type_hints(OmegaConf.get_type(node)).get(name, str)
+    if typing.get_origin(kind) is tuple:
+        first, *rest = typing.get_args(kind)
+        inner = _WORDS.get(first, f"one of {', '.join(map(str, typing.get_args(first)))}")
+        count = "" if Ellipsis in rest else f" of {len(rest) + 1}"
+        return f"a list{count}, each {inner}, as in [1,2]"
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    return _WORDS.get(kind, "a value of another kind")
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def resolve_config_path(name: str | Path) -> Path:
@@ -128,7 +160,12 @@ def _read_yaml(name: str | Path) -> dict[str, Any]:
     path = resolve_config_path(name)
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except OmegaConfBaseException as error:
+        where = f" at {error.full_key}" if getattr(error, "full_key", None) else ""
+        raise ValueError(
+            f"config file {path} refers to something that is not there{where}; check its ${{...}}"
+        ) from None
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"config file {path} holds a {type(loaded).__name__}; write `section: {{key: value}}`")

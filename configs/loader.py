@@ -56,10 +56,13 @@ class LoaderConfig:
     """Clips with a lower motion score are left out and counted."""
     skip_duplicates: bool = True
     """Clips marked as exact duplicates are left out and counted."""
+    hold_out: int = 0
+    """Every how many clips one is kept out of training, to be judged on; 0: none."""
     pairs: PairFilterConfig = field(default_factory=PairFilterConfig)
     """Which flow pairs are learned from."""
 
     def __post_init__(self) -> None:
+        require(self.hold_out == 0 or self.hold_out >= 2, "loader.hold_out", self.hold_out, "use 2 or more, or 0")
         require(self.num_workers >= 0, "loader.num_workers", self.num_workers, "use 0 or more")
         require(self.prefetch >= 1, "loader.prefetch", self.prefetch, "use 1 or more")
         require(self.samples_per_clip >= 1, "loader.samples_per_clip", self.samples_per_clip, "use 1 or more")

@@ -9,10 +9,12 @@ from kinema.configs.checks import require
 
 @dataclass(frozen=True)
 class RegisterConfig:
-    """`kinema register`: a run in, a registry version out."""
+    """`kinema register`: a run, or a network with published weights, in; a registry version out."""
 
     model: str = ""
-    """Run folder or checkpoint."""
+    """Run folder or checkpoint, or the name of a network that `kinema models` shows, such as raft."""
+    weights: str = ""
+    """For a name: its weights, a file or URL; empty or `published`: the published ones."""
     name: str = ""
     """Registered model name; empty: the one that `kinema models` shows, such as kinema-flowfeat."""
     metric: str = ""

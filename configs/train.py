@@ -75,8 +75,8 @@ class TrainConfig:
     """Steps between pictures (input, teacher flow, predicted flow, feature PCA); 0 means only at the end."""
     max_failures: int = 3
     """Lost workers that are replaced before the run fails."""
-    experiment: str = "kinema"
-    """MLflow experiment."""
+    experiment: str = ""
+    """MLflow experiment; empty: the workflow's, else kinema."""
     run_name: str = ""
     """MLflow run name; empty: model and config hash."""
 

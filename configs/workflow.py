@@ -22,6 +22,8 @@ class WorkflowConfig:
     """Name of the parent MLflow run."""
     workspace: str = "workspace"
     """Folder under which stages write unless told otherwise."""
+    experiment: str = ""
+    """MLflow experiment of the workflow and of its stages; empty: that of `train`, else kinema."""
     stages: tuple[Literal["shard", "teach", "track", "train", "evaluate", "register", "embed"], ...] = (
         "shard",
         "teach",

@@ -221,14 +221,17 @@ def load_weights(model: Model, source: str | Path | None, name: str) -> Model:
             module.adapt_state_dict(state, f"{prefix}." if prefix else "")
     _check_keys(model, state, source, name)
     model.load_state_dict(state, strict=True)
-    entry = LEDGER.get(name)
-    if entry is not None and entry.non_commercial:
-        warnings.warn(
-            f"weights of {name}: licence {entry.licence}; not for commercial use",
-            NonCommercialWeightsWarning,
-            stacklevel=2,
-        )
+    if notice := licence_notice(name):
+        warnings.warn(notice, NonCommercialWeightsWarning, stacklevel=2)
     return model
+
+
+def licence_notice(name: str) -> str:
+    """What a user of these published weights must know of their licence; empty if they may be used commercially."""
+    entry = LEDGER.get(name)
+    if entry is None or not entry.non_commercial:
+        return ""
+    return f"weights of {name}: licence {entry.licence}; not for commercial use"
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -289,6 +292,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("KINEMA_CACHE") or Path.home() / ".cache" / "kinema")
 
 
+def cached_path(url: str, archive_member: str | None = None) -> Path:
+    """Where `download` keeps a file, whether it is there or not."""
+    base = Path(archive_member or urllib.parse.urlsplit(url).path).name
+    # Files of one name from two places must not be taken for one another.
+    tag = hashlib.sha256(f"{url}#{archive_member or ''}".encode()).hexdigest()[:8]
+    return cache_folder() / "weights" / tag / base
+
+
 def download(url: str, sha256: str | None = None, archive_member: str | None = None) -> Path:
     """Fetch a file into the cache unless it is there, and return its path.
 
@@ -297,10 +308,8 @@ def download(url: str, sha256: str | None = None, archive_member: str | None = N
     """
     if urllib.parse.urlsplit(url).scheme not in ("http", "https", "file"):
         raise ValueError(f"weights={url}: only http, https and file addresses can be read; download it first")
-    base = Path(archive_member or urllib.parse.urlsplit(url).path).name
-    # Files of one name from two places must not be taken for one another.
-    tag = hashlib.sha256(f"{url}#{archive_member or ''}".encode()).hexdigest()[:8]
-    target = cache_folder() / "weights" / tag / base
+    target = cached_path(url, archive_member)
+    base = target.name
     if target.is_file():
         if sha256 is None or file_sha256(target) == sha256:
             return target

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import os
 import signal
@@ -20,17 +21,23 @@ from typing import Any, NoReturn, TextIO
 
 import kinema
 from kinema.configs import STAGES, PageConfig, load_stage
-from kinema.configs.describe import describe
+from kinema.configs.describe import describe, key_names
 from kinema.configs.models.row import resolve
 from kinema.configs.models.table import MODELS
+from kinema.configs.required import REQUIRED, check_required
 from kinema.pipelines import stages
 from kinema.pipelines.errors import StageError
+from kinema.pipelines.progress import never_silent
 from kinema.pipelines.summary import print_summary
 
 PURPOSE = {
     **{name: stage.purpose for name, stage in stages.STAGES.items()},
     "run": stages.WORKFLOW.purpose,
     "submit": "any of the above as a Ray job on a cluster, logs followed",
+    "flow": "flow between two pictures, or of a film, as file, picture or film",
+    "features": "features of a picture, as picture or array",
+    "models": "the table of models: parameters, licence, published numbers, whether weights are at hand",
+    "completion": "a script that completes commands and keys in your shell",
     "verify": "re-hash an artifact and report every difference",
     "inspect": "a page with figures and pictures of an artifact or run",
     "demo": "flowfeat: the whole path on your videos or on rendered scenes; fpt: a page to poke images on",
@@ -75,25 +82,26 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: {message}; see `{self.prog} --help`\n")
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def make_parser(with_keys: bool = False) -> _Parser:
+    """The parser of every command. Args: with_keys, whether settings are listed as choices, for shell completion."""
     parser = _Parser(
         prog="kinema",
         description="Raw videos in, motion models out.",
-        epilog="`kinema STAGE --help` lists the keys of a stage.",
+        epilog="`kinema STAGE --help` lists the keys of a stage; settings are written key=value.",
     )
     parser.add_argument("--version", action="version", version=f"kinema {kinema.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, purpose in PURPOSE.items():
-        keys = f"keys (key=value):\n{describe(STAGES[name])}" if name in STAGES else None
-        if name == "demo":
-            keys = f"keys of fpt (key=value; those of flowfeat are `kinema run`'s):\n{describe(PageConfig)}"
         sub = commands.add_parser(
             name,
             help=purpose,
             description=purpose,
-            epilog=keys,
+            epilog=_keys_of(name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if name == "completion":
+            sub.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which shell")
+            continue
         sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
         if name == "submit":
             sub.add_argument("--address", default=None, help="http://HEAD:8265; default: RAY_ADDRESS")
@@ -107,30 +115,90 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 sub.add_argument("--truth", default="", help="true motion: a flow artifact, or the rendered videos")
                 sub.add_argument("--out", default="", help="where the page goes; default: beside the target")
                 sub.add_argument("--pictures", default="", help="folder for its pictures and films as files")
-        else:
+        elif name in ("flow", "features"):
+            sub.add_argument("inputs", nargs="+", metavar="FILE or key=value", help="pictures or a film, and settings")
+        elif name != "models":
             if name == "demo":
                 sub.add_argument("model", choices=MODELS.demos(), help="which model")
             sub.add_argument("--config", default=None, help="workflow file; its section for this stage is read")
-            sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings, dotted keys")
+            keys = [f"{key}=" for key in key_names(STAGES[name])] if with_keys and name in STAGES else None
+            sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, dotted keys", choices=keys)
+    return parser
+
+
+def _keys_of(name: str) -> str | None:
+    if name in STAGES:
+        return f"keys (key=value):\n{describe(STAGES[name], required=REQUIRED[name])}"
+    if name == "demo":
+        return f"keys of fpt (key=value; those of flowfeat are `kinema run`'s):\n{describe(PageConfig)}"
+    if name in ("flow", "features"):
+        from kinema.pipelines import single
+
+        return f"keys (key=value):\n{describe(single.FlowRequest if name == 'flow' else single.FeaturesRequest)}"
+    return None
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = make_parser()
+    if not argv:
+        parser.print_help()
+        parser.exit(DONE)
+    if not argv[0].startswith("-") and argv[0] not in PURPOSE:
+        near = difflib.get_close_matches(argv[0], PURPOSE, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(PURPOSE)}"
+        parser.error(f"invalid choice: there is no command {argv[0]!r}; {hint}")
     args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "overrides"):
+        args.overrides = None
     # argparse gives up on `a=1 --json b=2`; settings behind a flag are settings all the same.
-    wrong = [text for text in rest if text.startswith("-") or not hasattr(args, "overrides")]
+    wrong = [text for text in rest if text.startswith("-") or args.overrides is None]
     if wrong:
-        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(wrong)}")
+        parser.error(
+            f"{args.command}: unrecognized arguments: {' '.join(wrong)}{_as_settings(args.command, argv, wrong)}"
+        )
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
 
 
+def _as_settings(command: str, argv: list[str], wrong: list[str]) -> str:
+    """`--videos X` as it is written here, where the stage has that key."""
+    if command not in STAGES:
+        return ""
+    keys, hints = key_names(STAGES[command]), []
+    for text in wrong:
+        name, sign, value = text.lstrip("-").replace("-", "_").partition("=")
+        near = name if name in keys else next(iter(difflib.get_close_matches(name, keys, n=1, cutoff=0.8)), "")
+        if near:
+            after = argv[argv.index(text) + 1 : argv.index(text) + 2]
+            follows = after[0] if after and "=" not in after[0] and not after[0].startswith("-") else "VALUE"
+            hints.append(f"{near}={text.partition('=')[2] if sign else follows}")
+    return f"; settings have no dashes, write {' '.join(hints)}" if hints else ""
+
+
 def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
     if args.command == "verify":
         return _verify(args, stdout)
+    if args.command == "completion":
+        import shtab
+
+        stdout.write(shtab.complete(make_parser(with_keys=True), args.shell))
+        return DONE
+    if args.command == "models":
+        from kinema.pipelines.single import write_models
+
+        return write_models(args.json, stdout)
     if args.command == "submit":
         from kinema.pipelines.submit import submit
 
-        return submit(args.stage, args.rest, address=args.address, wait=not args.no_wait, stdout=stdout)
+        wait = not args.no_wait
+        return submit(args.stage, args.rest, address=args.address, wait=wait, stdout=stdout, as_json=args.json)
     if args.command == "inspect":
         summary: Any = _inspect(args)
+    elif args.command in ("flow", "features"):
+        from kinema.pipelines import single
+
+        summary = (single.flow_command if args.command == "flow" else single.features_command)(args.inputs)
     elif args.command == "demo":
         _sigterm_interrupts()
         summary = resolve(MODELS[args.model].demo)(args.config, args.overrides)
@@ -138,8 +206,10 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
             return int(summary.exit_status)  # the page said on stderr how it ended
     else:
         config = load_stage(args.command, args.config, args.overrides)
+        check_required(args.command, config)
         _sigterm_interrupts()
-        summary = stages.stage_module(args.command).run(config)
+        with never_silent(args.command):
+            summary = stages.run_stage(args.command, config)
     print_summary(summary, args.json, stdout)
     return int(getattr(summary, "exit_status", DONE))
 

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -83,8 +84,14 @@ def connect(*, worker_logs: bool = False, num_cpus: int | None = None) -> dict[s
         address = os.environ.get("RAY_ADDRESS", "")
         if address.startswith(("http://", "https://")):
             raise ValueError(f"RAY_ADDRESS={address} is a job server; use `kinema submit`, or the cluster's HOST:6379")
+        where = f"joining Ray at {address}" if address not in ("", "local") else "starting Ray"
+        sys.stderr.write(f"{where} ...\n")
+        started = time.monotonic()
         with _signals_kept():
             _init(address, {"logging_level": logging.ERROR, "log_to_driver": worker_logs}, num_cpus)
+        found = ray.cluster_resources()
+        there = f"{found.get('CPU', 0):g} CPUs, {found.get('GPU', 0):g} GPUs"
+        sys.stderr.write(f"Ray is ready after {time.monotonic() - started:.0f} s: {there}\n")
     return ray.cluster_resources()
 
 

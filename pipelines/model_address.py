@@ -9,6 +9,7 @@ from typing import Any
 from kinema.configs import TrainConfig, build
 from kinema.configs.models.row import Kind, ModelRow
 from kinema.configs.models.table import MODELS
+from kinema.pipelines.model_names import REGISTRY_SCHEMES, named_row
 from kinema.pipelines.registry.files import load_registered, registered_architecture
 from kinema.pipelines.train.checkpoint import MODEL_FILE, read_meta, resolve_checkpoint
 from kinema.pipelines.train.trained import load_model
@@ -20,7 +21,6 @@ GIVES = {
     "tracks": "tracks",
     "motion": "motion embeddings",
 }
-REGISTRY_SCHEMES = ("models:/", "runs:/")
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,6 @@ def row_of(address: str) -> ModelRow:
     if address.startswith(REGISTRY_SCHEMES):
         return MODELS[registered_architecture(address)]
     return MODELS[read_meta(resolve_checkpoint(address))["train_config"]["model"]]
-
-
-def named_row(address: str) -> ModelRow | None:
-    """The row whose network goes by this name; None for paths and registry addresses."""
-    if address.startswith(REGISTRY_SCHEMES):
-        return None
-    return next((row for row in MODELS.values() if row.build and address in row.names()), None)
 
 
 def check_kind(address: str, kind: Kind, user: str) -> ModelRow:

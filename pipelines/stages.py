@@ -35,6 +35,14 @@ STAGES = {
 WORKFLOW = Stage("kinema.pipelines.workflow", "all stages of one workflow file; finished stages are skipped")
 
 
+def run_stage(stage: str, config: Any, **options: Any) -> Any:
+    """The stage's summary; embedded tracking lies beside its `out`."""
+    from kinema.pipelines import tracking
+
+    with tracking.logging_beside(getattr(config, "out", "")):
+        return stage_module(stage).run(config, **options)
+
+
 def stage_module(stage: str) -> Any:
     """The module whose `run(config)` is the stage; imported when needed, so that `--help` stays quick."""
     return importlib.import_module((WORKFLOW if stage == "run" else STAGES[stage]).module)

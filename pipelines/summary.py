@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
+
+RESULT_MARK_VARIABLE = "KINEMA_RESULT_MARK"
+"""`kinema submit` finds the summary of its job, among all that is printed there, by a mark that it set."""
 
 
 def summary_fields(summary: Any) -> dict[str, Any]:
@@ -24,7 +28,8 @@ def print_summary(summary: Any, as_json: bool, stdout: TextIO) -> None:
     """One JSON object on one line, or for people `key  value` lines: nested keys dotted, empty values left out."""
     fields = summary_fields(summary)
     if as_json:
-        stdout.write(json.dumps(finite(fields), default=str) + "\n")
+        mark = os.environ.get(RESULT_MARK_VARIABLE, "")
+        stdout.write(f"{mark}{json.dumps(finite(fields), default=str)}\n")
     else:
         lines = {key: value for key, value in _dotted(fields) if value not in (None, "")}
         width = max((len(key) for key in lines), default=0)

@@ -1,12 +1,13 @@
 """MLflow runs of workflows and stages. The only importer of mlflow besides registry/.
 
-`MLFLOW_TRACKING_URI` is honoured; unset means SQLite in the workspace. Opening a run fails early and clearly.
+`MLFLOW_TRACKING_URI` is honoured; unset means SQLite beside the stage's `out=`. Opening a run fails early and clearly.
 After that, losing MLflow never ends a stage: what could not be logged is said aloud, once per kind, and training
 keeps its own files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import json
 import logging
@@ -14,19 +15,20 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kinema.configs.paths import in_package_cache
 from kinema.pipelines.errors import StageError
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
-DEFAULT_WORKSPACE = "workspace"
+DEFAULT_EXPERIMENT = "kinema"
 MAX_PARAM_LENGTH = 5000
 MAX_TAG_LENGTH = 5000
 PARAMS_PER_CALL = 100
@@ -34,6 +36,8 @@ METRICS_PER_CALL = 500
 FLUSH_EVERY_S = 10.0
 
 _parent: contextvars.ContextVar[RunHandle | None] = contextvars.ContextVar("kinema_parent_run", default=None)
+_home: contextvars.ContextVar[Path | None] = contextvars.ContextVar("kinema_tracking_home", default=None)
+_told: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,35 @@ class RunHandle:
 
 
 def tracking_uri(workspace: str | Path | None = None) -> str:
-    """`MLFLOW_TRACKING_URI`, or SQLite in the workspace folder (default: `workspace` in the current one)."""
+    """`MLFLOW_TRACKING_URI`, or SQLite in a folder: `workspace`, else the one beside `out=`, else the working folder.
+
+    Raises: ValueError for a package cache, which Ray deletes with the database in it.
+    """
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     if given:
         return given
-    return f"sqlite:///{Path(workspace or DEFAULT_WORKSPACE).expanduser().resolve() / 'mlflow.db'}"
+    folder = Path(workspace or _home.get() or ".").expanduser().resolve()
+    if in_package_cache(folder):
+        raise ValueError(
+            f"runs would be logged to {folder / 'mlflow.db'}, in a package cache that Ray deletes; set "
+            "MLFLOW_TRACKING_URI, or out= to a folder that all nodes see"
+        )
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def home() -> Path | None:
+    """The folder where embedded tracking lies at the moment, if a stage's `out` or a workspace says so."""
+    return _home.get()
+
+
+@contextlib.contextmanager
+def logging_beside(out: str) -> Iterator[None]:
+    """Meanwhile, what is logged without MLFLOW_TRACKING_URI goes to SQLite beside `out`, if that is a local folder."""
+    token = _home.set(None if not out or "://" in out else Path(out).expanduser().resolve().parent)
+    try:
+        yield
+    finally:
+        _home.reset(token)
 
 
 def open_client(uri: str) -> MlflowClient:
@@ -83,6 +111,12 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
+def workspace_of(record: Mapping[str, Any]) -> Path | None:
+    """Folder of the embedded store to which the training of a run.json logged, so that what follows goes there too."""
+    database = sqlite_path(record.get("tracking_uri", ""))
+    return database.parent if database is not None and database.name == "mlflow.db" else None
+
+
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     """The experiment of this name, created if needed; with SQLite its files lie beside the database."""
     found = client.get_experiment_by_name(name)
@@ -108,15 +142,19 @@ def start_run(
 ) -> Tracker:
     """Open a run, nested under `parent` or under the workflow that is going on.
 
-    Args: config, parameters (nested mappings are flattened to dotted names); inputs, {name: (url, hash)} of the
-        data; resume, id of a run to open again if it still exists.
+    Args: experiment, its name; empty: the parent's, else `kinema`; config, parameters (nested mappings are flattened to
+        dotted names); inputs, {name: (url, hash)} of the data; resume, id of a run to open again if it still exists.
     Raises: StageError if MLflow does not answer.
     """
     parent = parent or _parent.get()
     uri = parent.uri if parent else tracking_uri(workspace)
     client = open_client(uri)
+    _tell_where(uri)
     try:
-        experiment_number = parent.experiment_id if parent else experiment_id(client, uri, experiment)
+        if parent and not experiment:
+            experiment_number = parent.experiment_id
+        else:
+            experiment_number = experiment_id(client, uri, experiment or DEFAULT_EXPERIMENT)
         tracker = _reopen(client, uri, resume) if resume else None
         if tracker is None:
             all_tags = {"mlflow.runName": name, **(tags or {})}
@@ -133,7 +171,8 @@ def start_run(
 
 def start_workflow(name: str, config: Mapping[str, Any]) -> Tracker:
     """The parent run; stages that start runs in this process until its `end` are nested below it."""
-    tracker = start_run(str(config.get("experiment") or "kinema"), name, config, tags={"kinema.kind": "workflow"})
+    experiment = str(config.get("experiment") or config.get("train", {}).get("experiment") or "")
+    tracker = start_run(experiment, name, config, tags={"kinema.kind": "workflow"})
     tracker.parent_token = _parent.set(tracker.handle)
     return tracker
 
@@ -280,6 +319,13 @@ def _short(value: Any) -> str:
 
 def _first_line(error: Exception) -> str:
     return " ".join(str(error).partition("[SQL:")[0].split())[:300] or type(error).__name__
+
+
+def _tell_where(uri: str) -> None:
+    """Embedded tracking has no address that anybody gave: said once."""
+    if not os.environ.get("MLFLOW_TRACKING_URI") and uri not in _told:
+        _told.add(uri)
+        _say(f"runs are logged to {uri}; look at them with: mlflow ui --host 127.0.0.1 --backend-store-uri {uri}")
 
 
 def _say(text: str) -> None:

@@ -51,13 +51,21 @@ class WorkflowSummary:
     """{stage: its own summary}; of skipped stages, that of the run that made it."""
     seconds: float
     """Wall time."""
+    out: str = ""
+    """The workspace."""
     exit_status: int = 0
     """3 if a stage quarantined more than allowed."""
 
 
-def run(config: WorkflowConfig, *, report: Callable[[str], None] | None = None) -> WorkflowSummary:
+Follow = Callable[[str, str, "WorkflowSummary"], None]
+
+
+def run(
+    config: WorkflowConfig, *, report: Callable[[str], None] | None = None, follow: Follow | None = None
+) -> WorkflowSummary:
     """Bring every stage of `config` up to date.
 
+    Args: follow, called as `follow(stage, "begins" | "ended", what there is so far)` around every stage.
     Raises: ValueError for settings that cannot work; StageError from a stage.
     """
     report = report or (lambda line: print(line, file=sys.stderr, flush=True))
@@ -68,11 +76,22 @@ def run(config: WorkflowConfig, *, report: Callable[[str], None] | None = None) 
     if "shard" in config.stages and not workspace.exists():
         find_sources(config.shard.videos, config.shard.layout)  # wrong videos leave no workspace behind
     _prepare(workspace)
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'mlflow.db'}")
+    with tracking.logging_beside(str(workspace / "_workflow")):
+        return _run(config, workspace, report, follow or (lambda stage, event, so_far: None), started)
+
+
+def _run(
+    config: WorkflowConfig, workspace: Path, report: Callable[[str], None], follow: Follow, started: float
+) -> WorkflowSummary:
     outputs: dict[str, str] = {}
     states: dict[str, str] = {}
     summaries: dict[str, dict[str, Any]] = {}
     status = 0
+
+    def so_far() -> WorkflowSummary:
+        seconds = round(time.monotonic() - started, 2)
+        return WorkflowSummary(states, outputs, summaries, seconds, str(workspace), status)
+
     with _ParentRun(config) as parent:
         for stage in [s for s in STAGES if s in config.stages]:
             section = resolve_stage(config, stage, workspace, outputs)
@@ -86,8 +105,10 @@ def run(config: WorkflowConfig, *, report: Callable[[str], None] | None = None) 
                 assert stamp is not None
                 states[stage], summaries[stage] = "skipped", stamp["summary"]
                 report(f"{stage}: up to date, skipped")
+                follow(stage, "ended", so_far())
                 continue
             report(f"{stage}: {reason}")
+            follow(stage, "begins", so_far())
             parent.start()
             stamp_path.unlink(missing_ok=True)
             same_place = stamp is not None and stamp["out"] == outputs[stage]
@@ -98,7 +119,8 @@ def run(config: WorkflowConfig, *, report: Callable[[str], None] | None = None) 
             summaries[stage] = summary_fields(summary)
             states[stage] = "done"
             _write_stamp(stamp_path, fingerprint, outputs[stage], summaries[stage])
-    return WorkflowSummary(states, outputs, summaries, round(time.monotonic() - started, 2), status)
+            follow(stage, "ended", so_far())
+    return so_far()
 
 
 def resolve_stage(config: WorkflowConfig, stage: str, workspace: Path, outputs: Mapping[str, str]) -> Any:
@@ -206,8 +228,8 @@ def _output_state(out: str) -> str:
     """State of a stage's files; a stage without a folder of its own (register) has the registry's database."""
     if out:
         return listing_hash(out)
-    database = os.environ.get("MLFLOW_TRACKING_URI", "").removeprefix("sqlite:///")
-    return str(Path(database).is_file()) if "://" not in database else "remote"
+    database = tracking.sqlite_path(tracking.tracking_uri())
+    return "remote" if database is None else str(database.is_file())
 
 
 def listing_hash(url: str) -> str:

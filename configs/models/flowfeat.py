@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kinema.configs.checks import require
 
@@ -12,9 +13,10 @@ class FlowFeatConfig:
     """The FlowFeat model and its loss (recipes: NeurIPS 2025, section 3 and supplement)."""
 
     variant: str = "dinov2_vits14_yt"
-    """Hub name, such as dino_vits16_yt, mae_vitb16_kt or dinov2_vitb14_kt."""
+    """Hub name, such as dino_vits16_yt, mae_vitb16_kt or dinov2_vitb14_kt; or conv_small, which learns from scratch."""
     backbone_weights: str = field(default="", metadata={"file": True})
-    """Checkpoint of the frozen encoder: file, URL, `published` (ledger) or empty (untrained, said aloud)."""
+    """Checkpoint of the frozen encoder: file, URL, `published` (ledger) or empty (untrained, said aloud; conv_small
+    learns its own)."""
     resize: int = 448
     """Short side of the frame before the centre square crop."""
     crop: int = 224
@@ -36,6 +38,9 @@ class FlowFeatConfig:
     """Weight of the edge loss."""
     edge_sigma: float = 0.1
     """Scale of the teacher gradient in the edge weights."""
+    fit_with: Literal["averaged", "trained"] = "averaged"
+    """Whose features the map is fitted on: the averaged decoder's (published), or the trained one's, with the gradient
+    through the fit, from which conv_small learns."""
     ema_decay: float = 0.999
     """Largest decay of the decoder's moving average; it warms up to it."""
     ema_every: int = 5

@@ -112,12 +112,12 @@ class DPTDecoder(nn.Module):
             self.add_module(f"act_postprocess{level}", Reassemble(width_in, width_level, scale))
         self.norm = ChannelNorm(width)
 
-    def forward(self, maps: Sequence[Float[Tensor, "B C h w"]], size: tuple[int, int]) -> Float[Tensor, "B F H W"]:
+    def forward(self, maps: Sequence[Float[Tensor, "B _ _ _"]], size: tuple[int, int]) -> Float[Tensor, "B F H W"]:
         """Normed features at `size` = (H, W) from the token maps, shallowest block first."""
         hidden = self.hidden(maps, size)
         return self.head(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def hidden(self, maps: Sequence[Float[Tensor, "B C h w"]], size: tuple[int, int]) -> Float[Tensor, "B F H W"]:
+    def hidden(self, maps: Sequence[Float[Tensor, "B _ _ _"]], size: tuple[int, int]) -> Float[Tensor, "B F H W"]:
         """All of the decoder that looks at neighbours; what is left, `head`, works pixel by pixel."""
         scratch = self.scratch
         levels = [
@@ -144,6 +144,20 @@ class DPTDecoder(nn.Module):
         mix = self.scratch.output_conv1[2]
         assert isinstance(mix, nn.Conv2d)
         return linear(F.relu(hidden), mix.weight.flatten(1), mix.bias)
+
+
+class PyramidDecoder(DPTDecoder):
+    """The decoder on the four maps of a pyramid, which have their sizes already: nothing is reassembled.
+
+    Args: widths, channels of the maps, finest first; width, channels of the decoder and of its output.
+    """
+
+    def __init__(self, widths: Sequence[int], width: int):
+        nn.Module.__init__(self)
+        self.scratch = Scratch(widths, width)
+        for level in range(1, len(widths) + 1):
+            self.add_module(f"act_postprocess{level}", nn.Identity())
+        self.norm = ChannelNorm(width)
 
 
 def tokens_to_map(tokens: Float[Tensor, "B N C"], grid: tuple[int, int]) -> Float[Tensor, "B C h w"]:

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinema.models.backbones.dpt import DPTDecoder, tokens_to_map
+from kinema.models.backbones.convolutional import PYRAMIDS, PyramidEncoder
+from kinema.models.backbones.dpt import DPTDecoder, PyramidDecoder, tokens_to_map
 from kinema.models.backbones.vision_transformer import CONFIGS, VisionTransformer
 from kinema.models.weights import resolve_weights
 
@@ -32,21 +33,39 @@ VARIANTS: dict[str, str] = {
 }
 
 
+# Encoders without published weights: they learn together with the decoder.
+FROM_SCRATCH: dict[str, str] = {name: name for name in PYRAMIDS}
+NAMES = VARIANTS | FROM_SCRATCH
+
+Encoder = VisionTransformer | PyramidEncoder
+
+
+def build_encoder(backbone: str, image_size: tuple[int, int]) -> Encoder:
+    """A vision transformer, or a pyramid of `convolutional.PYRAMIDS`."""
+    if backbone in PYRAMIDS:
+        return PyramidEncoder(PYRAMIDS[backbone], image_size)
+    return VisionTransformer(CONFIGS[backbone], image_size=image_size)
+
+
 def build_decoder(backbone: str) -> DPTDecoder:
-    """The decoder that goes with a backbone of `vision_transformer.CONFIGS`."""
+    """The decoder that goes with a backbone."""
+    if backbone in PYRAMIDS:
+        return PyramidDecoder(PYRAMIDS[backbone].widths, PYRAMIDS[backbone].decoder_width)
     width = CONFIGS[backbone].width
     # The MAE variant was trained with maps that widen towards the coarse end, the others with equal ones.
     widths = (96, 192, 384, 768) if backbone == "mae_vitb16" else (width,) * 4
     return DPTDecoder(width, widths, FEATURE_WIDTH)
 
 
-def encoder_maps(
-    encoder: VisionTransformer, x: Float[Tensor, "B 3 H W"]
-) -> tuple[list[Float[Tensor, "B C h w"]], Float[Tensor, "B N C"]]:
-    """What the decoder reads, and the un-normed tokens of the last tap.
+def encoder_maps(encoder: Encoder, x: Float[Tensor, "B 3 H W"]) -> tuple[list[Tensor], Tensor]:
+    """What the decoder reads, [B, C, h, w] each, and that from which y_enc comes.
 
-    Returns: maps of the tapped blocks, shallowest first; the deepest of them with prefix tokens.
+    Returns: maps of the tapped blocks, shallowest first; of a transformer the un-normed tokens [B, N, C] of the deepest
+        block, prefix tokens included; of a pyramid its coarsest map.
     """
+    if isinstance(encoder, PyramidEncoder):
+        maps = encoder(x)
+        return maps, maps[-1]
     grid = encoder.grid(*x.shape[-2:])
     taps = encoder.tokens(x, TAPPED_BLOCKS)
     return [tokens_to_map(tap, grid) for tap in taps], taps[-1]
@@ -56,7 +75,7 @@ class FlowFeat(nn.Module):
     """Motion features of an image. Input: RGB, normalised with ImageNet's mean and standard deviation.
 
     Args:
-        backbone: a key of `vision_transformer.CONFIGS` with 12 blocks.
+        backbone: a key of `vision_transformer.CONFIGS` with 12 blocks, or of `convolutional.PYRAMIDS`.
         image_size: (height, width); matters only to MAE, which takes a single size.
         freeze_encoder: run the encoder without gradients and keep it in eval mode.
     """
@@ -64,17 +83,19 @@ class FlowFeat(nn.Module):
     def __init__(self, backbone: str, image_size: tuple[int, int] = (224, 224), freeze_encoder: bool = True):
         super().__init__()
         self.backbone = backbone
-        self.encoder = VisionTransformer(CONFIGS[backbone], image_size=image_size)
+        self.encoder = build_encoder(backbone, image_size)
         self.decoder = build_decoder(backbone)
         self.freeze_encoder = freeze_encoder
         if freeze_encoder:
             self.encoder.requires_grad_(False)
 
-    def forward(self, x: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B C h w"], Float[Tensor, "B 128 H W"]]:
+    def forward(self, x: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B C h w"], Float[Tensor, "B F H W"]]:
         """(y_enc, y_dec): the encoder's final patch features, and the decoder's features at image size."""
         with torch.no_grad() if self.freeze_encoder else nullcontext():
             maps, last = encoder_maps(self.encoder, x)
-            y_enc = tokens_to_map(self.encoder.norm(last), self.encoder.grid(*x.shape[-2:]))
+            y_enc = last
+            if isinstance(self.encoder, VisionTransformer):
+                y_enc = tokens_to_map(self.encoder.norm(last), self.encoder.grid(*x.shape[-2:]))
         return y_enc, self.decoder(maps, tuple(x.shape[-2:]))
 
     def train(self, mode: bool = True) -> "FlowFeat":
@@ -90,16 +111,16 @@ def flowfeat(
     weights: str | Path | None = None,
     image_size: tuple[int, int] = (224, 224),
 ) -> FlowFeat:
-    """A published FlowFeat by name, in eval mode.
+    """A FlowFeat by name, in eval mode.
 
     Args:
-        name: a key of `VARIANTS`.
+        name: a key of `VARIANTS` (published) or `FROM_SCRATCH`.
         pretrained: download the published weights (once) and load them.
         weights: path or URL of a checkpoint to load instead.
         image_size: (height, width) in pixels; matters only to the MAE variant.
     Raises: ValueError for an unknown name or weights that do not fit.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"FlowFeat variant {name!r} is not known; use one of {', '.join(VARIANTS)}")
-    model = FlowFeat(VARIANTS[name], image_size=image_size)
+    if name not in NAMES:
+        raise ValueError(f"FlowFeat variant {name!r} is not known; use one of {', '.join(NAMES)}")
+    model = FlowFeat(NAMES[name], image_size=image_size)
     return resolve_weights(model, f"flowfeat/{name}", pretrained, weights).eval()

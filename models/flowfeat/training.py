@@ -13,6 +13,7 @@ G = F + 1 rows of a linear map (features, then the constant).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,9 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kinema.models.backbones.dpt import DPTDecoder
-from kinema.models.backbones.vision_transformer import CONFIGS, VisionTransformer
 from kinema.models.ema import EMA
-from kinema.models.flowfeat.model import FlowFeat, build_decoder, encoder_maps
+from kinema.models.flowfeat.model import FROM_SCRATCH, FlowFeat, build_decoder, build_encoder, encoder_maps
 
 # Pixels whose features exist at a time. On a CPU a piece (2 MiB) stays in the cache from the convolution's
 # output to the flow; an accelerator wants few large pieces.
@@ -45,6 +45,9 @@ class FlowFeatLossConfig:
     """Weight of the loss on flow edges."""
     edge_sigma: float = 0.1
     """Teacher edge strength, in standard deviations of the flow, at which edges begin to count."""
+    fit_with: Literal["averaged", "trained"] = "averaged"
+    """Which decoder's features the map is fitted on: the averaged one's, without gradient, as published; or the trained
+    one's, with the gradient through the fit, from which an encoder learns from scratch."""
 
     def __post_init__(self) -> None:
         for name in ("ridge_alpha", "edge_sigma"):
@@ -203,7 +206,8 @@ class FlowFeatTraining(nn.Module):
     """Frozen encoder, trained decoder and averaged decoder, with the state dict of published training runs.
 
     Args:
-        backbone: a key of `vision_transformer.CONFIGS`.
+        backbone: a key of `vision_transformer.CONFIGS`, which stays as it is, or of `convolutional.PYRAMIDS`, which is
+            trained too.
         loss: constants of the loss.
         input_size: (h, w) of the crops the encoder sees.
         ema_beta, ema_every: decay limit of the averaged decoder, and the steps between its moves.
@@ -221,7 +225,8 @@ class FlowFeatTraining(nn.Module):
         self.backbone = backbone
         self.loss_config = loss or FlowFeatLossConfig()
         self.input_size = input_size
-        self.encoder = VisionTransformer(CONFIGS[backbone], image_size=input_size).requires_grad_(False)
+        self.trains_encoder = backbone in FROM_SCRATCH
+        self.encoder = build_encoder(backbone, input_size).requires_grad_(self.trains_encoder)
         self.decoder = build_decoder(backbone)
         # The coarsest fusion has no finer map to add, so its first unit never runs. Data-parallel training
         # would wait for its gradient.
@@ -277,17 +282,21 @@ class FlowFeatTraining(nn.Module):
         crops = [sample_crop(frame.float(), params, self.input_size) for params in (params1, params2)]
         return torch.cat(crops)
 
-    @torch.no_grad()
     def encode(self, crops: Float[Tensor, "N 3 h w"]) -> tuple[list[Tensor], list[Tensor]]:
-        """Token maps of the first and of the second crops; both go through the encoder together."""
-        maps, _ = encoder_maps(self.encoder, crops)
+        """Maps of the first and of the second crops; both go through the encoder together."""
+        with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
+            maps, _ = encoder_maps(self.encoder, crops)
         first, second = zip(*(m.chunk(2) for m in maps), strict=True)
         return list(first), list(second)
 
-    @torch.no_grad()
     def fit(self, maps: list[Tensor], flow: Float[Tensor, "B 2 h w"]) -> Float[Tensor, "B G 2"]:
-        """Linear map from the averaged decoder's features, and a constant, to the flow."""
-        decoder = self.averaged_decoder
+        """Linear map from a decoder's features, and a constant, to the flow; see `FlowFeatLossConfig.fit_with`."""
+        if self.loss_config.fit_with == "trained":
+            return self._fit(self.decoder, maps, flow)
+        with torch.no_grad():
+            return self._fit(self.averaged_decoder, maps, flow)
+
+    def _fit(self, decoder: DPTDecoder, maps: list[Tensor], flow: Float[Tensor, "B 2 h w"]) -> Float[Tensor, "B G 2"]:
         equations = [NormalEquations() for _ in flow]
         targets = _pixels(flow)
         for samples, pixels, hidden in _pieces(_pixels(decoder.hidden(maps, self.input_size))):
@@ -342,7 +351,7 @@ class FlowFeatTraining(nn.Module):
 
     def train(self, mode: bool = True) -> "FlowFeatTraining":
         super().train(mode)
-        self.encoder.eval()
+        self.encoder.train(mode and self.trains_encoder)
         return self
 
     def _losses(

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from kinema.configs import EmbedConfig
 from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.embed import dense
 from kinema.pipelines.embed.shard_embedder import ModelSpec, ShardEmbedder
 from kinema.pipelines.sidecars.sidecar import (
     Place,
@@ -48,6 +49,8 @@ def run(config: EmbedConfig, *, report: Callable[[str], None] | None = None) -> 
     features = Artifact.open(config.out, kind="features", config=identity(config, spec), inputs={"clips": clips.plan8})
 
     def prepare() -> tuple[Any, Place]:
+        if spec.form is dense and config.features != "pooled":
+            say(f"embed: {dense.describe_size(config, spec.load(), clips)}")
         placed, place = _place(config, spec)
         return partial(ShardEmbedder, clips, features, placed, config), place
 

@@ -17,6 +17,7 @@ from kinema.configs.models.benchmarks import BENCHMARKS
 from kinema.configs.models.row import resolve
 from kinema.configs.models.table import MODELS
 from kinema.pipelines import tracking
+from kinema.pipelines.artifacts.layout import RUN_FILE
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class EvaluateSummary:
     """Wall time."""
     run_id: str = ""
     """MLflow run that got the table."""
+    out: str = ""
+    """Folder of the table, if one was asked for."""
 
     def flat(self) -> dict[str, Any]:
         """What `--json` prints: every metric a key of its own."""
@@ -57,7 +60,9 @@ def run(config: EvaluateConfig, *, report: Callable[[Any], None] | None = None) 
         tracking.open_client(tracking.tracking_uri())  # a server that is down is told before the work
     metrics, pictures = resolve(benchmark.run)(config)
     run_id = _log(config, metrics, pictures)
-    summary = EvaluateSummary(metrics, config.model, config.benchmark, round(time.monotonic() - started, 2), run_id)
+    summary = EvaluateSummary(
+        metrics, config.model, config.benchmark, round(time.monotonic() - started, 2), run_id, config.out
+    )
     if config.out:
         write_table(Path(config.out), summary)
     return summary
@@ -73,13 +78,20 @@ def _check_writable(folder: Path) -> None:
 
 def _log(config: EvaluateConfig, metrics: dict[str, float], pictures: Sequence[Path] = ()) -> str:
     """Log to the run asked for, else to the run that made the model, else to a run of its own; returns its id."""
-    run_id = config.run_id
+    run_id, workspace = config.run_id, None
     for folder in (Path(config.model), Path(config.model).parent.parent):
-        if not run_id and (folder / "run.json").is_file():
-            run_id = json.loads((folder / "run.json").read_text()).get("run_id", "")
-    tags = {"kinema.kind": "evaluate"}
-    settings = {"evaluate": dataclasses.asdict(config)}
-    tracker = tracking.start_run("kinema", f"evaluate-{config.benchmark}", settings, tags=tags, resume=run_id)
+        if (folder / RUN_FILE).is_file():
+            record = json.loads((folder / RUN_FILE).read_text())
+            run_id, workspace = run_id or record.get("run_id", ""), tracking.workspace_of(record)
+            break
+    tracker = tracking.start_run(
+        config.experiment,
+        f"evaluate-{config.benchmark}",
+        {"evaluate": dataclasses.asdict(config)},
+        tags={"kinema.kind": "evaluate"},
+        resume=run_id,
+        workspace=workspace,
+    )
     tracker.log_metrics({f"evaluate.{name}": value for name, value in metrics.items() if value == value})
     for picture in pictures:
         tracker.log_artifact(picture, f"evaluate/{config.benchmark}")

@@ -127,6 +127,26 @@ class ClipIndex:
     def __len__(self) -> int:
         return self._length
 
+    def split(self, hold_out: int) -> tuple[ClipIndex, ClipIndex]:
+        """(clips to learn from, clips to judge on): every `hold_out`-th is judged on, one at least if there are two.
+
+        With `hold_out` 0, or a single clip, both are all clips.
+        """
+        if hold_out == 0 or len(self) < 2:
+            return self, self
+        step = min(hold_out, len(self))
+        judged = list(range(step - 1, len(self), step))
+        learned = [number for number in range(len(self)) if number not in set(judged)]
+        return self._part(learned, {"held out": len(judged)}), self._part(judged, {})
+
+    def _part(self, numbers: list[int], left_out: dict[str, int]) -> ClipIndex:
+        table = self.table.take(pa.array(numbers, pa.int64())).combine_chunks()
+        urls = (self._shard_urls, self._flow_shard_urls)
+        out = {**self.left_out, **left_out}
+        return ClipIndex(
+            table, self.clips_url, *urls, out, self._tracks_shard_urls, self._other_flow_urls, self.flow_use
+        )
+
     @property
     def keys(self) -> list[str]:
         """Key of every clip, in order."""

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from kinema.models.flow.geometry import flow_to_colour
+from kinema.pipelines.pictures.projection import Projection
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -49,26 +50,12 @@ def flow_picture(flow_px: Tensor, max_px: float | None = None) -> np.ndarray:
     return flow_to_colour(flow_px.detach().float().cpu(), max_px).numpy()
 
 
-def feature_pca(features: Tensor, outlier_share: float = 0.01) -> np.ndarray:
+def feature_pca(features: Tensor) -> np.ndarray:
     """The three main components of a feature map [C, H, W] as red, green and blue, uint8 [H, W, 3].
 
-    Each component is stretched between its `outlier_share` and 1 - `outlier_share` quantiles, and its sign is
-    chosen so that its largest deviation is positive: equal features give equal pictures.
+    Equal features give equal pictures; `Projection` shows several maps on one basis.
     """
-    channels, height, width = features.shape
-    pixels = rearrange(features.detach().double().cpu(), "c h w -> (h w) c")
-    pixels = pixels - pixels.mean(dim=0)
-    _, vectors = torch.linalg.eigh(pixels.T @ pixels)
-    parts = pixels @ vectors.flip(1)[:, : min(3, channels)]  # [H*W, <=3]
-    largest = parts.gather(0, parts.abs().argmax(dim=0, keepdim=True))
-    parts = parts * torch.where(largest < 0, -1.0, 1.0)
-    ordered = parts.sort(dim=0).values
-    margin = min(int(outlier_share * len(ordered)), (len(ordered) - 1) // 2)
-    low, high = ordered[margin], ordered[-1 - margin]
-    shown = ((parts - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) * 255
-    picture = torch.zeros(height * width, 3, dtype=torch.uint8)
-    picture[:, : shown.shape[1]] = shown.round().byte()
-    return rearrange(picture, "(h w) c -> h w c", h=height).numpy()
+    return Projection.of([features]).picture(features)
 
 
 def panel(pictures: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:

@@ -1,8 +1,7 @@
-"""`kinema register`: a run in, a registry version out."""
+"""`kinema register`: a run, or a network with weights, in; a registry version out."""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import tempfile
@@ -12,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kinema.configs import RegisterConfig, TrainConfig
-from kinema.configs.load import build
+from kinema.configs import RegisterConfig
 from kinema.configs.models.table import MODELS
 from kinema.pipelines import tracking
 from kinema.pipelines.registry.files import load_registered
-from kinema.pipelines.registry.package import Package, package
+from kinema.pipelines.registry.package import package
+from kinema.pipelines.registry.source import make_card, source_of
 from kinema.pipelines.registry.versions import Registry
-from kinema.pipelines.train.checkpoint import read_meta, read_tensors, resolve_checkpoint
-from kinema.pipelines.train.recipes.choose import make_recipe
 
 __all__ = ["RegisterSummary", "load_registered", "run"]
 
@@ -51,6 +48,10 @@ class RegisterSummary:
     """MLflow run that the version is linked to."""
     seconds: float
     """Wall time."""
+    out: str = ""
+    """The registry."""
+    notices: tuple[str, ...] = ()
+    """What a user must know of this model."""
 
     @property
     def exit_status(self) -> int:
@@ -59,37 +60,34 @@ class RegisterSummary:
 
 
 def run(config: RegisterConfig, *, report: Callable[[dict[str, Any]], None] | None = None) -> RegisterSummary:
-    """Package the newest checkpoint of `model` and register it: alias `candidate`, and `champion` if it is better.
+    """Package a model and register it: alias `candidate`, and `champion` if it is better.
 
-    The first version becomes champion. A later one does when its metric is strictly better; without a metric on
-    both sides nothing changes, which is said aloud. The same weights are registered once.
-    Raises: ValueError for a model folder without checkpoint; StageError if MLflow does not answer.
+    `model` is a run, whose newest checkpoint is taken, or the name of a network with weights. The first version becomes
+    champion. A later one does when its metric is strictly better; without a metric on both sides nothing changes, which
+    is said aloud. The same weights are registered once.
+    Raises: ValueError for a model folder without checkpoint, an unknown name, or a model that has no form to answer in;
+        StageError if MLflow does not answer.
     """
     started = time.monotonic()
     if not config.model:
-        raise ValueError("model is empty; name the run folder: model=DIR")
-    checkpoint = resolve_checkpoint(config.model)
-    meta = read_meta(checkpoint)
-    record = _run_record(checkpoint)
-    trained = build(TrainConfig, meta["train_config"])
-    name = registered_name(config, trained.model)
-    recipe = make_recipe(trained)
-    exported = recipe.export(recipe.published_model(read_tensors(checkpoint)))
+        raise ValueError("model is empty; name the run folder (model=DIR) or a network with weights (model=raft)")
+    source = source_of(config.model, config.weights)
+    name = config.name or source.row.registered_name
     tracker = tracking.start_run(
-        trained.experiment,
+        source.experiment,
         f"register-{name}",
         {},
         tags={"kinema.registered_as": name},
-        resume=record.get("run_id", ""),
-        workspace=_workspace(record),
+        resume=source.run_id,
+        workspace=source.workspace,
     )
     try:
         registry = Registry(tracker.client, tracker.handle.uri, name)
         metrics = evaluation_metrics(registry.run_metrics(tracker.run_id))
         with tempfile.TemporaryDirectory(prefix="kinema-register-") as folder:
-            parts = package(exported, Path(folder) / "parts")
-            tags = _tags(meta, record, exported.licences, metrics, parts)
-            version = registry.add(parts, tracker.run_id, tags, Path(folder) / "model")
+            parts = package(source.exported, Path(folder) / "parts")
+            card = make_card(source, name, metrics, parts.content_hash)
+            version = registry.add(parts, tracker.run_id, card, Path(folder) / "model")
     finally:
         tracker.end()
     metric = config.metric.removeprefix(EVALUATION) or _first_metric(metrics)
@@ -112,6 +110,8 @@ def run(config: RegisterConfig, *, report: Callable[[dict[str, Any]], None] | No
         uri=f"models:/{name}@{'champion' if champion == version else 'candidate'}",
         run_id=tracker.run_id,
         seconds=round(time.monotonic() - started, 3),
+        out=tracker.handle.uri,
+        notices=source.origin.notices,
     )
 
 
@@ -137,31 +137,3 @@ def _beats(registry: Registry, value: float | None, before: int, name: str, high
         sys.stderr.write(f"kinema register: version {before} stays champion: {why}\n")
         return False
     return value > theirs if higher_is_better else value < theirs
-
-
-def _run_record(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint.parent.parent / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _workspace(record: Mapping[str, Any]) -> Path | None:
-    """Folder of the embedded store that the training logged to, so that both are in one."""
-    database = tracking.sqlite_path(record.get("tracking_uri", ""))
-    return database.parent if database is not None and database.name == "mlflow.db" else None
-
-
-def _tags(
-    meta: Mapping[str, Any],
-    record: Mapping[str, Any],
-    licences: Mapping[str, str],
-    metrics: Mapping[str, float],
-    parts: Package,
-) -> dict[str, str]:
-    tags = {
-        "kinema.content_hash": parts.content_hash,
-        "kinema.step": str(meta["step"]),
-        "kinema.config_hash": record.get("config_hash", ""),
-    }
-    tags |= {f"kinema.data.{name}": entry["hash"] for name, entry in record.get("inputs", {}).items()}
-    tags |= {f"licence.{part}": licence for part, licence in licences.items()}
-    return tags | {f"metric.{name}": repr(value) for name, value in metrics.items()}

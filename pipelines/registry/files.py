@@ -12,6 +12,7 @@ from torch import nn
 from kinema.configs.models.row import resolve
 from kinema.configs.models.table import MODELS
 from kinema.pipelines import tracking
+from kinema.pipelines.registry.package import maker_of
 from kinema.pipelines.registry.shipped.network import build_model
 from kinema.pipelines.registry.versions import Registry
 
@@ -26,7 +27,7 @@ def load_registered(address: str, uri: str = "") -> nn.Module:
         files = _download(address, uri, Path(folder))
         config = _config(address, files)
         # The class is the table's: a version registered before a module moved loads all the same.
-        network = resolve(MODELS[config["architecture"]].network)
+        network = resolve(maker_of(MODELS[config["architecture"]], config["arguments"]))
         return build_model(network, config, files / "weights.safetensors")
 
 

@@ -13,14 +13,17 @@ import importlib.metadata
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
+from kinema.configs.models.row import ModelRow
 from kinema.configs.models.table import MODELS
+from kinema.pipelines.registry.card import serving_form
 from kinema.pipelines.train.recipes.protocol import ExportedModel
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -55,7 +58,8 @@ def package(model: ExportedModel, folder: Path) -> Package:
     if row is None or not row.serving:
         known = ", ".join(name for name, other in MODELS.items() if other.serving)
         raise ValueError(f"architecture {model.architecture!r} is not known; known are {known}")
-    module, _, class_name = row.network.partition(":")
+    form = serving_form(row)
+    module, _, maker = maker_of(row, model.config).partition(":")
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / "weights.safetensors", folder / "config.json"
     # Clones, since a file cannot hold two names of one tensor.
@@ -63,7 +67,7 @@ def package(model: ExportedModel, folder: Path) -> Package:
     description = {
         "architecture": model.architecture,
         "module": shipped_name(module),
-        "class": class_name,
+        "class": maker,
         "serving": row.serving,
         "arguments": dict(model.config),
         "inputs": dict(model.inputs),
@@ -71,11 +75,16 @@ def package(model: ExportedModel, folder: Path) -> Package:
     }
     config.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
     digest = hashlib.blake2b(weights.read_bytes() + config.read_bytes(), digest_size=16).hexdigest()
-    code = write_code(module, f"kinema_{model.architecture}", folder / "code")
+    code = write_code((module, *getattr(form, "ALSO", ())), f"kinema_{model.architecture}", folder / "code")
     entry = folder / "model.py"
     imports = f"from mlflow.models import set_model\n\nfrom {code.name}.predictor import Predictor\n"
     entry.write_text(f"{imports}\nset_model(Predictor())\n")
     return Package(weights, config, code, entry, row.serving, digest)
+
+
+def maker_of(row: ModelRow, arguments: Mapping[str, Any]) -> str:
+    """What makes the network, `module:attribute`: its class, or the row's function for a network of one form."""
+    return row.network if arguments or row.presets else row.build
 
 
 def shipped_name(module: str) -> str:
@@ -83,13 +92,14 @@ def shipped_name(module: str) -> str:
     return module.removeprefix("kinema.")
 
 
-def write_code(module: str, prefix: str, folder: Path) -> Path:
-    """The sources `module` needs, and the shipped ones, as a package `prefix_<hash>` in `folder`.
+def write_code(modules: str | Sequence[str], prefix: str, folder: Path) -> Path:
+    """The sources that `modules` need, and the shipped ones, as a package `prefix_<hash>` in `folder`.
 
     Returns: the package's folder.
     """
     sources = {path.name: path.read_text() for path in sorted(SHIPPED.glob("*.py"))}
-    closure = module_closure(module)
+    wanted = (modules,) if isinstance(modules, str) else modules
+    closure = {name: path for module in wanted for name, path in module_closure(module).items()}
     for name, path in sorted(closure.items()):
         parts = shipped_name(name).split(".")
         for depth in range(1, len(parts)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import re
 import sys
@@ -13,16 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
+import PIL
 import torch
 
 from kinema.pipelines import tracking
+from kinema.pipelines.registry.card import Card
 from kinema.pipelines.registry.package import Package
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+_MODELS = "models:/"
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
-_FOLDER = "model"
 
 
 class Registry:
@@ -39,23 +43,75 @@ class Registry:
             raise ValueError(f"model address {address!r} is not models:/NAME@ALIAS or models:/NAME/VERSION")
         return cls(tracking.open_client(uri), uri, found["name"])
 
-    def add(self, parts: Package, run_id: str, tags: Mapping[str, str], folder: Path) -> int:
+    def add(self, parts: Package, run_id: str, card: Card, folder: Path) -> int:
         """A new version with these files, alias `candidate`; the present one if these weights are registered.
 
         Args: folder, a place for the MLflow model that is uploaded.
         """
-        self._make_entry()
-        version = self._same_weights(tags["kinema.content_hash"])
+        self._make_entry(card)
+        version = self._same_weights(card.tags["kinema.content_hash"])
         if version is None:
-            save_pyfunc(parts, folder)
-            self.client.log_artifacts(run_id, str(folder), _FOLDER)
-            source = f"{self.client.get_run(run_id).info.artifact_uri}/{_FOLDER}"
-            made = self.client.create_model_version(self.name, source, run_id, tags=dict(tags))
+            model_id = self._log_model(parts, run_id, card, folder)
+            with _default_store(self.uri):
+                made = self.client.create_model_version(
+                    self.name, f"{_MODELS}{model_id}", run_id, tags=dict(card.tags), model_id=model_id
+                )
             version = int(made.version)
-        for tag, value in tags.items():
+        for tag, value in card.tags.items():
             self.client.set_model_version_tag(self.name, str(version), tag, value)
+        self.client.update_model_version(self.name, str(version), card.description)
+        self._log_metrics(version, run_id, card.metrics)
         self.set_alias("candidate", version)
         return version
+
+    def _log_model(self, parts: Package, run_id: str, card: Card, folder: Path) -> str:
+        """What `mlflow.pyfunc.log_model` does, without the process-wide store and run that it works on.
+
+        Returns: the id of the logged model, an output of the run.
+        """
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.models import Model
+
+        experiment = self.client.get_run(run_id).info.experiment_id
+        logged = self.client.create_logged_model(
+            experiment,
+            self.name,
+            source_run_id=run_id,
+            tags=dict(card.tags),
+            params=dict(card.params),
+            model_type=card.kind,
+        )
+        try:
+            record = Model(
+                artifact_path=self.name,  # the place itself would tell of this machine
+                model_uuid=logged.model_id,
+                run_id=run_id,
+                model_id=logged.model_id,
+                metadata=dict(card.metadata),
+            )
+            save_pyfunc(parts, folder, record)
+            self.client.log_model_artifacts(logged.model_id, str(folder))
+        except BaseException:
+            self.client.finalize_logged_model(logged.model_id, "FAILED")
+            raise
+        self.client.finalize_logged_model(logged.model_id, "READY")
+        self.client.log_outputs(run_id, models=[LoggedModelOutput(logged.model_id, step=card.step)])
+        return logged.model_id
+
+    def _log_metrics(self, version: int, run_id: str, metrics: Mapping[str, float]) -> None:
+        """The evaluation's figures, on the model itself: the version's page and comparisons show them."""
+        model_id = self.model_id(version)
+        if model_id:
+            known = {metric.key: metric.value for metric in self.client.get_logged_model(model_id).metrics or ()}
+            for name, value in metrics.items():
+                if known.get(name) != value:
+                    self.client.log_metric(run_id, name, value, model_id=model_id)
+
+    def model_id(self, version: int) -> str:
+        """MLflow's id of the logged model behind a version; empty for one that was registered as a run's files."""
+        found = self.client.get_model_version(self.name, str(version))
+        source = found.source or ""
+        return found.model_id or (source.removeprefix(_MODELS) if source.startswith(_MODELS) else "")
 
     def set_alias(self, alias: str, version: int) -> None:
         """Point an alias at a version."""
@@ -97,15 +153,19 @@ class Registry:
         """The files of a version: a folder below `folder`, or the store's own where that is a local one."""
         import mlflow
 
-        source = self.client.get_model_version_download_uri(self.name, str(version))
+        model_id = self.model_id(version)
+        if model_id:
+            source = self.client.get_logged_model(model_id).artifact_location
+        else:
+            source = self.client.get_model_version_download_uri(self.name, str(version))
         found = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.uri)
         return Path(found)
 
-    def _make_entry(self) -> None:
+    def _make_entry(self, card: Card) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
-            self.client.create_registered_model(self.name)
+            self.client.create_registered_model(self.name, {"kinema.model": card.model}, card.summary)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -117,13 +177,15 @@ class Registry:
         return None
 
 
-def save_pyfunc(parts: Package, folder: Path) -> None:
-    """The package as an MLflow model folder: no pickle, and no path of this machine in it."""
+def save_pyfunc(parts: Package, folder: Path, record: Any = None) -> None:
+    """The package as an MLflow model folder: no pickle, and no path of this machine in it.
+
+    Args: record, the `mlflow.models.Model` that is written as MLmodel.
+    """
     import mlflow
 
     form = importlib.import_module(f"kinema.pipelines.registry.shipped.{parts.serving}")
-    with _importable(parts.code), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # advice on type hints, which the user cannot follow
+    with _importable(parts.code), quiet_mlflow():
         mlflow.pyfunc.save_model(
             path=str(folder),
             python_model=str(parts.entry),
@@ -131,6 +193,7 @@ def save_pyfunc(parts: Package, folder: Path) -> None:
             code_paths=[str(parts.code)],
             pip_requirements=_requirements(),
             model_config={"device": "cpu"},
+            mlflow_model=record,
             signature=signature_of(form),
             input_example=(form.example(), form.PARAMS) if form.PARAMS else form.example(),
         )
@@ -159,6 +222,36 @@ def signature_of(form: Any) -> Any:
 
 
 @contextlib.contextmanager
+def _default_store(uri: str) -> Iterator[None]:
+    """MLflow's SQL registry looks the logged model up in the process's default store, whatever the client's is."""
+    from mlflow.tracking._tracking_service.utils import _use_tracking_uri
+
+    before = os.environ.get(_URI_VARIABLE)
+    try:
+        with _use_tracking_uri(uri):
+            yield
+    finally:
+        if before is None:
+            os.environ.pop(_URI_VARIABLE, None)
+        else:
+            os.environ[_URI_VARIABLE] = before
+
+
+@contextlib.contextmanager
+def quiet_mlflow() -> Iterator[None]:
+    """Without MLflow's advice on what is meant so: type hints, whole numbers that cannot be missing, code paths."""
+    logger = logging.getLogger("mlflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def _importable(code: Path) -> Iterator[None]:
     """MLflow runs the entry file once while it saves: the package can be imported meanwhile, and is forgotten."""
     writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
@@ -175,5 +268,5 @@ def _importable(code: Path) -> Iterator[None]:
 def _requirements() -> list[str]:
     import mlflow
 
-    packages: dict[str, Any] = {"mlflow": mlflow, "torch": torch, "numpy": numpy}
+    packages: dict[str, Any] = {"mlflow": mlflow, "torch": torch, "numpy": numpy, "pillow": PIL}
     return [f"{name}=={str(module.__version__).partition('+')[0]}" for name, module in packages.items()]

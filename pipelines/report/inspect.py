@@ -10,8 +10,11 @@ from pathlib import Path
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts.layout import MANIFEST
 from kinema.pipelines.report import sections
+from kinema.pipelines.report.features import add_features
 from kinema.pipelines.report.page import Page
 from kinema.pipelines.report.teachers import add_teachers
+
+_TITLES = {"clips": "Clips", "flow": "Optical flow", "tracks": "Point tracks", "features": "Features"}
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,15 @@ def inspect(target: str, out: str | None = None, pictures: str | None = None) ->
     if path.suffix != ".html":
         path = path / f"{name}_inspect.html"
     if local and (Path(target) / "run.json").is_file():
-        page, kind = Page(f"Run {name}", str(Path(target).resolve())), "run"
+        page, kind = Page(f"Training run {name}", str(Path(target).resolve())), "run"
+        page.section("Training")
         sections.add_run(page, target)
+        sections.add_run_facts(page, target)
     elif local and not (Path(target) / "manifest.json").is_file():
         raise ValueError(f"{target} is neither an artifact (manifest.json) nor a run (run.json); check the path")
     else:
         artifact = Artifact.read(target)
-        page, kind = Page(f"{artifact.kind} {name}", artifact.url), artifact.kind
+        page, kind = Page(f"{_TITLES.get(artifact.kind, artifact.kind)}: {name}", artifact.url), artifact.kind
         _artifact(page, artifact)
     written = page.write_media(pictures) if pictures else 0
     return InspectSummary(str(page.write(path)), kind, written)
@@ -74,25 +79,26 @@ def inspect_teachers(
 
 
 def _artifact(page: Page, artifact: Artifact) -> None:
-    page.section("Contents")
+    sections.add_quarantine(page, [artifact])
+    page.section("What it holds")
     if artifact.kind == "clips":
         sections.add_clips(page, artifact.url)
     elif artifact.kind in ("flow", "tracks"):
-        clips = _clips_beside(artifact)
+        clips = clips_beside(artifact)
         if clips is None:
             page.text("The clips were not found beside this artifact or its folder, so no pictures are shown.")
         add = sections.add_flow if artifact.kind == "flow" else sections.add_tracks
         add(page, artifact.url, clips)
+    elif artifact.kind == "features":
+        add_features(page, artifact, clips_beside(artifact))
     else:
         samples = artifact.samples()
         page.numbers({"samples": samples.num_rows, "shards": len(artifact.commits())})
-    page.section("Quarantine", "Inputs that were left out, and why.")
-    sections.add_quarantine(page, [artifact])
     page.section("Made with")
     page.table([{"key": k, "value": str(v)} for k, v in _flat(artifact.manifest["config"])])
 
 
-def _clips_beside(sidecar: Artifact) -> str | None:
+def clips_beside(sidecar: Artifact) -> str | None:
     """The clips artifact that a sidecar on this machine was made from, in a folder beside it or beside its parent."""
     wanted = sidecar.manifest["inputs"].get("clips")
     if "://" in sidecar.url or not wanted:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.artifacts.layout import RUN_FILE
 from kinema.pipelines.loader import Clip, ClipIndex
 from kinema.pipelines.pictures.images import flow_picture
 from kinema.pipelines.pictures.motion import (
@@ -24,6 +25,8 @@ from kinema.pipelines.pictures.motion import (
     wheel_picture,
 )
 from kinema.pipelines.report.page import Page
+from kinema.pipelines.report.variety import caption_of, spread, varied
+from kinema.pipelines.tracking import flatten
 
 SHOWN_HEIGHT = 150
 MAX_QUARANTINE_ROWS = 200
@@ -55,13 +58,12 @@ def add_clips(page: Page, clips_url: str, max_clips: int = 6) -> None:
     if not samples.num_rows:
         return
     index = ClipIndex.open(clips_url, skip_duplicates=False)
-    pictures = []
-    for number in spread(len(index), max_clips):
+    rows = []
+    for number in varied(index, max_clips):
         clip = index.clip(number)
         frames = clip.frames(spread(clip.num_frames, 3))
-        strip = np.concatenate([shrink(frame) for frame in frames], axis=1)
-        pictures.append((strip, f"{clip.meta['source']} {clip.meta['start_s']:.2f}-{clip.meta['end_s']:.2f} s"))
-    page.pictures(pictures)
+        rows.append((np.concatenate([shrink(frame) for frame in frames], axis=1), caption_of(clip)))
+    page.pictures(rows)
     page.histogram(columns["num_frames"], "frames per clip")
     page.histogram([m for m in columns["motion_score"] if m is not None], "motion score (share of the diagonal)")
 
@@ -83,9 +85,9 @@ def add_tracks(page: Page, tracks_url: str, clips_url: str | None, max_clips: in
     )
     if clips_url and rows:
         index = ClipIndex.open(clips_url, tracks_url=tracks_url, skip_duplicates=False)
-        for number in spread(len(index), max_clips):
+        for number in varied(index, max_clips):
             clip = index.clip(number)
-            caption = f"{clip.meta['source']} {clip.meta['start_s']:.2f}-{clip.meta['end_s']:.2f} s"
+            caption = caption_of(clip)
             page.film(encode_mp4(_trails(clip), clip.fps), caption, width=FILM_WIDTH)
         page.text("A track keeps the colour of where it began; it is hollow while the tracker takes it to be hidden.")
     for column, label in {
@@ -191,56 +193,87 @@ def _one_per_clip(pairs: Sequence[Mapping[str, Any]], count: int) -> list[Mappin
 
 
 def add_quarantine(page: Page, artifacts: Sequence[Artifact]) -> None:
-    """What was left out, and why."""
+    """What was left out, and why, in a section of its own; nothing where nothing was."""
     rows = [
         {"artifact": artifact.kind, **{k: row[k] for k in ("source", "stage", "error_class", "message", "attempts")}}
         for artifact in artifacts
         for row in artifact.quarantined().to_pylist()
     ]
-    page.table(rows[:MAX_QUARANTINE_ROWS])
+    if rows:
+        page.section(f"Left out: {len(rows)}", "Inputs in quarantine, and why.", warning=True)
+        page.table(rows[:MAX_QUARANTINE_ROWS])
     if len(rows) > MAX_QUARANTINE_ROWS:
         page.text(f"{len(rows) - MAX_QUARANTINE_ROWS} more are in quarantine.parquet.")
 
 
 def add_run(page: Page, run: str | Path) -> None:
-    """Curves, throughput and pictures of a training run."""
+    """What a training run is made of, its curves, throughput and newest pictures."""
     folder = Path(run)
-    points = read_metrics(folder)
-    if points:
-        last = points[-1]
-        page.numbers(
-            {
-                "steps": last["step"],
-                "loss": last.get("loss", math.nan),
-                "samples/s": _mean([p["samples_per_second"] for p in points if "samples_per_second" in p]),
-                "step, s": _mean([p["step_time_s"] for p in points if "step_time_s" in p]),
-                "share of time waiting for data": _mean([p.get("data_wait_share", math.nan) for p in points]),
-                "samples not counted": sum(p.get("samples_not_counted", 0) for p in points),
-            }
-        )
-        steps = [p["step"] for p in points]
-        losses = [name for name in points[0] if name == "loss" or name.endswith("_loss")]
-        page.line_chart({name: (steps, [p.get(name, math.nan) for p in points]) for name in losses}, "step", "loss")
-        speed = [p.get("samples_per_second", math.nan) for p in points]
-        page.line_chart({"samples/s": (steps, speed)}, "step", "samples/s")
+    record = json.loads((folder / RUN_FILE).read_text()) if (folder / RUN_FILE).is_file() else {}
+    for notice in record.get("notices", ()):
+        page.text(f"Note: {notice}.")
+    add_curves(page, folder)
     newest: dict[str, Path] = {}
     for path in sorted((folder / "pictures").glob("*.png")):
         newest[path.stem.rsplit("_", 1)[0]] = path
     for name, path in newest.items():
         with Image.open(path) as picture:
-            caption = f"{name.replace('_', ', ')} (step {int(path.stem[-8:])})"
+            caption = f"{name.replace('_', ', ')} (step {int(path.stem[-8:]):,})"
             page.pictures([(np.array(picture.convert("RGB")), caption)], width=max(picture.width, RUN_PICTURE_WIDTH))
+
+
+def add_curves(page: Page, run: Path) -> None:
+    """Figures and curves of metrics.jsonl."""
+    points = read_metrics(run)
+    if not points:
+        return
+    last = points[-1]
+    page.numbers(
+        {
+            "steps": last["step"],
+            "loss": last.get("loss", math.nan),
+            "samples/s": _mean([p["samples_per_second"] for p in points if "samples_per_second" in p]),
+            "step, s": _mean([p["step_time_s"] for p in points if "step_time_s" in p]),
+            "share of time waiting for data": _mean([p.get("data_wait_share", math.nan) for p in points]),
+            "samples not counted": sum(p.get("samples_not_counted", 0) for p in points),
+        }
+    )
+    steps = [p["step"] for p in points]
+    losses = [name for name in points[0] if name == "loss" or name.endswith("_loss")]
+    page.line_chart({name: (steps, [p.get(name, math.nan) for p in points]) for name in losses}, "step", "loss")
+    speed = [p.get("samples_per_second", math.nan) for p in points]
+    page.line_chart({"samples/s": (steps, speed)}, "step", "samples/s")
+
+
+def add_run_facts(page: Page, run: str | Path) -> None:
+    """Data, checkpoints, MLflow run and settings of a training run."""
+    folder = Path(run)
+    record = json.loads((folder / RUN_FILE).read_text())
+    page.section("Data")
+    page.table([{"input": name, **entry} for name, entry in record.get("inputs", {}).items()])
+    page.section("Checkpoints")
+    page.table([_checkpoint_row(path) for path in sorted((folder / "checkpoints").glob("step_*"))])
+    page.section("MLflow")
+    uri, run_id = record.get("tracking_uri", ""), record.get("run_id", "")
+    if uri.startswith("http"):
+        page.link(f"{uri.rstrip('/')}/#/runs/{run_id}", f"Run {run_id} at {uri}")
+    elif uri:
+        page.text(f"Run {run_id}. To look at it:")
+        page.code(f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}")
+    page.section("Settings")
+    page.table([{"key": key, "value": str(value)} for key, value in flatten(record.get("config", {})).items()])
+
+
+def _checkpoint_row(folder: Path) -> dict[str, Any]:
+    meta = json.loads((folder / "meta.json").read_text()) if (folder / "meta.json").is_file() else {}
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return {"step": meta.get("step"), "loss": meta.get("loss"), "MB": round(size / 1e6, 1), "folder": folder.name}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The points of a run's metrics.jsonl."""
     path = run / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def spread(total: int, count: int) -> list[int]:
-    """Up to `count` different numbers from 0 to total - 1, evenly spread."""
-    return sorted({round(i) for i in np.linspace(0, total - 1, min(count, total))})
 
 
 def shrink(picture: np.ndarray, height: int = SHOWN_HEIGHT) -> np.ndarray:

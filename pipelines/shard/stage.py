@@ -65,6 +65,8 @@ class ShardSummary:
     """Of all shards."""
     ignored_files: int
     """Files that are not videos."""
+    out: str
+    """Where the artifact is."""
     exit_status: int = field(default=0, metadata={"json": False})
     """0, or 3 when more than the allowed share of sources is quarantined."""
 
@@ -321,6 +323,7 @@ def _summary(
         near_duplicates=marks["near_duplicate_of"],
         bytes=sum(record["bytes"] for record in commits.values()),
         ignored_files=found.ignored_files,
+        out=artifact.url,
         exit_status=3 if share > config.allowed_quarantine else 0,
     )
 

@@ -54,6 +54,10 @@ class TrainSummary:
     """MLflow run."""
     seconds: float
     """Wall time of this invocation."""
+    out: str = ""
+    """The run's folder."""
+    notices: tuple[str, ...] = ()
+    """What a user must know of this model."""
 
     @property
     def exit_status(self) -> int:
@@ -88,8 +92,11 @@ def run(config: TrainConfig, *, report: Callable[[dict[str, Any]], None] | None 
         meta = checkpoint.read_meta(newest)
         refuse_other_identity(meta["identity"], identity, folder)
         if meta["step"] >= config.steps:
-            return _summary(_read_run(folder).get("run_id", ""), newest, meta, meta["samples_per_second"], started)
+            return _summary(_read_run(folder), newest, meta, meta["samples_per_second"], started)
+        sys.stderr.write(f"train: resuming from step {meta['step']} of {config.steps} in {folder}\n")
     recipe.check()
+    for notice in notices_of(recipe):
+        sys.stderr.write(f"kinema train: {notice}\n")
     make_loader = ClipLoader(config, recipe)
     sys.stderr.write(f"train: {make_loader.index().describe()}\n")
     is_new = _make_folder(folder)
@@ -107,7 +114,7 @@ def _train(
     report: Callable[[dict[str, Any]], None] | None,
     started: float,
 ) -> TrainSummary:
-    tracker = _open_run(config, folder, identity, inputs)
+    tracker = _open_run(config, folder, identity, inputs, notices_of(recipe))
     job = TrainJob(config, recipe, make_loader, folder, identity, tracker.handle)
     total = {"stage": "train", "steps": config.steps}
     on_progress = (lambda step, loss: report(total | {"step": step, "loss": loss})) if report else None
@@ -117,7 +124,12 @@ def _train(
         status = "KILLED" if finished.stopped else "FINISHED"
     finally:
         tracker.end(status)
-    return _finish(finished, folder, tracker.run_id, config, started)
+    return _finish(finished, folder, config, started)
+
+
+def notices_of(recipe: Any) -> tuple[str, ...]:
+    """What a user must know of a model that this recipe trains; workers' own words would not reach them."""
+    return recipe.notices() if hasattr(recipe, "notices") else ()
 
 
 def build_model(config: TrainConfig) -> Any:
@@ -150,6 +162,14 @@ class ClipLoader:
 
     def index(self) -> ClipIndex:
         """The clips to train on; ValueError with reasons and counts if there are none."""
+        return self.all_clips().split(self.config.loader.hold_out)[0]
+
+    def held_out(self) -> ClipIndex:
+        """The clips that were kept out of training; all of them if none were."""
+        return self.all_clips().split(self.config.loader.hold_out)[1]
+
+    def all_clips(self) -> ClipIndex:
+        """Every usable clip."""
         config, with_flow = self.config, "flow" in self.recipe.needs
         return ClipIndex.open(
             config.clips,
@@ -247,7 +267,9 @@ def _make_folder(folder: Path) -> bool:
     return is_new
 
 
-def _open_run(config: TrainConfig, folder: Path, identity: dict[str, Any], inputs: Any) -> tracking.Tracker:
+def _open_run(
+    config: TrainConfig, folder: Path, identity: dict[str, Any], inputs: Any, notices: tuple[str, ...]
+) -> tracking.Tracker:
     """The MLflow run: that of an earlier invocation if it still exists; recorded in run.json."""
     digest = config_hash(config)
     known = _read_run(folder)
@@ -258,6 +280,7 @@ def _open_run(config: TrainConfig, folder: Path, identity: dict[str, Any], input
         tags={"kinema.kind": "train", "kinema.model": config.model, "kinema.config_hash": digest},
         inputs=inputs,
         resume=known.get("run_id", ""),
+        workspace=folder.parent if tracking.home() is None else None,
     )
     record = {
         "config": to_mapping(config),
@@ -266,6 +289,7 @@ def _open_run(config: TrainConfig, folder: Path, identity: dict[str, Any], input
         "inputs": {name: {"url": url, "hash": value} for name, (url, value) in inputs.items()},
         "run_id": tracker.run_id,
         "tracking_uri": tracker.handle.uri,
+        "notices": list(notices),
         "code_version": kinema.__version__,
     }
     temporary = folder / f".{RUN_FILE}.partial"
@@ -281,12 +305,12 @@ def _read_run(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _finish(finished: Finished, folder: Path, run_id: str, config: TrainConfig, started: float) -> TrainSummary:
+def _finish(finished: Finished, folder: Path, config: TrainConfig, started: float) -> TrainSummary:
     newest = checkpoint.latest_checkpoint(folder)
     if newest is None:
         raise StageError(f"training ended without a checkpoint in {folder}")
     rate = finished.samples_per_second
-    summary = _summary(run_id, newest, checkpoint.read_meta(newest), rate, started)
+    summary = _summary(_read_run(folder), newest, checkpoint.read_meta(newest), rate, started)
     if finished.stopped:
         raise Stopped(
             f"stopped by {finished.stopped} at step {summary.step} of {config.steps}; checkpoint {newest} is "
@@ -297,7 +321,9 @@ def _finish(finished: Finished, folder: Path, run_id: str, config: TrainConfig, 
 
 
 def _summary(
-    run_id: str, newest: Path, meta: dict[str, Any], samples_per_second: float, started: float
+    record: dict[str, Any], newest: Path, meta: dict[str, Any], samples_per_second: float, started: float
 ) -> TrainSummary:
     seconds = round(time.monotonic() - started, 3)
-    return TrainSummary(meta["step"], meta["loss"], samples_per_second, str(newest), run_id, seconds)
+    said = tuple(record.get("notices", ()))
+    facts = (meta["step"], meta["loss"], samples_per_second, str(newest), record.get("run_id", ""), seconds)
+    return TrainSummary(*facts, out=str(newest.parent.parent), notices=said)

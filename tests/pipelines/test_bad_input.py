@@ -212,7 +212,7 @@ def test_json_of_evaluate_is_one_number_per_metric_and_summaries_for_people_are_
     monkeypatch.setattr(
         cli.stages, "stage_module", lambda stage: type("M", (), {"run": staticmethod(lambda _: summary)})
     )
-    _, out, _ = kinema("evaluate", "--json")
+    _, out, _ = kinema("evaluate", "model=r", "data=d", "--json")
     assert json.loads(out[-1]) == {
         "davis_jf": 0.5,
         "davis_mlp_j_mean": None,
@@ -220,6 +220,7 @@ def test_json_of_evaluate_is_one_number_per_metric_and_summaries_for_people_are_
         "benchmark": "davis",
         "seconds": 1.0,
         "run_id": "abc",
+        "out": "",
     }
     nested = {"stages": {"shard": "done"}, "summaries": {"shard": {"clips": 3}}, "outputs": {"register": ""}}
     monkeypatch.setattr(

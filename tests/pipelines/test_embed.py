@@ -88,6 +88,25 @@ def test_dense_features_are_the_models(clips, run, tmp_path, which):
     np.testing.assert_allclose(stored, wanted.numpy(), atol=4e-3)
 
 
+def test_maps_in_few_bytes_and_their_size_said_before(clips, run, tmp_path):
+    """Every third pixel from the second on, a byte each: within half a step; the size said is what is stored."""
+    said: list[str] = []
+    small = config(clips, run, tmp_path / "out", features="y_dec", dtype="int8", stride=3)
+    embed.run(small, report=said.append)
+    out = Artifact.read(tmp_path / "out")
+    row = out.samples().to_pylist()[3]
+    stored, scale = member(out, row, "y_dec"), member(out, row, "y_dec_scale")
+    wanted = expected(clips, run, 3)[1][:, :, 1::3, 1::3].numpy()
+    assert stored.dtype == np.int8 and stored.shape == wanted.shape and scale.shape == (wanted.shape[1],)
+    assert (np.abs(stored * scale[:, None, None] - wanted) <= scale[:, None, None] * 0.5001).all()
+    np.testing.assert_allclose(np.abs(wanted).max(axis=(0, 2, 3)), scale * 127, rtol=1e-5)
+    values = sum(np.prod(member(out, r, "y_dec").shape) for r in out.samples().to_pylist())
+    (size,) = [line for line in said if "a frame, int8, stride 3" in line]
+    assert f"y_dec of 15 frames takes {values / 1e6:.2f} MB" in size and "features=pooled next to nothing" in size
+    with pytest.raises(ValueError, match="dtype"):
+        embed.run(dataclasses.replace(small, dtype="float16"))
+
+
 def test_pooled_features_are_in_the_shards_and_in_parquet(clips, run, tmp_path):
     embed.run(config(clips, run, tmp_path / "out"))
     out = Artifact.read(tmp_path / "out")

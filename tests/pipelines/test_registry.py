@@ -1,20 +1,27 @@
 """Registration, aliases, and a consumer that has mlflow, torch and numpy but nothing of ours."""
 
+import base64
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import cv2
+import mlflow
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kinema.configs import FlowFeatConfig, RegisterConfig, TrainConfig
 from kinema.configs.load import to_mapping
 from kinema.models.backbones.vision_transformer import CONFIGS
 from kinema.pipelines import registry, tracking
+from kinema.pipelines.model_names import named_row
+from kinema.pipelines.registry.card import serving_form
 from kinema.pipelines.registry.package import module_closure, package
 from kinema.pipelines.registry.shipped.inputs import images_to_input
 from kinema.pipelines.registry.shipped.weights_file import read_weights
@@ -65,6 +72,7 @@ def make_run(folder: Path, seed: int, **metrics: float) -> Path:
         "tracking_uri": tracker.handle.uri,
         "config_hash": "c0ffee",
         "inputs": {"clips": {"url": "/somewhere", "hash": "1234"}},
+        "notices": ["the encoder dino_vits16 is untrained"],
     }
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(record))
@@ -197,9 +205,15 @@ def test_a_consumer_without_our_code_gets_the_trainers_features(store, first, tm
         np.testing.assert_allclose(got["y_dec"], y_dec.numpy(), atol=1e-5, rtol=1e-5)
 
 
+def model_id_of(client, name: str, version: str) -> str:
+    """MLflow's SQL registry keeps the logged model of a version as its source."""
+    return client.get_model_version(name, version).source.removeprefix("models:/")
+
+
 def test_no_pickle_and_no_path_of_this_machine_in_the_registered_files(store, first, tmp_path):
     client = tracking.open_client(store)
-    source = client.get_model_version_download_uri(NAME, "1").removeprefix("file://")
+    location = client.get_logged_model(model_id_of(client, NAME, "1")).artifact_location
+    source = location.removeprefix("file://")
     files = [p for p in Path(source).rglob("*") if p.is_file() and p.parent.name != "__pycache__"]
     assert {p.suffix for p in files} <= {".py", ".safetensors", ".json", ".yaml", ".txt", ""}
     text = (Path(source) / "MLmodel").read_text()
@@ -243,12 +257,142 @@ def test_images_in_any_usual_form_give_the_same_input():
         (np.zeros((0, 8, 6, 3), np.uint8), "images have shape"),
         (np.full((1, 8, 6, 3), 2.0), r"float images are in 2..2; give 0..1"),
         (np.full((1, 8, 6, 3), np.nan), "float images are in nan"),
-        (np.zeros((1, 8, 6, 3), np.int32), "images are torch.int32"),
+        (np.full((1, 8, 6, 3), -1, np.int32), "whole numbers are in -1..-1; give 0..255"),
+        (np.full((1, 8, 6, 3), 256), "whole numbers are in 256..256"),
+        ([np.zeros((8, 6, 3), np.uint8).tolist(), np.zeros((9, 6, 3), np.uint8).tolist()], "ragged|different"),
+        ("image.png", "is no base64 of a PNG or JPEG"),
     ],
 )
 def test_images_that_cannot_be_meant_are_refused(images, message):
     with pytest.raises(ValueError, match=message):
         images_to_input(images, IMAGENET)
+
+
+def as_png(image: np.ndarray) -> str:
+    """A PNG in base64, made by OpenCV."""
+    return base64.b64encode(cv2.imencode(".png", image[..., ::-1])[1]).decode()
+
+
+def test_images_as_json_carries_them_give_the_same_input():
+    images = np.random.default_rng(1).integers(0, 256, (2, 8, 6, 3), dtype=np.uint8)
+    wanted = images_to_input(images, IMAGENET)
+    texts = [as_png(image) for image in images]
+    objects = np.empty(2, object)
+    objects[:] = texts
+    for other in (images.tolist(), images.astype(np.int64), np.array(images.tolist(), dtype=object), texts, objects):
+        torch.testing.assert_close(images_to_input(other, IMAGENET), wanted)
+    fractions = (images / 255).tolist()
+    fractions[0][0][0][0] = 0  # JSON writes 0.0 and 1.0 without a fraction in some languages
+    wanted[0, 0, 0, 0] = -IMAGENET["mean"][0] / IMAGENET["std"][0]
+    torch.testing.assert_close(images_to_input(np.array(fractions, dtype=object), IMAGENET), wanted)
+    for one in (texts[1], {"b64": texts[1]}, f"data:image/png;base64,{texts[1]}", np.array(texts[1], dtype=object)):
+        torch.testing.assert_close(images_to_input(one, IMAGENET), wanted[1:])
+
+
+def bodies(image: np.ndarray) -> dict[str, dict]:
+    """One image in the forms in which people send it."""
+    whole, fractions, text = image.tolist(), (image / 255).tolist(), as_png(image)
+    return {
+        "inputs, integers": {"inputs": {"images": [whole]}},
+        "inputs, bare integers": {"inputs": [whole]},
+        "inputs, floats": {"inputs": {"images": [fractions]}},
+        "inputs, PNG": {"inputs": {"images": [text]}},
+        "instances, integers": {"instances": [{"images": whole}]},
+        "instances, bare integers": {"instances": [whole]},
+        "instances, PNG": {"instances": [{"images": text}]},
+        "rows, PNG": {"dataframe_split": {"columns": ["images"], "data": [[text]]}},
+    }
+
+
+def test_the_scoring_server_takes_every_body_form_and_gives_small_answers(store, first, monkeypatch):
+    """Without params an image of 32 x 48 comes back as 4 MB of JSON."""
+    import mlflow.pyfunc.scoring_server as scoring_server
+    from starlette.testclient import TestClient
+
+    run, summary = first
+    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", store, raising=False)
+    client = TestClient(scoring_server.init(mlflow.pyfunc.load_model(summary.uri)))
+    image = np.random.default_rng(2).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    with torch.no_grad():
+        y_enc, y_dec = load_model(run)(images_to_input(image, IMAGENET))
+    params = {"pooled": True}
+    for form, body in bodies(image).items():
+        answer = client.post("/invocations", json=body | {"params": params})
+        assert answer.status_code == 200, (form, answer.text[:500])
+        found = answer.json()["predictions"]
+        np.testing.assert_allclose(found["y_dec"], y_dec.mean(dim=(2, 3)), atol=1e-4, err_msg=form)
+        np.testing.assert_allclose(found["y_enc"], y_enc.mean(dim=(2, 3)), atol=1e-4, err_msg=form)
+    body = bodies(image)["inputs, PNG"]
+    small = client.post("/invocations", json=body | {"params": {"outputs": "y_dec", "stride": 8, "dtype": "int8"}})
+    found = {name: np.array(value) for name, value in small.json()["predictions"].items()}
+    assert found.keys() == {"y_dec", "y_dec_scale"} and len(small.content) < 20_000
+    wanted = y_dec[:, :, 4::8, 4::8].numpy()
+    half_step = 0.51 * found["y_dec_scale"][:, None, None]
+    assert (np.abs(found["y_dec"] * found["y_dec_scale"][:, None, None] - wanted) <= half_step).all()
+    wrong = client.post("/invocations", json=body | {"params": {"outputs": "y"}})
+    assert wrong.status_code == 400 and "y is not known; use some of y_enc, y_dec" in wrong.text
+
+
+def test_a_version_says_what_it_is_and_belongs_to_its_run(store, first):
+    run, summary = first
+    client = tracking.open_client(store)
+    version = client.get_model_version(NAME, "1")
+    logged = client.get_logged_model(model_id_of(client, NAME, "1"))
+    assert logged.source_run_id == summary.run_id and logged.status == "READY" and logged.model_type == "features"
+    outputs = client.get_run(summary.run_id).outputs.model_outputs
+    assert [output.model_id for output in outputs] == [logged.model_id]
+    assert {metric.key: metric.value for metric in logged.metrics} == {"davis_jf": 0.5}
+    for text in ("FlowFeat", "Trained with kinema for 7 steps", "/somewhere", "davis_jf", "is untrained", "`stride`"):
+        assert text in version.description, text
+    assert 'load_model("models:/kinema-flowfeat@champion")' in version.description
+    assert client.get_registered_model(NAME).description.startswith("FlowFeat: Pixel-dense")
+    info = mlflow.models.get_model_info(logged.artifact_location.removeprefix("file://"))
+    assert info.signature.inputs.input_names() == ["images"] and info.metadata["kinema"]["outputs"]["y_dec"] == [-1] * 4
+    assert [spec.name for spec in info.signature.params.params] == ["outputs", "pooled", "stride", "dtype"]
+
+
+@pytest.mark.parametrize("name", ["raft_small", "sea_raft_s", "cotracker3", "fpt_tiny"])
+def test_networks_of_the_table_register_by_name(store, tmp_path, name):
+    """Weights from a file; what comes back equals the network, code and all."""
+    row = named_row(name)
+    torch.manual_seed(0)
+    network = row.make(name)
+    save_file({key: value.clone() for key, value in network.state_dict().items()}, tmp_path / "w.safetensors")
+    summary = registry.run(RegisterConfig(model=name, weights=str(tmp_path / "w.safetensors")))
+    assert summary.champion and summary.name == row.registered_name
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        monkey = mlflow.get_tracking_uri()
+        mlflow.set_tracking_uri(store)
+        try:
+            model = mlflow.pyfunc.load_model(summary.uri)
+        finally:
+            mlflow.set_tracking_uri(monkey)
+        form = serving_form(row)
+        answer = model.predict(form.example())
+    assert [str(w.message) for w in said if "mlflow" in str(w.filename)] == []
+    assert answer.keys() == form.OUTPUTS.keys()
+    loaded = registry.load_registered(summary.uri)
+    assert type(loaded).__name__ == type(network).__name__
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), network.state_dict().values(), strict=True)
+    )
+
+
+def test_register_leaks_no_warning_of_mlflows(store, tmp_path, monkeypatch, capfd):
+    small = dataclasses.replace(CONFIGS["dino_vits16"], width=32, num_heads=2)
+    monkeypatch.setitem(CONFIGS, "dino_vits16", small)
+    run = make_run(tmp_path / "run", 30)
+    capfd.readouterr()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        registry.run(RegisterConfig(model=str(run), name="quiet"))
+    assert [str(w.message) for w in said] == [] and "WARNING" not in capfd.readouterr().err
+
+
+def test_dis_has_no_form_in_the_registry(store):
+    with pytest.raises(ValueError, match="model=dis is a DIS, which has no form in the registry; known are flowfeat"):
+        registry.run(RegisterConfig(model="dis"))
 
 
 def test_weights_reader_agrees_with_the_library_and_refuses_cut_files(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from .weights_file import read_weights
 
 
-def build_model(network: type[nn.Module], config: dict[str, Any], weights: str | Path) -> nn.Module:
+def build_model(network: Callable[..., nn.Module], config: dict[str, Any], weights: str | Path) -> nn.Module:
     """The network with the arguments that config.json gives and the weights, loaded strictly, in eval mode."""
     arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in config["arguments"].items()}
     model = network(**arguments)

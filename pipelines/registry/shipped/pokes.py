@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .inputs import given, images_to_input, numbers
+from .inputs import IMAGES, given, images_to_input, numbers
 
 INPUTS = {
-    "image": "uint8 0..255 or float 0..1, [B, H, W, 3] or [B, 3, H, W] or one image; its central square is seen",
+    "image": f"{IMAGES}; its central square is seen",
     "poke_pos": "[P, 2] or [B, P, 2], (x, y) in 0..1 of that square, P may be 0",
     "poke_flow": "as poke_pos, their motion in the same units",
     "query_pos": "[Q, 2] or [B, Q, 2], (x, y) in 0..1",
@@ -23,7 +23,8 @@ OUTPUTS = {
     "scales": (-1, -1, -1, 2, 2),
     "mean": (-1, -1, 2),
 }
-PARAMS = {"camera_static": True}
+PARAMS: dict[str, Any] = {"camera_static": True}
+PARAMS_MEAN = {"camera_static": "whether the camera is taken to stand still"}
 
 
 def answer(

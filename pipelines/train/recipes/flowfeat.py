@@ -6,7 +6,6 @@ instead of computed, at the teacher's own resolution; samples without any flow e
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinema.configs import FlowFeatConfig, TrainConfig
+from kinema.models.backbones.convolutional import PYRAMIDS
 from kinema.models.backbones.vision_transformer import CONFIGS
 from kinema.models.flow.geometry import crop_flow, resize_flow
-from kinema.models.flowfeat.model import VARIANTS, FlowFeat
+from kinema.models.flowfeat.model import FROM_SCRATCH, NAMES, FlowFeat
 from kinema.models.flowfeat.training import FlowFeatLossConfig, FlowFeatTraining, random_crop_matrix
-from kinema.models.weights import LEDGER, load_weights, published_file
+from kinema.models.weights import LEDGER, licence_notice, load_weights, published_file
 from kinema.pipelines.loader import Clip, Skip
 from kinema.pipelines.pictures.images import (
     IMAGENET_MEAN,
@@ -53,14 +53,19 @@ class FlowFeatRecipe:
     @property
     def backbone(self) -> str:
         """The encoder's name; ValueError for an unknown variant."""
-        if self.config.variant not in VARIANTS:
-            names = ", ".join(VARIANTS)
+        if self.config.variant not in NAMES:
+            names = ", ".join(NAMES)
             raise ValueError(f"train.flowfeat.variant={self.config.variant!r} is not known; use one of {names}")
-        return VARIANTS[self.config.variant]
+        return NAMES[self.config.variant]
 
     def check(self) -> None:
         """Refuse, before anything starts, settings and weights that cannot work (ValueError)."""
-        config, patch = self.config, CONFIGS[self.backbone].patch_size
+        config, patch = self.config, (PYRAMIDS.get(self.backbone) or CONFIGS[self.backbone]).patch_size
+        if config.backbone_weights and self.backbone in FROM_SCRATCH:
+            raise ValueError(
+                f"train.flowfeat.backbone_weights={config.backbone_weights}: {self.backbone} learns its own; leave it "
+                "out, or start from a run with weights=RUN"
+            )
         if config.crop % patch:
             low = config.crop // patch * patch
             sizes = f"{low} or {low + patch}" if low else f"{patch}"
@@ -68,12 +73,24 @@ class FlowFeatRecipe:
                 f"train.flowfeat.crop={config.crop} is no multiple of {self.backbone}'s patch {patch}; use {sizes}"
             )
         if self.weights or config.backbone_weights:
-            self._load_start(self._new_module(), say=False)
+            self._load_start(self._new_module())
+
+    def notices(self) -> tuple[str, ...]:
+        """What a user must know of a model trained so."""
+        if self.weights or self.config.backbone_weights:
+            names = (self.backbone, f"flowfeat/{self.config.variant}")
+            return tuple(dict.fromkeys(filter(None, map(licence_notice, names))))
+        if self.backbone in FROM_SCRATCH:
+            return ()
+        return (
+            f"the encoder {self.backbone} is untrained; set train.flowfeat.backbone_weights to a file or to "
+            "`published` for useful features",
+        )
 
     def build(self) -> FlowFeatTraining:
         """Frozen encoder, decoder, averaged decoder; weights as the config asks."""
         module = self._new_module()
-        self._load_start(module, say=True)
+        self._load_start(module)
         return module
 
     def read_sample(self, clip: Clip, rng: np.random.Generator) -> dict[str, Tensor] | Skip:
@@ -159,11 +176,12 @@ class FlowFeatRecipe:
 
     def _new_module(self) -> FlowFeatTraining:
         config = self.config
-        constants = FlowFeatLossConfig(config.ridge_alpha, config.flow_weight, config.edge_weight, config.edge_sigma)
+        weights = (config.ridge_alpha, config.flow_weight, config.edge_weight, config.edge_sigma)
+        constants = FlowFeatLossConfig(*weights, config.fit_with)
         size = (config.crop, config.crop)
         return FlowFeatTraining(self.backbone, constants, size, config.ema_decay, config.ema_every)
 
-    def _load_start(self, module: FlowFeatTraining, say: bool) -> None:
+    def _load_start(self, module: FlowFeatTraining) -> None:
         source = self.config.backbone_weights
         if source:
             path = published_file(self.backbone) if source == "published" else source
@@ -175,11 +193,6 @@ class FlowFeatRecipe:
         elif self.weights:
             load_weights(module.student(ema=False), self.weights, f"flowfeat/{self.config.variant}")
             module.decoder_ema.ema_model.load_state_dict(module.decoder.state_dict())
-        if say and not source and not self.weights:
-            sys.stderr.write(
-                f"kinema train: the encoder {self.backbone} is untrained; set train.flowfeat.backbone_weights to a "
-                "file or to `published` for useful features\n"
-            )
 
 
 def square_image(image: Tensor, side: int) -> Tensor:

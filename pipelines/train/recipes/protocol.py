@@ -72,7 +72,8 @@ class Recipe(Protocol):
         """One sample from one clip, or `Skip(reason)`; runs in loader workers, all randomness from `rng`.
 
         A recipe may also have `read_samples(clip, rngs)`, which gives for each generator what `read_sample` would, but
-        opens and decodes once; it is used where `loader.samples_per_clip` > 1.
+        opens and decodes once; it is used where `loader.samples_per_clip` > 1. One may have `notices()`: sentences that
+        a user must know of a model trained so, such as an untrained encoder or a licence; the driver says them.
         """
 
     def loss(self, module: nn.Module, batch: Batch) -> Loss:

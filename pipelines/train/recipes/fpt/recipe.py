@@ -8,7 +8,6 @@ seconds, frames are handed over in 8 bits, and what the checkpoint holds but nev
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from kinema.models.fpt.data_rules import (
     points_in_square,
 )
 from kinema.models.fpt.model import PRESETS, FlowPokeTransformer
-from kinema.models.weights import LEDGER, load_weights, published_file
+from kinema.models.weights import LEDGER, licence_notice, load_weights, published_file
 from kinema.pipelines.loader import Clip, Skip
 from kinema.pipelines.train.checkpoint import weights_file
 from kinema.pipelines.train.recipes.fpt.metrics import prediction_metrics
@@ -78,15 +77,22 @@ class FPTRecipe:
         if self.weights or self.config.encoder_weights:
             self._load_start(self._new_model())
 
+    def notices(self) -> tuple[str, ...]:
+        """What a user must know of a model trained so."""
+        encoder = PRESETS[self.config.preset]["image_encoder"]
+        if self.weights:
+            return tuple(filter(None, [licence_notice("fpt_base")]))
+        if self.config.encoder_weights:
+            return ()
+        return (
+            f"the image encoder {encoder} starts untrained; set train.fpt.encoder_weights to a file or to `published` "
+            "for one that knows images",
+        )
+
     def build(self) -> FlowPokeTransformer:
         """The model, image encoder included, from its initialisation or from weights as the config asks."""
         model = self._new_model()
         self._load_start(model)
-        if not self.weights and not self.config.encoder_weights:
-            sys.stderr.write(
-                f"kinema train: the image encoder {PRESETS[self.config.preset]['image_encoder']} starts untrained; set "
-                "train.fpt.encoder_weights to a file or to `published` for one that knows images\n"
-            )
         for unused in model.unused_parameters():
             unused.requires_grad_(False)
         return model.train()
