@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from fractions import Fraction
 
@@ -73,16 +75,34 @@ class ClipEncoder:
         picture.pts, picture.time_base = self.num_frames, self._time_base
         picture.pict_type = 0  # the source's picture types must not steer the encoder
         self.num_frames += 1
-        self._container.mux(self._stream.encode(picture))
+        with _own_scheduling():
+            packets = self._stream.encode(picture)
+        self._container.mux(packets)
         picture.pts, _, picture.pict_type = before  # it may be the decoder's own frame
         if before[1] is not None:
             picture.time_base = before[1]
 
     def finish(self) -> bytes:
         """Flush and return the whole mp4."""
-        self._container.mux(self._stream.encode(None))
+        with _own_scheduling():
+            packets = self._stream.encode(None)
+        self._container.mux(packets)
         self._container.close()
         return self._path.read()
+
+
+@contextlib.contextmanager
+def _own_scheduling() -> Iterator[None]:
+    """libsvtav1 gives the thread that opens it real-time priority where it may (as root), and leaves it there."""
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        if os.sched_getscheduler(0) != policy:
+            os.sched_setscheduler(0, policy, parameters)
 
 
 def _add_stream(container, clip: ClipConfig, spec: PictureSpec, fps: Fraction):

@@ -36,6 +36,14 @@ def test_the_same_frames_give_the_same_bytes(codec):
     assert encode(frames, codec=codec) == encode(frames, codec=codec)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="scheduling policies are Linux's")
+def test_encoding_leaves_the_threads_priority_alone():
+    """SVT-AV1 makes its caller a real-time thread where it may, which would starve the rest of the machine."""
+    before = os.sched_getscheduler(0)
+    encode([paint(i, shift=i) for i in range(3)], codec="av1")
+    assert os.sched_getscheduler(0) == before
+
+
 ENCODE_IN_A_FRESH_PROCESS = """
 import hashlib, sys
 sys.path.insert(0, sys.argv[1])
