@@ -45,6 +45,13 @@ class ClipConfig:
     """Quality of h264, hevc, av1 (constant rate factor, 0..51, lower is better); mjpeg: qscale 2 + crf/6."""
     gop: int = 12
     """Closed group of pictures, in frames: every `gop` frames a keyframe that nothing refers across."""
+    fill_slots: int = 4
+    """Longest run of empty slots in a source's frame grid that is filled by repeating the frame before (the sample says
+    which); at longer holes the clip is cut. 0 cuts at every empty slot."""
+    square_pixels: bool = True
+    """Resample pixels that are not square to square ones; no keeps their shape and tags it."""
+    deinterlace: bool = True
+    """Make interlaced frames (by their flags) progressive, one for each; no keeps both fields woven."""
     preset: str = "medium"
     """Encoder speed preset of x264/x265, for example `veryfast`."""
 
@@ -59,6 +66,7 @@ class ClipConfig:
             "use 0 or >= 16",
         )
         require(0 <= self.crf <= 51, "clip.crf", self.crf, "use 0 (best) to 51")
+        require(self.fill_slots >= 0, "clip.fill_slots", self.fill_slots, "use 0 or more slots")
         require(self.gop >= 1, "clip.gop", self.gop, "use 1 or more frames")
 
 
@@ -80,6 +88,8 @@ class ShardConfig:
     """Frame rate given to frame folders, which carry none (DAVIS 24; YouTube-VOS 30, or 6 if every fifth)."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     """How clips are cut and encoded."""
+    stream: int = -1
+    """Index of the video stream to take in every file; -1 takes the longest one that is no picture."""
     shard_mb: int = 384
     """Intended size of a shard in MB; 256 to 512 keeps object stores and readers content."""
     min_shards: int = 8
@@ -98,6 +108,7 @@ class ShardConfig:
     def __post_init__(self) -> None:
         require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "use 1 or more (256 to 512 is usual)")
         require(self.min_shards >= 1, "min_shards", self.min_shards, "use 1 or more")
+        require(self.stream >= -1, "stream", self.stream, "use a stream's index, or -1 to choose")
         require(self.frames_fps > 0, "frames_fps", self.frames_fps, "use a positive rate")
         require(
             0 <= self.allowed_quarantine <= 1,

@@ -8,7 +8,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 import av
@@ -25,7 +24,7 @@ from kinema.pipelines.video.errors import Corrupt, Missing, SourceError
 from kinema.pipelines.video.frame_folder import FrameFolder, masks_npz, read_masks
 from kinema.pipelines.video.motion import MOTION
 from kinema.pipelines.video.packets import packet_table
-from kinema.pipelines.video.picture import PictureMaker, Thumbnails
+from kinema.pipelines.video.picture import PictureMaker, Thumbnails, matrix_fallback
 from kinema.pipelines.video.timeline import ClipSpan
 
 ROWS = pa.schema(
@@ -78,6 +77,8 @@ class BuildTask:
     frames_fps: float
     motion: str
     stall_s: float | None
+    stream: int = -1
+    """Index of the video stream to take; -1 chooses."""
     excluded: dict[str, tuple[str, str, int]] = field(default_factory=dict)
     """Sources that stopped earlier attempts -> (error class, message, attempts)."""
 
@@ -151,16 +152,16 @@ def _clips_of(
         raise Missing("the file is no longer there; it was planned in an earlier run")
     source = task.sources[source_id]
     alive = stall_watch(task.stall_s)
-    spans, fps, _ = scan.clips(task.clip)
+    spans, _ = scan.clips(task.clip)
     try:
-        with open_source(source, task.frames_fps) as video:
+        with open_source(source, task.frames_fps, task.stream, task.clip.deinterlace) as video:
             cursor = FrameCursor(video, scan, alive)
             for row in rows:
                 span = spans[row["clip"]] if row["clip"] < len(spans) else None
                 if span is None or len(span.frames) != row["num_frames"]:
                     raise Corrupt("the clips were planned by another version of the program; choose another out=")
-                mp4, motion_score = encode_clip(cursor, scan, span, fps, task.clip, task.motion)
-                meta = _sample_meta(row, scan, span, fps, task.clip, motion_score, mp4, bool(source.masks))
+                mp4, motion_score = encode_clip(cursor, scan, span, task.clip, task.motion)
+                meta = _sample_meta(row, scan, span, task.clip, motion_score, mp4, bool(source.masks))
                 members = {"mp4": mp4, "json": _json(meta)}
                 if source.masks:
                     members["masks.npz"] = _masks(source, scan, span)
@@ -179,6 +180,7 @@ class FrameCursor:
     def __init__(self, video: VideoFile | FrameFolder, scan: FrameScan, alive: Callable[[], None] = lambda: None):
         self._video, self._scan, self._alive = video, scan, alive
         self._seeks = scan.facts["seeks"]
+        self._needs_before = int(scan.interlaced.any())  # what becomes of a field depends on the frame before
         self._frames: Iterator[av.VideoFrame] | None = None
         self._next = 0
 
@@ -204,26 +206,26 @@ class FrameCursor:
 
     def _keyframe_between(self, after: int, upto: int) -> bool:
         keys = self._scan.keyframes
-        return self._seeks and bool(((keys > after) & (keys <= upto)).any())
+        return self._seeks and bool(((keys > after) & (keys <= upto - self._needs_before)).any())
 
     def _go_to(self, first: int) -> Iterator[av.VideoFrame]:
         """The frames from `self._next` on, which becomes a frame at or before `first`."""
         self._next = 0
         if not self._seeks or first == 0 or not self._keyframe_between(0, first):
             return self._video.frames()
-        frames = self._video.frames(from_pts=int(self._scan.pts[first]))
+        frames = self._video.frames(from_pts=int(self._scan.pts[first - self._needs_before]))
         start = next(frames, None)
         if start is None or start.pts is None:
             raise _InexactSeek
         index = int(np.searchsorted(self._scan.pts, start.pts))
-        if index > first or self._scan.pts[index] != start.pts:
+        if index > first - self._needs_before or self._scan.pts[index] != start.pts:
             raise _InexactSeek
         self._next = index
         return itertools.chain([start], frames)
 
 
 def encode_clip(
-    cursor: FrameCursor, scan: FrameScan, span: ClipSpan, fps: Fraction, clip: ClipConfig, motion: str
+    cursor: FrameCursor, scan: FrameScan, span: ClipSpan, clip: ClipConfig, motion: str
 ) -> tuple[bytes, float | None]:
     """Encode one clip; holds its encoded bytes and a few frames.
 
@@ -232,7 +234,7 @@ def encode_clip(
     """
     while True:
         try:
-            return _encode_once(cursor, scan, span, fps, clip, motion)
+            return _encode_once(cursor, scan, span, clip, motion)
         except (_InexactSeek, SourceError) as error:
             try:
                 cursor.give_up_seeking(int(span.frames[0]))
@@ -245,13 +247,14 @@ def _differs(span: ClipSpan) -> str:
 
 
 def _encode_once(
-    cursor: FrameCursor, scan: FrameScan, span: ClipSpan, fps: Fraction, clip: ClipConfig, motion: str
+    cursor: FrameCursor, scan: FrameScan, span: ClipSpan, clip: ClipConfig, motion: str
 ) -> tuple[bytes, float | None]:
     first, last = int(span.frames[0]), int(span.frames[-1])
     times_shown = np.bincount(span.frames - first, minlength=last - first + 1)
-    maker, thumbnails = PictureMaker(scan.spec), Thumbnails(scan.spec.orientation, THUMBNAIL_SIDE)
+    spec = scan.stretches[span.stretch].spec
+    maker, thumbnails = PictureMaker(spec), Thumbnails(spec.orientation, THUMBNAIL_SIDE, spec)
     measure = MOTION[motion]()
-    with ClipEncoder(clip, scan.spec, fps) as encoder:
+    with ClipEncoder(clip, spec, span.fps) as encoder:
         for index, frame in cursor.frames(first, last + 1):
             small = thumbnails.make(frame)
             if index in (first, last) and zlib.crc32(small.data) != scan.checks[index]:
@@ -265,7 +268,7 @@ def _encode_once(
 
 
 def _masks(source: Source, scan: FrameScan, span: ClipSpan) -> bytes:
-    spec = scan.spec
+    spec = scan.stretches[span.stretch].spec
     paths = [source.masks[index] for index in span.frames]
     labels, annotated = read_masks(paths, spec.width, spec.height, spec.pad_right, spec.pad_bottom, read_all)
     return masks_npz(labels, annotated)
@@ -275,15 +278,17 @@ def _sample_meta(
     row: dict[str, Any],
     scan: FrameScan,
     span: ClipSpan,
-    fps: Fraction,
     clip: ClipConfig,
     motion_score: float | None,
     mp4: bytes,
     has_masks: bool,
 ) -> dict[str, Any]:
-    """The sample's json."""
-    spec = scan.spec
+    """The sample's json. What is irregular about its source is there only where something is."""
+    stretch = scan.stretches[span.stretch]
+    spec, look, fps = stretch.spec, stretch.look, span.fps
+    found = irregularities(scan, span)
     return {
+        **({"irregular": found} if found else {}),
         "key": row["key"],
         "source": row["source"],
         "source_hash": row["source_hash"],
@@ -310,18 +315,13 @@ def _sample_meta(
             "transfer": spec.transfer,
         },
         "source_facts": {
-            name: scan.facts[name]
-            for name in (
-                "container",
-                "codec",
-                "stream",
-                "stored_width",
-                "stored_height",
-                "stored_pix_fmt",
-                "pixel_aspect_ratio",
-                "fps",
-                "variable_rate",
-            )
+            **{name: scan.facts[name] for name in ("container", "codec", "stream")},
+            "stored_width": look.width,
+            "stored_height": look.height,
+            "stored_pix_fmt": look.pix_fmt,
+            "pixel_aspect_ratio": [look.pixel_aspect.numerator, look.pixel_aspect.denominator],
+            "fps": [stretch.rate.fps.numerator, stretch.rate.fps.denominator],
+            "variable_rate": stretch.rate.variable,
         },
         "motion_score": None if motion_score is None else round(motion_score, 8),
         "phash": f"{row['phash']:016x}",
@@ -331,6 +331,29 @@ def _sample_meta(
         "sha256": hashlib.sha256(mp4).hexdigest(),
         "labels": json.loads(row["labels"]) if row["labels"] else {},
     }
+
+
+def irregularities(scan: FrameScan, span: ClipSpan) -> dict[str, Any]:
+    """What was irregular about a clip's frames and what was done about it; empty for a clean source."""
+    stretch = scan.stretches[span.stretch]
+    spec, look = stretch.spec, stretch.look
+    found: dict[str, Any] = {}
+    if span.repeats:
+        found["repeated_frames"] = list(span.repeats)
+    if len(scan.stretches) > 1:
+        found["stretch"] = span.stretch
+    if stretch.clock_offset:
+        found["clock_offset"] = stretch.clock_offset
+    if look.pixel_aspect != 1:
+        source = [look.pixel_aspect.numerator, look.pixel_aspect.denominator]
+        found["pixel_aspect_ratio"] = {"source": source, "clip": list(spec.pixel_aspect)}
+    if fallback := matrix_fallback(look.pix_fmt, look.matrix, look.primaries):
+        found["matrix"] = fallback
+    if interlaced := int(scan.interlaced[np.unique(span.frames)].sum()):
+        found["interlaced_frames"] = interlaced
+    if scan.facts["dropped_damaged"] and span.stretch == 0:
+        found["dropped_damaged"] = scan.facts["dropped_damaged"]
+    return found
 
 
 def _json(meta: dict[str, Any]) -> bytes:

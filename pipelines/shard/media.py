@@ -106,7 +106,9 @@ class Window(io.RawIOBase):
 
 
 @contextmanager
-def open_source(source: Source, frames_fps: float) -> Iterator[VideoFile | FrameFolder]:
+def open_source(
+    source: Source, frames_fps: float, stream: int = -1, deinterlace: bool = True
+) -> Iterator[VideoFile | FrameFolder]:
     """Open a source for decoding.
 
     A remote file is copied to an anonymous temporary file, which the system removes however the process ends.
@@ -121,7 +123,7 @@ def open_source(source: Source, frames_fps: float) -> Iterator[VideoFile | Frame
             raise Empty("the file has 0 bytes")
         cut = missing_end(file, num_bytes)
         file.seek(0)
-        with VideoFile(name or file, cut) as video:
+        with VideoFile(name or file, cut, stream, deinterlace) as video:
             yield video
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from kinema.configs import ShardConfig
+from kinema.configs import ClipConfig, ShardConfig
 from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact, quarantine_row
 from kinema.pipelines.errors import StageError
@@ -35,6 +35,8 @@ MAX_ATTEMPTS = 6
 _RETRIES = 2  # within one run
 _RETRIED = frozenset({"WorkerCrashed", "OutOfMemory", "Timeout"})
 _HASH_THREADS = 8
+# Settings that older artifacts do not name: at their defaults they leave keys and shard names as they were.
+_LATER_CLIP_SETTINGS = ("fill_slots", "square_pixels", "deinterlace")
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,17 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
 
 def content_config(config: ShardConfig) -> dict[str, Any]:
     """The settings that decide what is in the clips, not where they come from or how they are packed."""
-    return {
-        "clip": asdict(config.clip),
+    clip = asdict(config.clip)
+    later = {name: clip.pop(name) for name in _LATER_CLIP_SETTINGS}
+    content = {
+        "clip": {**clip, **{name: value for name, value in later.items() if value != getattr(ClipConfig(), name)}},
         "frames_fps": config.frames_fps,
         "motion": config.motion,
         "near_duplicate_bits": config.near_duplicate_bits,
     }
+    if config.stream >= 0:
+        content["stream"] = config.stream
+    return content
 
 
 def scan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig) -> tuple[dict[str, Scan], int]:
@@ -117,7 +124,7 @@ def scan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig)
         states = list(pool.map(lambda source: _up_to_date(artifact, source), sources))
     scans = {source.id: scan for source, scan in zip(sources, states, strict=True) if scan is not None}
     wanted = [source for source in sources if source.id not in scans]
-    tasks = [ScanTask(artifact, s, config.clip, config.frames_fps, _stall_s(config)) for s in wanted]
+    tasks = [ScanTask(artifact, s, config.clip, config.frames_fps, _stall_s(config), config.stream) for s in wanted]
     progress = Progress("scan", len(tasks), "videos")
     for done, (task, outcome) in enumerate(_run_tasks(scan_task, tasks, config), start=1):
         if isinstance(outcome, engine.Failure):
@@ -232,6 +239,7 @@ def _build_task(artifact: Artifact, shard: int, by_id: dict[str, Source], config
         config.frames_fps,
         config.motion,
         _stall_s(config),
+        config.stream,
     )
 
 

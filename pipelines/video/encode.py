@@ -98,6 +98,8 @@ def _add_stream(container, clip: ClipConfig, spec: PictureSpec, fps: Fraction):
     context.colorspace = spec.matrix
     context.color_primaries = spec.primaries
     context.color_trc = spec.transfer
+    if spec.pixel_aspect != (1, 1):
+        context.sample_aspect_ratio = Fraction(*spec.pixel_aspect)
     if clip.codec == "hevc":
         context.codec_tag = "hvc1"  # parameter sets in the header only, as players expect
     if clip.codec == "mjpeg":

@@ -12,7 +12,9 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image, UnidentifiedImageError
 
+from kinema.pipelines.video.decoded import Decoded
 from kinema.pipelines.video.errors import Corrupt, Missing
+from kinema.pipelines.video.look import look_of
 
 
 class FrameFolder:
@@ -24,8 +26,7 @@ class FrameFolder:
         read: reads all bytes of one path.
     """
 
-    format_name, stream_index, seeks, invented_pts = "frames", 0, True, False
-    aspect_ratio = Fraction(1)
+    format_name, stream_index, seeks, invented_pts, num_dropped = "frames", 0, True, False, 0
 
     def __init__(self, pictures: Sequence[str], fps: float, read):
         self._pictures, self._read = list(pictures), read
@@ -42,6 +43,10 @@ class FrameFolder:
     def codec_name(self) -> str:
         """The pictures' extension."""
         return self._pictures[0].rpartition(".")[2].lower()
+
+    def pictures(self, from_pts: int | None = None) -> Iterator[Decoded]:
+        """Frames in order with their look; pictures may differ in size. Raises: Corrupt, Missing."""
+        return (Decoded(frame, look_of(frame)) for frame in self.frames(from_pts))
 
     def frames(self, from_pts: int | None = None) -> Iterator[av.VideoFrame]:
         """Frames in order; pts is the picture's number. Raises: Corrupt, Missing."""
