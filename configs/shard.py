@@ -75,7 +75,7 @@ class ShardConfig:
     """`kinema shard`: videos in, clips/ out."""
 
     videos: str = ""
-    """Folder, glob, file, bucket URL, list file (.txt), manifest (.csv, .parquet), frame folders, or tars."""
+    """Folder, glob, file, bucket URL, list or manifest (.txt, .csv, .jsonl, .parquet), frame folders, or tars."""
     out: str = ""
     """Folder or URL of the clips artifact."""
     layout: Literal["auto", "videos", "frames", "webdataset", "manifest", "list", FlowLayout] = "auto"
@@ -84,6 +84,8 @@ class ShardConfig:
     """Folder or URL of the flow artifact of a data set with known flow; empty: flow/truth beside out."""
     dataset: FlowDatasetConfig = field(default_factory=FlowDatasetConfig)
     """Which part of a data set with known flow is packed."""
+    root: str = ""
+    """Folder or URL that the paths of a list or manifest are relative to; empty: the list's own folder."""
     frames_fps: float = 24.0
     """Frame rate given to frame folders, which carry none (DAVIS 24; YouTube-VOS 30, or 6 if every fifth)."""
     clip: ClipConfig = field(default_factory=ClipConfig)

@@ -16,12 +16,12 @@ import pyarrow as pa
 
 from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact, ShardWriter
-from kinema.pipelines.shard.media import Source, open_source, read_all
+from kinema.pipelines.artifacts.tables import canonical_json
+from kinema.pipelines.shard.media import AnyVideo, Source, open_source, read_all
 from kinema.pipelines.shard.scan import THUMBNAIL_SIDE, FrameScan, load_scan, stall_watch
-from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.encode import ClipEncoder
 from kinema.pipelines.video.errors import Corrupt, Missing, SourceError
-from kinema.pipelines.video.frame_folder import FrameFolder, masks_npz, read_masks
+from kinema.pipelines.video.frame_folder import masks_npz, read_masks
 from kinema.pipelines.video.motion import MOTION
 from kinema.pipelines.video.packets import packet_table
 from kinema.pipelines.video.picture import PictureMaker, Thumbnails, matrix_fallback
@@ -162,7 +162,7 @@ def _clips_of(
                     raise Corrupt("the clips were planned by another version of the program; choose another out=")
                 mp4, motion_score = encode_clip(cursor, scan, span, task.clip, task.motion)
                 meta = _sample_meta(row, scan, span, task.clip, motion_score, mp4, bool(source.masks))
-                members = {"mp4": mp4, "json": _json(meta)}
+                members = {"mp4": mp4, "json": canonical_json(meta)}
                 if source.masks:
                     members["masks.npz"] = _masks(source, scan, span)
                 yield row["key"], members, _columns(meta, row, mp4)
@@ -177,7 +177,7 @@ class _InexactSeek(Exception):
 class FrameCursor:
     """The frames of a source by index, seeking to the keyframe before where the container does that exactly."""
 
-    def __init__(self, video: VideoFile | FrameFolder, scan: FrameScan, alive: Callable[[], None] = lambda: None):
+    def __init__(self, video: AnyVideo, scan: FrameScan, alive: Callable[[], None] = lambda: None):
         self._video, self._scan, self._alive = video, scan, alive
         self._seeks = scan.facts["seeks"]
         self._needs_before = int(scan.interlaced.any())  # what becomes of a field depends on the frame before
@@ -354,10 +354,6 @@ def irregularities(scan: FrameScan, span: ClipSpan) -> dict[str, Any]:
     if scan.facts["dropped_damaged"] and span.stretch == 0:
         found["dropped_damaged"] = scan.facts["dropped_damaged"]
     return found
-
-
-def _json(meta: dict[str, Any]) -> bytes:
-    return json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def _columns(meta: dict[str, Any], row: dict[str, Any], mp4: bytes) -> dict[str, Any]:

@@ -27,12 +27,11 @@ import numpy as np
 
 from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact
-from kinema.pipelines.shard.media import Source, content_hash, fingerprint, open_source
+from kinema.pipelines.shard.media import AnyVideo, Source, content_hash, fingerprint, open_source
 from kinema.pipelines.shard.size_trial import SizeTrial
 from kinema.pipelines.shard.stretches import SourceStretch
 from kinema.pipelines.video.clock import measure_clocks
 from kinema.pipelines.video.cuts import CutDetector
-from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.decoded import Decoded
 from kinema.pipelines.video.errors import Empty, SourceError, TooShort, Undecodable
 from kinema.pipelines.video.frame_folder import FrameFolder
@@ -237,7 +236,7 @@ def _why_no_clip(scan: FrameScan, clip: ClipConfig) -> str:
     return f"{num_frames} frames in {shots} shots; a clip needs {clip.min_frames} frames{at} (clip.min_frames)"
 
 
-def _decode(video: VideoFile | FrameFolder, source_id: str, clip: ClipConfig, alive: Callable[[], None]) -> FrameScan:
+def _decode(video: AnyVideo, source_id: str, clip: ClipConfig, alive: Callable[[], None]) -> FrameScan:
     frames, sizes, runs = _PerFrame(), SizeTrial(clip), _Runs(clip)
     for index, picture in enumerate(video.pictures()):
         alive()
@@ -353,7 +352,7 @@ class _Runs:
         self._detector = None
         return self._cuts
 
-    def stretches(self, pts: np.ndarray, video: VideoFile | FrameFolder) -> list[SourceStretch]:
+    def stretches(self, pts: np.ndarray, video: AnyVideo) -> list[SourceStretch]:
         """The runs, divided where the rate changes."""
         found = []
         ends = [start[0] for start in self._starts[1:]] + [len(pts)]

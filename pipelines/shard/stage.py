@@ -82,7 +82,7 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
     if not config.out:
         raise ValueError("out= is empty; give a folder or URL, for example out=workspace/clips")
     say = report or (lambda line: print(f"shard: {line}", file=sys.stderr, flush=True))
-    found = find_sources(config.videos, config.layout, exclude=config.out)
+    found = find_sources(config.videos, config.layout, exclude=config.out, root=config.root)
     if Artifact.is_new(config.out) and engine.backend() == "ray":
         engine.connect()  # an engine that cannot start leaves no folder behind
     artifact = Artifact.open(config.out, kind="clips", config=content_config(config))
@@ -292,7 +292,7 @@ def _settle_quarantine(artifact: Artifact, scans: dict[str, Scan], found: Found)
             good.append(source.id)
         else:
             bad.append((source.id, scan.error_class, scan.message, scan.attempts))
-    bad += [(name, "Missing", why, 1) for name, why in found.missing.items()]
+    bad += [(name, found.classes.get(name, "Missing"), why, 1) for name, why in found.missing.items()]
     artifact.clear_quarantine(good)
     artifact.quarantine(
         quarantine_row(source=name, stage="scan", error_class=error_class, message=message, attempts=attempts)
