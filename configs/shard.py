@@ -71,6 +71,14 @@ class ClipConfig:
 
 
 @dataclass(frozen=True)
+class MasksConfig:
+    """How object masks of frame folders are read."""
+
+    palette: tuple[str, ...] = ()
+    """Labels of RGB masks' colours, `RRGGBB=LABEL`, and of 16-bit numbers, `id300=2`; empty knows VOC's and DAVIS's."""
+
+
+@dataclass(frozen=True)
 class ShardConfig:
     """`kinema shard`: videos in, clips/ out."""
 
@@ -92,6 +100,8 @@ class ShardConfig:
     """How clips are cut and encoded."""
     stream: int = -1
     """Index of the video stream to take in every file; -1 takes the longest one that is no picture."""
+    masks: MasksConfig = field(default_factory=MasksConfig)
+    """How object masks are read."""
     shard_mb: int = 384
     """Intended size of a shard in MB; 256 to 512 keeps object stores and readers content."""
     min_shards: int = 8

@@ -21,7 +21,7 @@ from kinema.pipelines.shard.media import AnyVideo, Source, open_source, read_all
 from kinema.pipelines.shard.scan import THUMBNAIL_SIDE, FrameScan, load_scan, stall_watch
 from kinema.pipelines.video.encode import ClipEncoder
 from kinema.pipelines.video.errors import Corrupt, Missing, SourceError
-from kinema.pipelines.video.frame_folder import masks_npz, read_masks
+from kinema.pipelines.video.masks import masks_npz, parse_palette, read_masks
 from kinema.pipelines.video.motion import MOTION
 from kinema.pipelines.video.packets import packet_table
 from kinema.pipelines.video.picture import PictureMaker, Thumbnails, matrix_fallback
@@ -79,6 +79,8 @@ class BuildTask:
     stall_s: float | None
     stream: int = -1
     """Index of the video stream to take; -1 chooses."""
+    palette: tuple[str, ...] = ()
+    """Labels of masks' colours."""
     excluded: dict[str, tuple[str, str, int]] = field(default_factory=dict)
     """Sources that stopped earlier attempts -> (error class, message, attempts)."""
 
@@ -164,7 +166,7 @@ def _clips_of(
                 meta = _sample_meta(row, scan, span, task.clip, motion_score, mp4, bool(source.masks))
                 members = {"mp4": mp4, "json": canonical_json(meta)}
                 if source.masks:
-                    members["masks.npz"] = _masks(source, scan, span)
+                    members["masks.npz"] = _masks(source, scan, span, task.palette)
                 yield row["key"], members, _columns(meta, row, mp4)
     except av.FFmpegError as error:
         raise Corrupt(f"encoding or decoding fails: {error.strerror}") from None
@@ -267,10 +269,11 @@ def _encode_once(
         return encoder.finish(), measure.score()
 
 
-def _masks(source: Source, scan: FrameScan, span: ClipSpan) -> bytes:
+def _masks(source: Source, scan: FrameScan, span: ClipSpan, palette: tuple[str, ...]) -> bytes:
     spec = scan.stretches[span.stretch].spec
     paths = [source.masks[index] for index in span.frames]
-    labels, annotated = read_masks(paths, spec.width, spec.height, spec.pad_right, spec.pad_bottom, read_all)
+    size, padding = (spec.width, spec.height), (spec.pad_right, spec.pad_bottom)
+    labels, annotated = read_masks(paths, size, padding, read_all, parse_palette(palette))
     return masks_npz(labels, annotated)
 
 

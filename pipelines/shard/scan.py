@@ -27,7 +27,7 @@ import numpy as np
 
 from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact
-from kinema.pipelines.shard.media import AnyVideo, Source, content_hash, fingerprint, open_source
+from kinema.pipelines.shard.media import AnyVideo, Source, content_hash, fingerprint, open_source, read_all
 from kinema.pipelines.shard.size_trial import SizeTrial
 from kinema.pipelines.shard.stretches import SourceStretch
 from kinema.pipelines.video.clock import measure_clocks
@@ -36,6 +36,7 @@ from kinema.pipelines.video.decoded import Decoded
 from kinema.pipelines.video.errors import Empty, SourceError, TooShort, Undecodable
 from kinema.pipelines.video.frame_folder import FrameFolder
 from kinema.pipelines.video.look import Look
+from kinema.pipelines.video.masks import check_masks, parse_palette
 from kinema.pipelines.video.picture import PictureSpec, Thumbnails, picture_spec
 from kinema.pipelines.video.signature import frame_signature
 from kinema.pipelines.video.timeline import ClipSpan, Division, divide_shots, longest_clip, output_rate
@@ -169,11 +170,13 @@ class ScanTask:
     """Seconds without a new frame after which the worker ends itself; None: never."""
     stream: int = -1
     """Index of the video stream to take; -1 chooses."""
+    palette: tuple[str, ...] = ()
+    """Labels of masks' colours."""
 
 
 def scan_task(task: ScanTask) -> tuple[str, str]:
     """Scan one source and save its record. Returns: (error class, message), both empty for a good source."""
-    scan = scan_source(task.source, task.clip, task.frames_fps, stall_watch(task.stall_s), task.stream)
+    scan = scan_source(task.source, task.clip, task.frames_fps, stall_watch(task.stall_s), task.stream, task.palette)
     save_scan(task.artifact, scan)
     return scan.error_class, scan.message
 
@@ -204,12 +207,14 @@ def scan_source(
     frames_fps: float,
     alive: Callable[[], None] = lambda: None,
     stream: int = -1,
+    palette: tuple[str, ...] = (),
 ) -> Scan:
     """Hash and decode a source from beginning to end. What is wrong with it is part of the result."""
     found = ""
     scan: Scan
     try:
         found = content_hash(source, alive)
+        check_masks(source.masks, read_all, parse_palette(palette))
         with open_source(source, frames_fps, stream, clip.deinterlace) as video:
             scan = decoded = _decode(video, source.id, clip, alive)
         spans, dropped = decoded.clips(clip)

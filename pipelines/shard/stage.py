@@ -29,6 +29,7 @@ from kinema.pipelines.shard.plan import Duplicates, PlannedClip, new_rows, plan_
 from kinema.pipelines.shard.scan import FrameScan, Scan, ScanTask, load_scan, save_scan, scan_task
 from kinema.pipelines.shard.sources import Found, find_sources
 from kinema.pipelines.video.errors import SourceError
+from kinema.pipelines.video.masks import parse_palette
 
 MAX_ATTEMPTS = 6
 """Times a source is tried, over all runs, whose decoder crashes or hangs."""
@@ -82,6 +83,7 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
     if not config.out:
         raise ValueError("out= is empty; give a folder or URL, for example out=workspace/clips")
     say = report or (lambda line: print(f"shard: {line}", file=sys.stderr, flush=True))
+    parse_palette(config.masks.palette)
     found = find_sources(config.videos, config.layout, exclude=config.out, root=config.root)
     if Artifact.is_new(config.out) and engine.backend() == "ray":
         engine.connect()  # an engine that cannot start leaves no folder behind
@@ -112,6 +114,8 @@ def content_config(config: ShardConfig) -> dict[str, Any]:
     }
     if config.stream >= 0:
         content["stream"] = config.stream
+    if config.masks.palette:
+        content["palette"] = list(config.masks.palette)
     return content
 
 
@@ -124,7 +128,10 @@ def scan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig)
         states = list(pool.map(lambda source: _up_to_date(artifact, source), sources))
     scans = {source.id: scan for source, scan in zip(sources, states, strict=True) if scan is not None}
     wanted = [source for source in sources if source.id not in scans]
-    tasks = [ScanTask(artifact, s, config.clip, config.frames_fps, _stall_s(config), config.stream) for s in wanted]
+    tasks = [
+        ScanTask(artifact, s, config.clip, config.frames_fps, _stall_s(config), config.stream, config.masks.palette)
+        for s in wanted
+    ]
     progress = Progress("scan", len(tasks), "videos")
     for done, (task, outcome) in enumerate(_run_tasks(scan_task, tasks, config), start=1):
         if isinstance(outcome, engine.Failure):
@@ -240,6 +247,7 @@ def _build_task(artifact: Artifact, shard: int, by_id: dict[str, Source], config
         config.motion,
         _stall_s(config),
         config.stream,
+        config.masks.palette,
     )
 
 
