@@ -19,6 +19,7 @@ from kinema.pipelines.artifacts import Artifact, ShardWriter
 from kinema.pipelines.artifacts.tables import canonical_json
 from kinema.pipelines.shard.media import AnyVideo, Source, open_source, read_all
 from kinema.pipelines.shard.scan import THUMBNAIL_SIDE, FrameScan, load_scan, stall_watch
+from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.encode import ClipEncoder
 from kinema.pipelines.video.errors import Corrupt, Missing, SourceError
 from kinema.pipelines.video.masks import masks_npz, parse_palette, read_masks
@@ -162,7 +163,11 @@ def _clips_of(
                 span = spans[row["clip"]] if row["clip"] < len(spans) else None
                 if span is None or len(span.frames) != row["num_frames"]:
                     raise Corrupt("the clips were planned by another version of the program; choose another out=")
-                mp4, motion_score = encode_clip(cursor, scan, span, task.clip, task.motion)
+                if span.copied and isinstance(video, VideoFile):
+                    mp4 = video.copy(scan.pts[span.frames].tolist(), span.fps)
+                    motion_score = measure_motion(cursor, scan, span, task.motion)
+                else:
+                    mp4, motion_score = encode_clip(cursor, scan, span, task.clip, task.motion)
                 meta = _sample_meta(row, scan, span, task.clip, motion_score, mp4, bool(source.masks))
                 members = {"mp4": mp4, "json": canonical_json(meta)}
                 if source.masks:
@@ -269,6 +274,36 @@ def _encode_once(
         return encoder.finish(), measure.score()
 
 
+def measure_motion(cursor: FrameCursor, scan: FrameScan, span: ClipSpan, motion: str) -> float | None:
+    """Motion score of a clip whose packets were taken over. Raises: SourceError."""
+    if motion == "none":
+        return None
+    spec = scan.stretches[span.stretch].spec
+    while True:
+        thumbnails, measure = Thumbnails(spec.orientation, THUMBNAIL_SIDE, spec), MOTION[motion]()
+        try:
+            for _, frame in cursor.frames(int(span.frames[0]), int(span.frames[-1]) + 1):
+                measure.add(thumbnails.make(frame))
+            return measure.score()
+        except _InexactSeek:
+            cursor.give_up_seeking(int(span.frames[0]))
+
+
+def _codec_of(scan: FrameScan, span: ClipSpan, clip: ClipConfig) -> str:
+    if span.copied:
+        return scan.facts["codec"]
+    return "h264" if clip.codec == "copy" else clip.codec
+
+
+def _gop_of(scan: FrameScan, span: ClipSpan, clip: ClipConfig) -> int:
+    """Frames of the longest group of pictures."""
+    if not span.copied:
+        return clip.gop
+    first, last = int(span.frames[0]), int(span.frames[-1]) + 1
+    starts = [start for start in scan.stretches[span.stretch].groups if first <= start < last]
+    return int(np.diff([*starts, last]).max())
+
+
 def _masks(source: Source, scan: FrameScan, span: ClipSpan, palette: tuple[str, ...]) -> bytes:
     spec = scan.stretches[span.stretch].spec
     paths = [source.masks[index] for index in span.frames]
@@ -308,9 +343,9 @@ def _sample_meta(
         "padding": [spec.pad_right, spec.pad_bottom],
         "rotation": spec.orientation.degrees,
         "mirrored": spec.orientation.mirror,
-        "codec": clip.codec,
-        "gop": clip.gop,
-        "pix_fmt": spec.pix_fmt,
+        "codec": _codec_of(scan, span, clip),
+        "gop": _gop_of(scan, span, clip),
+        "pix_fmt": look.pix_fmt if span.copied else spec.pix_fmt,
         "color": {
             "matrix": spec.matrix,
             "range": spec.color_range,

@@ -29,9 +29,10 @@ from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.shard.media import AnyVideo, Source, content_hash, fingerprint, open_source, read_all
 from kinema.pipelines.shard.size_trial import SizeTrial
-from kinema.pipelines.shard.stretches import SourceStretch
+from kinema.pipelines.shard.stretches import SourceStretch, with_groups
 from kinema.pipelines.video.clock import measure_clocks
 from kinema.pipelines.video.cuts import CutDetector
+from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.decoded import Decoded
 from kinema.pipelines.video.errors import Empty, SourceError, TooShort, Undecodable
 from kinema.pipelines.video.frame_folder import FrameFolder
@@ -258,7 +259,9 @@ def _decode(video: AnyVideo, source_id: str, clip: ClipConfig, alive: Callable[[
     if not frames.pts:
         raise Empty("there are no frames")
     arrays: dict[str, Any] = frames.arrays()
-    stretches = runs.stretches(arrays["pts"], video)
+    stretches = runs.stretches(arrays["pts"], arrays["keyframes"], video)
+    if clip.codec == "copy" and isinstance(video, VideoFile):
+        stretches = with_groups(stretches, arrays["pts"], arrays["interlaced"], video.closed_groups())
     facts = {
         "container": video.format_name,
         "codec": video.codec_name,
@@ -357,16 +360,21 @@ class _Runs:
         self._detector = None
         return self._cuts
 
-    def stretches(self, pts: np.ndarray, video: AnyVideo) -> list[SourceStretch]:
+    def stretches(self, pts: np.ndarray, keyframes: np.ndarray, video: AnyVideo) -> list[SourceStretch]:
         """The runs, divided where the rate changes."""
         found = []
         ends = [start[0] for start in self._starts[1:]] + [len(pts)]
         for (first, added, look, spec), end in zip(self._starts, ends, strict=True):
             last_duration = self.last_duration if end == len(pts) else 0
-            clocks = measure_clocks(pts[first:end], video.time_base, last_duration, video.rates)
+            own_keys = {int(i) - first for i in keyframes if first <= i < end}
+            clocks = measure_clocks(pts[first:end], video.time_base, last_duration, video.rates, own_keys)
             inner_ends = [first + start for start, _ in clocks[1:]] + [end]
             for (start, rate), inner_end in zip(clocks, inner_ends, strict=True):
-                found.append(SourceStretch(first + start, inner_end, rate, added, spec, look))
+                found.append(
+                    SourceStretch(
+                        first=first + start, last=inner_end, rate=rate, clock_offset=added, spec=spec, look=look
+                    )
+                )
         return found
 
 

@@ -68,6 +68,8 @@ class ShardSummary:
     """Of all shards."""
     ignored_files: int
     """Files that are not videos."""
+    copied: int = 0
+    """Clips that took over their source's packets (`clip.codec=copy`); the others were encoded."""
     exit_status: int = field(default=0, metadata={"json": False})
     """0, or 3 when more than the allowed share of sources is quarantined."""
 

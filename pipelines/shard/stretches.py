@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
+
+import numpy as np
 
 from kinema.pipelines.video.clock import Rate
 from kinema.pipelines.video.look import Look
 from kinema.pipelines.video.orient import Orientation
-from kinema.pipelines.video.picture import PictureSpec
+from kinema.pipelines.video.picture import PictureSpec, matrix_fallback
 from kinema.pipelines.video.timeline import Stretch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceStretch(Stretch):
     """A stretch with what its pictures are and become."""
 
@@ -27,6 +29,7 @@ class SourceStretch(Stretch):
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         plain = asdict(self)
+        plain["groups"] = list(self.groups)
         plain["rate"]["fps"] = _pair(self.rate.fps)
         plain["look"]["pixel_aspect"] = _pair(self.look.pixel_aspect)
         return plain
@@ -46,9 +49,49 @@ class SourceStretch(Stretch):
             "pixel_aspect": tuple(plain["spec"]["pixel_aspect"]),
         }
         return cls(
-            plain["first"], plain["last"], Rate(**rate), plain["clock_offset"], PictureSpec(**spec), Look(**look)
+            first=plain["first"],
+            last=plain["last"],
+            rate=Rate(**rate),
+            groups=tuple(plain["groups"]),
+            clock_offset=plain["clock_offset"],
+            spec=PictureSpec(**spec),
+            look=Look(**look),
         )
 
 
 def _pair(value: Fraction) -> list[int]:
     return [value.numerator, value.denominator]
+
+
+def can_be_copied(stretch: SourceStretch, interlaced: bool) -> bool:
+    """Whether the clips' pictures are the source's own, pixel by pixel, in a form that every reader takes."""
+    spec, look = stretch.spec, stretch.look
+    return (
+        (spec.width, spec.height) == (look.width, look.height)
+        and not (spec.pad_right or spec.pad_bottom)
+        and spec.orientation.is_identity
+        and spec.pixel_aspect == (1, 1)
+        and look.pix_fmt in ("yuv420p", "yuvj420p")
+        and matrix_fallback(look.pix_fmt, look.matrix, look.primaries) is None
+        and not interlaced
+        and not stretch.rate.variable
+        and not stretch.rate.sparse
+    )
+
+
+def with_groups(
+    stretches: list[SourceStretch], pts: np.ndarray, interlaced: np.ndarray, starts: np.ndarray | None
+) -> list[SourceStretch]:
+    """Stretches that know where closed groups begin, if their packets can be taken over.
+
+    Args: pts, interlaced, of every frame; starts, timestamps of the groups' keyframes, None where nothing is copied.
+    """
+    if starts is None or not bool((np.diff(pts) > 0).all()):
+        return stretches
+    frames = np.flatnonzero(np.isin(pts, starts))
+    found = []
+    for stretch in stretches:
+        inside = frames[(frames >= stretch.first) & (frames < stretch.last)]
+        usable = can_be_copied(stretch, bool(interlaced[stretch.first : stretch.last].any()))
+        found.append(replace(stretch, groups=tuple(int(i) for i in inside)) if usable else stretch)
+    return found

@@ -6,6 +6,7 @@ units of the stream's time base.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -48,14 +49,22 @@ def measure_rate(
 
 
 def measure_clocks(
-    pts: Int64[np.ndarray, "N"], time_base: Fraction, last_duration: int, container_rates: tuple[Fraction, ...]
+    pts: Int64[np.ndarray, "N"],
+    time_base: Fraction,
+    last_duration: int,
+    container_rates: tuple[Fraction, ...],
+    keyframes: Collection[int] = (),
 ) -> list[tuple[int, Rate]]:
     """First frame and rate of every stretch with a clock of its own.
+
+    Recordings are joined at keyframes or behind holes, so only there another clock begins. A rate that changes
+    elsewhere (cameras do that in the dark) is one variable clock.
 
     Args:
         pts: sorted, at least one.
         last_duration: ticks the last frame is shown; 0 where the file does not say.
         container_rates: rates the container states, best first; used where the timestamps agree.
+        keyframes: frames at which decoding can start.
     """
     if len(pts) < 2 or pts[-1] <= pts[0]:
         return [(0, Rate(container_rates[0] if container_rates else Fraction(25), False, 0))]
@@ -64,11 +73,12 @@ def measure_clocks(
         return [(0, constant)]
     steps = np.diff(pts)
     runs = _grid_runs(steps.astype(np.float64))
+    runs = _at_joins(runs, steps, keyframes) if runs else None
     if runs is None:
         return [(0, _variable(pts, time_base, last_duration, container_rates))]
     clocks = []
     for first, last, slot in runs:
-        own = pts[first : last + 1]
+        own = pts[first : last + (last == len(steps))]
         rate = _constant(own, time_base, container_rates) if len(own) > 2 else None
         clocks.append((first, rate or _grid_rate(steps[first:last], slot, time_base, container_rates)))
     return clocks
@@ -146,6 +156,22 @@ def _grid_runs(steps: Float64[np.ndarray, "M"]) -> list[tuple[int, int, float]] 
     starts = [0, *[first for first, _, _ in runs[1:]], len(steps)]
     merged = [(starts[i], starts[i + 1], slot) for i, (_, _, slot) in enumerate(runs)]
     return _join_equal(merged)
+
+
+def _at_joins(
+    runs: list[tuple[int, int, float]], steps: Int64[np.ndarray, "M"], keyframes: Collection[int]
+) -> list[tuple[int, int, float]] | None:
+    """The runs with their bounds at the keyframes or holes they begin at; None if one begins at neither."""
+    starts = [runs[0][0]]
+    for (_, _, before), (first, _, slot) in zip(runs, runs[1:], strict=False):
+        hole = (FILLED_SLOTS + 1.5) * max(before, slot)
+        near = [first, first + 1, first - 1]
+        joins = [frame for frame in near if frame in keyframes or steps[frame - 1] > hole]
+        if not joins:
+            return None
+        starts.append(joins[0])
+    ends = [*starts[1:], runs[-1][1]]
+    return [(first, end, slot) for first, end, (_, _, slot) in zip(starts, ends, runs, strict=True)]
 
 
 def _join_equal(runs: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:

@@ -6,14 +6,18 @@ called truncated only where bytes are missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
 
 import av
+import numpy as np
+from jaxtyping import Int64
 
 from kinema.pipelines.video.container_size import SeekableReader, is_whole
+from kinema.pipelines.video.copy import closed_groups, copy_clip
 from kinema.pipelines.video.decoded import Decoded
 from kinema.pipelines.video.deinterlace import deinterlaced
 from kinema.pipelines.video.errors import Corrupt, SourceError, Truncated, Undecodable
@@ -24,6 +28,8 @@ from kinema.pipelines.video.streams import choose_stream, need_codec
 _TRUNCATED_SHARE, _TRUNCATED_S = 0.95, 1.0  # a file that ends earlier than both of these allow was cut
 _HEADER_KNOWS_DURATION = ("mov", "mp4", "matroska", "webm", "avi")
 _SEEKS_EXACTLY = ("mov", "mp4", "matroska", "webm")
+_PACKETS_HELD = 256  # more than any decoder holds back
+_NEARLY_SQUARE = Fraction(1, 200)
 _PIXEL_ASPECTS = Fraction(1, 4), Fraction(4)  # what lies outside is a mistake of the tags
 
 
@@ -106,8 +112,7 @@ class VideoFile:
     @property
     def aspect_ratio(self) -> Fraction:
         """Width of a pixel over its height: the container's word, else the codec's; 1 where neither says anything."""
-        stated = Fraction(self._stream.sample_aspect_ratio or 0) or Fraction(1)
-        return stated if _PIXEL_ASPECTS[0] <= stated <= _PIXEL_ASPECTS[1] else Fraction(1)
+        return _believed(Fraction(self._stream.sample_aspect_ratio or 0) or Fraction(1))
 
     @property
     def seeks(self) -> bool:
@@ -142,6 +147,14 @@ class VideoFile:
         placed = (replace(item, restarted=True) if restarted else item for item, restarted in ordered)
         yield from deinterlaced(placed) if self._deinterlace else placed
 
+    def closed_groups(self) -> Int64[np.ndarray, "G"] | None:
+        """Timestamps at which closed groups of pictures begin; None where packets cannot be taken over."""
+        return closed_groups(self._file, self.stream_index)
+
+    def copy(self, pts: Sequence[int], fps: Fraction) -> bytes:
+        """An mp4 of the packets with these timestamps. Raises: Corrupt."""
+        return copy_clip(self._file, self.stream_index, pts, fps)
+
     def _decoded(self, check_end: bool) -> Iterator[Decoded]:
         num_packets = num_frames = 0
         end_s = 0.0
@@ -173,7 +186,7 @@ class VideoFile:
                 if frame.is_corrupt:
                     raise Corrupt(f"frame {num_frames} comes out damaged, after {num_frames} good frames")
                 num_frames += 1
-                yield Decoded(frame, look_of(frame, aspects.at(frame.pts)), bool(frame.interlaced_frame))
+                yield Decoded(frame, look_of(frame, aspects.of_frame(frame.pts)), bool(frame.interlaced_frame))
         if check_end:
             self._check_end(num_packets, num_frames, end_s)
 
@@ -242,12 +255,11 @@ class _PixelAspects:
     def __init__(self, video: VideoFile):
         stream = video._stream
         self._context = stream.codec_context
-        self._now = self._of_codec()
-        self._stated = video.aspect_ratio
+        self._found = video.aspect_ratio
         # a container that says something else than the codec goes first, as in players
         stated = stream.sample_aspect_ratio
-        self._fixed = bool(stated) and stated != self._now
-        self._changes: list[tuple[int, Fraction]] = []
+        self._fixed = bool(stated) and stated != self._of_codec()
+        self._by_pts: dict[int, deque[Fraction]] = {}
 
     def _of_codec(self) -> Fraction:
         return Fraction(self._context.sample_aspect_ratio or 1) or Fraction(1)
@@ -256,16 +268,22 @@ class _PixelAspects:
         """After each packet was decoded."""
         if self._fixed or packet is None or packet.pts is None:
             return
-        now = self._of_codec()
-        if now != self._now:
-            self._now = now
-            known = now if _PIXEL_ASPECTS[0] <= now <= _PIXEL_ASPECTS[1] else Fraction(1)
-            self._changes.append((packet.pts, known))
+        if len(self._by_pts) > _PACKETS_HELD:
+            self._by_pts.pop(next(iter(self._by_pts)))  # of a packet that shows no frame
+        self._by_pts.setdefault(packet.pts, deque()).append(_believed(self._of_codec()))
 
-    def at(self, pts: int | None) -> Fraction:
-        """Of a frame that came out by now."""
-        found = self._stated
-        for start, aspect in self._changes:
-            if pts is not None and pts >= start:
-                found = aspect
-        return found
+    def of_frame(self, pts: int | None) -> Fraction:
+        """Of a frame that came out by now; each is asked for once."""
+        noted = self._by_pts.get(pts) if pts is not None else None
+        if noted and pts is not None:
+            self._found = noted.popleft()
+            if not noted:
+                del self._by_pts[pts]
+        return self._found
+
+
+def _believed(aspect: Fraction) -> Fraction:
+    """What a stated ratio is taken for: square where it is nearly that (containers round sizes), or absurd."""
+    if abs(aspect - 1) < _NEARLY_SQUARE:
+        return Fraction(1)
+    return aspect if _PIXEL_ASPECTS[0] <= aspect <= _PIXEL_ASPECTS[1] else Fraction(1)

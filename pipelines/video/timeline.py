@@ -28,6 +28,8 @@ class Stretch:
     """Index behind its last frame."""
     rate: Rate
     """Of its frames."""
+    groups: tuple[int, ...] = ()
+    """Frames at which a closed group of pictures begins, where the source's packets can be taken over."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class ClipSpan:
     """Which stretch of the source its frames belong to."""
     repeats: tuple[int, ...] = field(default=())
     """Output frames that repeat the one before, because their slot of the grid is empty in the source."""
+    copied: bool = False
+    """Whether the source's own packets are taken over."""
 
 
 def gaps(
@@ -146,13 +150,16 @@ def divide_shots(
             shown = resample(pts, (first, last), end, fps, stretch.rate, time_base)
             filled = stretch.rate.sparse and fps == stretch.rate.fps
             repeated = np.flatnonzero(np.diff(shown) == 0) + 1 if filled else np.empty(0, np.int64)
-            edges = _edges(len(shown), longest_clip(division.seconds, fps))
+            longest = longest_clip(division.seconds, fps)
+            own_edges = _edges_of_groups(stretch, first, last, longest) if fps == stretch.rate.fps else None
+            edges = own_edges or _edges(len(shown), longest)
             for a, b in zip(edges, edges[1:], strict=False):
                 if b - a < division.min_frames:
                     dropped += 1
                     continue
                 repeats = tuple(int(i) - a for i in repeated if a <= i < b)
-                spans.append(ClipSpan(shot, shown[a:b], int(pts[first]) + a * ticks, fps, number, repeats))
+                start = int(pts[first]) + a * ticks
+                spans.append(ClipSpan(shot, shown[a:b], start, fps, number, repeats, own_edges is not None))
             shot += 1
     return spans, dropped
 
@@ -168,3 +175,23 @@ def _edges(num_frames: int, longest: int) -> list[int]:
     if longest >= 2:
         pieces = max(1, min(pieces, num_frames // 2))
     return [num_frames * i // pieces for i in range(pieces + 1)]
+
+
+def _edges_of_groups(stretch: Stretch, first: int, last: int, longest: int) -> list[int] | None:
+    """Bounds of clips of whole groups, as many in each as fit; None where the shot is not made of such groups.
+
+    A last group of a single frame joins the clip before it.
+    """
+    starts = [start for start in stretch.groups if first <= start < last]
+    ends_closed = last == stretch.last or last in stretch.groups
+    if not starts or starts[0] != first or not ends_closed or stretch.rate.variable or stretch.rate.sparse:
+        return None
+    bounds = [*starts, last]
+    if max(b - a for a, b in zip(bounds, bounds[1:], strict=False)) > longest:
+        return None
+    edges = [first]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        if end - edges[-1] > longest and end - start >= 2:
+            edges.append(start)
+    edges.append(last)
+    return [edge - first for edge in edges]

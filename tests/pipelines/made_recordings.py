@@ -83,7 +83,8 @@ def draw_recording(seed: int, folder: Path) -> Recording:
     for _ in range(num_parts):
         part = _draw_part(rng, container, codec, fps, may_have_holes=not trim and codec != "mpeg2video")
         if container == "webm" and parts:
-            part.pixel_aspect = parts[0].pixel_aspect  # of the container
+            others = [size for size in SIZES if size != parts[-1].size]  # otherwise there would be no boundary
+            part.size = others[int(rng.integers(len(others)))]
         part.start = start
         start += (part.slots[-1] + 1) / part.fps
         parts.append(part)
@@ -209,7 +210,7 @@ def _trim(path: Path, part: Part, rng: np.random.Generator, drawn: dict[str, obj
     movie_scale = _timescale(data, b"mvhd")
     kept = len(part.slots) - head - tail
     media_time = struct.unpack_from(">i", data, at + 12)[0] + round(head / part.fps * media_scale)
-    struct.pack_into(">Ii", data, at + 8, round(kept / part.fps * movie_scale), media_time)
+    struct.pack_into(">Ii", data, at + 8, int(kept / part.fps * movie_scale), media_time)
     path.write_bytes(bytes(data))
     drawn["head"], drawn["tail"] = head, tail
     part.slots = part.slots[:kept]

@@ -168,12 +168,21 @@ def test_a_long_hole_does_not_lower_the_rate():
 
 
 @pytest.mark.parametrize("first, second", [(25, 30), (30, 15), (60, 24), (10, 50)])
-def test_a_rate_that_changes_begins_a_stretch(first, second):
+def test_a_rate_that_changes_at_a_keyframe_is_another_clock(first, second):
     base = Fraction(1, 90000)
-    pts = np.cumsum([0, *[90000 // first] * 79, *[90000 // second] * 80])
-    (start, one), (middle, two) = measure_clocks(pts, base, 0, (Fraction(first + second, 2),))
-    assert (start, one.fps, two.fps) == (0, first, second)
-    assert abs(middle - 80) <= 1
+    pts = np.cumsum([0, *[90000 // first] * 80, *[90000 // second] * 79])
+    stated = (Fraction(first + second, 2),)
+    (start, one), (middle, two) = measure_clocks(pts, base, 0, stated, {0, 40, 80, 120})
+    assert (start, middle, one.fps, two.fps) == (0, 80, first, second)
+    ((_, rate),) = measure_clocks(pts, base, 0, stated, {0, 40, 120})
+    assert rate.variable, "a camera that changes its rate as it films"
+
+
+def test_another_clock_may_begin_behind_a_hole():
+    base = Fraction(1, 90000)
+    pts = np.cumsum([0, *[3000] * 60, 90000, *[6000] * 60])
+    (_, one), (middle, two) = measure_clocks(pts, base, 0, ())
+    assert (middle, one.fps, two.fps) == (61, 30, 15)
 
 
 def test_no_grid_no_slots():
