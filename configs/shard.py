@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from kinema.configs.checks import require
 from kinema.configs.flow_dataset import FlowDatasetConfig
@@ -21,6 +21,9 @@ FlowLayout = Literal[
     "middlebury",
 ]
 """Published data sets of image pairs with known flow."""
+
+
+_LATER_SETTINGS = ("fill_slots", "square_pixels", "deinterlace")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,15 @@ class ClipConfig:
         require(0 <= self.crf <= 51, "clip.crf", self.crf, "use 0 (best) to 51")
         require(self.fill_slots >= 0, "clip.fill_slots", self.fill_slots, "use 0 or more slots")
         require(self.gop >= 1, "clip.gop", self.gop, "use 1 or more frames")
+
+    def content(self) -> dict[str, Any]:
+        """The settings as artifacts' hashes and keys hold them.
+
+        Settings that older artifacts do not name are left out at their defaults, so that keys and names stay.
+        """
+        settings = asdict(self)
+        same = [name for name in _LATER_SETTINGS if settings[name] == type(self).__dataclass_fields__[name].default]
+        return {name: value for name, value in settings.items() if name not in same}
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def run(config: WorkflowConfig, *, report: Callable[[str], None] | None = None) 
         raise ValueError("shard.videos is empty; name the folder with your videos: shard.videos=DIR")
     workspace = Path(config.workspace).expanduser().resolve()
     if "shard" in config.stages and not workspace.exists():
-        find_sources(config.shard.videos, config.shard.layout)  # wrong videos leave no workspace behind
+        # wrong videos leave no workspace behind
+        find_sources(config.shard.videos, config.shard.layout, root=config.shard.root)
     _prepare(workspace)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{workspace / 'mlflow.db'}")
     outputs: dict[str, str] = {}

@@ -15,10 +15,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kinema.configs import ClipConfig, ShardConfig
+from kinema.configs import ShardConfig
 from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact, quarantine_row
 from kinema.pipelines.errors import StageError
@@ -36,8 +36,6 @@ MAX_ATTEMPTS = 6
 _RETRIES = 2  # within one run
 _RETRIED = frozenset({"WorkerCrashed", "OutOfMemory", "Timeout"})
 _HASH_THREADS = 8
-# Settings that older artifacts do not name: at their defaults they leave keys and shard names as they were.
-_LATER_CLIP_SETTINGS = ("fill_slots", "square_pixels", "deinterlace")
 
 
 @dataclass(frozen=True)
@@ -106,10 +104,8 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
 
 def content_config(config: ShardConfig) -> dict[str, Any]:
     """The settings that decide what is in the clips, not where they come from or how they are packed."""
-    clip = asdict(config.clip)
-    later = {name: clip.pop(name) for name in _LATER_CLIP_SETTINGS}
     content = {
-        "clip": {**clip, **{name: value for name, value in later.items() if value != getattr(ClipConfig(), name)}},
+        "clip": config.clip.content(),
         "frames_fps": config.frames_fps,
         "motion": config.motion,
         "near_duplicate_bits": config.near_duplicate_bits,
@@ -326,6 +322,9 @@ def _summary(
         classes = Counter({row["source"]: row["error_class"] for row in entries}.values())
         listed = ", ".join(f"{count} {name}" for name, count in sorted(classes.items()))
         say(f"{len(quarantined)} of {len(ids)} videos quarantined ({listed}); see quarantine.parquet")
+    copied = _count_copied(artifact, found, config)
+    if config.clip.codec == "copy":
+        say(f"{copied} of {samples.num_rows} clips take over their source's packets; the others were encoded")
     return ShardSummary(
         sources=len(ids),
         clips=samples.num_rows,
@@ -339,8 +338,16 @@ def _summary(
         near_duplicates=marks["near_duplicate_of"],
         bytes=sum(record["bytes"] for record in commits.values()),
         ignored_files=found.ignored_files,
+        copied=copied,
         exit_status=3 if share > config.allowed_quarantine else 0,
     )
+
+
+def _count_copied(artifact: Artifact, found: Found, config: ShardConfig) -> int:
+    if config.clip.codec != "copy":
+        return 0
+    scans = (load_scan(artifact, source.id) for source in found.sources)
+    return sum(span.copied for scan in scans if isinstance(scan, FrameScan) for span in scan.clips(config.clip)[0])
 
 
 def _count(samples, name: str) -> int:
