@@ -79,7 +79,7 @@ class _Weaver:
         frame.pts, frame.time_base = self._count, Fraction(1, 1_000_000)
         self._count += 1
         self._graph.push(frame)
-        frame.pts, frame.time_base = pts, time_base
+        _set_time(frame, pts, time_base)
 
     def _ready(self) -> Iterator[Decoded]:
         while True:
@@ -96,3 +96,9 @@ class _Weaver:
                 picture.frame.duration,
             )
             yield replace(picture, frame=frame)
+
+
+def _set_time(frame: av.VideoFrame, pts: int | None, time_base: Fraction | None) -> None:
+    frame.pts = pts
+    if time_base is not None:  # frames that a decoder gives up at the end have none
+        frame.time_base = time_base

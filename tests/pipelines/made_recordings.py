@@ -85,6 +85,8 @@ def draw_recording(seed: int, folder: Path) -> Recording:
         if container == "webm" and parts:
             others = [size for size in SIZES if size != parts[-1].size]  # otherwise there would be no boundary
             part.size = others[int(rng.integers(len(others)))]
+        if codec == "mpeg2video" and parts:  # FFmpeg loses the last frame before a sequence of another size
+            part.size, part.pixel_aspect = parts[0].size, parts[0].pixel_aspect
         part.start = start
         start += (part.slots[-1] + 1) / part.fps
         parts.append(part)
@@ -120,7 +122,7 @@ def _draw_part(rng: np.random.Generator, container: str, codec: str, fps: Fracti
     aspect = Fraction(1)
     if container in ("mp4", "mov", "mkv", "ts") and codec in ("libx264", "mpeg4", "mpeg2video") and rng.random() < 0.3:
         aspect = Fraction(*[(4, 3), (3, 4), (8, 9)][int(rng.integers(3))])
-        aspect = Fraction(4, 3) if codec == "mpeg2video" else aspect
+        aspect = Fraction(1) if codec == "mpeg2video" else aspect  # it knows shapes of the whole picture only
     interlaced = codec in ("libx264", "mpeg2video") and rng.random() < 0.25
     tagged = codec == "libx264" and rng.random() < 0.5
     matrix = int(rng.choice(list(MATRICES))) if tagged else 2
