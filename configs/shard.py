@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from kinema.configs.checks import require
 from kinema.configs.flow_dataset import FlowDatasetConfig
@@ -23,6 +23,9 @@ FlowLayout = Literal[
 """Published data sets of image pairs with known flow."""
 
 
+_LATER_SETTINGS = ("fill_slots", "square_pixels", "deinterlace")
+
+
 @dataclass(frozen=True)
 class ClipConfig:
     """How clips are cut, resampled and encoded. Its hash is part of every sample key and of the artifact."""
@@ -39,12 +42,20 @@ class ClipConfig:
     """Shot detector (PySceneDetect's ContentDetector or AdaptiveDetector), or no cuts at all."""
     cut_threshold: float = 27.0
     """Threshold of the detector, in its own units (27 is ContentDetector's published default)."""
-    codec: Literal["h264", "h264_lossless", "hevc", "av1", "mjpeg"] = "h264"
-    """`h264_lossless` keeps the RGB picture exactly (libx264rgb at quantiser 0); the others are 4:2:0 and lossy."""
+    codec: Literal["h264", "h264_lossless", "hevc", "av1", "mjpeg", "copy"] = "h264"
+    """`h264_lossless` keeps the RGB picture exactly (libx264rgb at quantiser 0); the others are 4:2:0 and lossy. `copy`
+    takes over the source's own H.264, HEVC or AV1 packets, cut at its keyframes, and encodes h264 where it cannot."""
     crf: int = 18
     """Quality of h264, hevc, av1 (constant rate factor, 0..51, lower is better); mjpeg: qscale 2 + crf/6."""
     gop: int = 12
     """Closed group of pictures, in frames: every `gop` frames a keyframe that nothing refers across."""
+    fill_slots: int = 4
+    """Longest run of empty slots in a source's frame grid that is filled by repeating the frame before (the sample says
+    which); at longer holes the clip is cut. 0 cuts at every empty slot."""
+    square_pixels: bool = True
+    """Resample pixels that are not square to square ones; no keeps their shape and tags it."""
+    deinterlace: bool = True
+    """Make interlaced frames (by their flags) progressive, one for each; no keeps both fields woven."""
     preset: str = "medium"
     """Encoder speed preset of x264/x265, for example `veryfast`."""
 
@@ -59,7 +70,25 @@ class ClipConfig:
             "use 0 or >= 16",
         )
         require(0 <= self.crf <= 51, "clip.crf", self.crf, "use 0 (best) to 51")
+        require(self.fill_slots >= 0, "clip.fill_slots", self.fill_slots, "use 0 or more slots")
         require(self.gop >= 1, "clip.gop", self.gop, "use 1 or more frames")
+
+    def content(self) -> dict[str, Any]:
+        """The settings as artifacts' hashes and keys hold them.
+
+        Settings that older artifacts do not name are left out at their defaults, so that keys and names stay.
+        """
+        settings = asdict(self)
+        same = [name for name in _LATER_SETTINGS if settings[name] == type(self).__dataclass_fields__[name].default]
+        return {name: value for name, value in settings.items() if name not in same}
+
+
+@dataclass(frozen=True)
+class MasksConfig:
+    """How object masks of frame folders are read."""
+
+    palette: tuple[str, ...] = ()
+    """Labels of RGB masks' colours, `RRGGBB=LABEL`, and of 16-bit numbers, `id300=2`; empty knows VOC's and DAVIS's."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +96,7 @@ class ShardConfig:
     """`kinema shard`: videos in, clips/ out."""
 
     videos: str = ""
-    """Folder, glob, file, bucket URL, list file (.txt), manifest (.csv, .parquet), frame folders, or tars."""
+    """Folder, glob, file, bucket URL, list or manifest (.txt, .csv, .jsonl, .parquet), frame folders, or tars."""
     out: str = ""
     """Folder or URL of the clips artifact."""
     layout: Literal["auto", "videos", "frames", "webdataset", "manifest", "list", FlowLayout] = "auto"
@@ -76,10 +105,16 @@ class ShardConfig:
     """Folder or URL of the flow artifact of a data set with known flow; empty: flow/truth beside out."""
     dataset: FlowDatasetConfig = field(default_factory=FlowDatasetConfig)
     """Which part of a data set with known flow is packed."""
+    root: str = ""
+    """Folder or URL that the paths of a list or manifest are relative to; empty: the list's own folder."""
     frames_fps: float = 24.0
     """Frame rate given to frame folders, which carry none (DAVIS 24; YouTube-VOS 30, or 6 if every fifth)."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     """How clips are cut and encoded."""
+    stream: int = -1
+    """Index of the video stream to take in every file; -1 takes the longest one that is no picture."""
+    masks: MasksConfig = field(default_factory=MasksConfig)
+    """How object masks are read."""
     shard_mb: int = 384
     """Intended size of a shard in MB; 256 to 512 keeps object stores and readers content."""
     min_shards: int = 8
@@ -98,6 +133,7 @@ class ShardConfig:
     def __post_init__(self) -> None:
         require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "use 1 or more (256 to 512 is usual)")
         require(self.min_shards >= 1, "min_shards", self.min_shards, "use 1 or more")
+        require(self.stream >= -1, "stream", self.stream, "use a stream's index, or -1 to choose")
         require(self.frames_fps > 0, "frames_fps", self.frames_fps, "use a positive rate")
         require(
             0 <= self.allowed_quarantine <= 1,

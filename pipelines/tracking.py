@@ -19,10 +19,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kinema.configs.paths import in_package_cache
 from kinema.pipelines.errors import StageError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none, and no lock then
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -34,6 +39,10 @@ MAX_TAG_LENGTH = 5000
 PARAMS_PER_CALL = 100
 METRICS_PER_CALL = 500
 FLUSH_EVERY_S = 10.0
+LOCKED_WAITS_S = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
+"""Waits between tries while a SQLite database is locked, on top of SQLite's own."""
+
+T = TypeVar("T")
 
 _parent: contextvars.ContextVar[RunHandle | None] = contextvars.ContextVar("kinema_parent_run", default=None)
 _home: contextvars.ContextVar[Path | None] = contextvars.ContextVar("kinema_tracking_home", default=None)
@@ -82,7 +91,7 @@ def logging_beside(out: str) -> Iterator[None]:
 
 
 def open_client(uri: str) -> MlflowClient:
-    """A client whose store exists. Creates and migrates a SQLite database, so call it in one process first.
+    """A client whose store exists. A SQLite database is made and migrated by one process at a time.
 
     Raises: StageError if the store cannot be reached.
     """
@@ -94,16 +103,48 @@ def open_client(uri: str) -> MlflowClient:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # tells of every table it creates
     database = sqlite_path(uri)
     try:
-        if database is not None:
-            database.parent.mkdir(parents=True, exist_ok=True)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        client.search_experiments(max_results=1)
+        with _one_process(database):
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            patiently(lambda: client.search_experiments(max_results=1))
     except _failures() as error:
-        raise StageError(
-            f"MLflow at {uri} does not answer ({_first_line(error)}); start it, or unset MLFLOW_TRACKING_URI to log "
-            "to SQLite"
-        ) from None
+        raise StageError(_unreachable(uri, database, error)) from None
     return client
+
+
+def _unreachable(uri: str, database: Path | None, error: Exception) -> str:
+    if database is None:
+        advice = "start it, or unset MLFLOW_TRACKING_URI to log to SQLite"
+        return f"MLflow at {uri} does not answer ({_first_line(error)}); {advice}"
+    given = "named by MLFLOW_TRACKING_URI" if os.environ.get("MLFLOW_TRACKING_URI") else "MLFLOW_TRACKING_URI is unset"
+    return (
+        f"MLflow's own database {database} ({given}) cannot be used: {_first_line(error)}; make its folder writable, "
+        "move a damaged file away, or set MLFLOW_TRACKING_URI"
+    )
+
+
+@contextlib.contextmanager
+def _one_process(database: Path | None) -> Iterator[None]:
+    """Hold a lock beside the database: processes that find none would all create its tables, and all but one fail."""
+    if database is None:
+        yield
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(database.with_name(f".{database.name}.lock"), "a") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system takes it back however the process ends
+        yield
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """The call's result; tried again for a while when other processes keep the database locked."""
+    for wait_s in (*LOCKED_WAITS_S, None):
+        try:
+            return call()
+        except _failures() as error:
+            if wait_s is None or "database is locked" not in str(error):
+                raise
+            time.sleep(wait_s)
+    raise AssertionError("the last try returns or raises")
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -126,7 +167,11 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
         return found.experiment_id
     database = sqlite_path(uri)
     location = (database.parent / "mlartifacts" / _safe_name(name)).as_uri() if database else None
-    return client.create_experiment(name, artifact_location=location)
+    with _one_process(database):  # the name is unique: of several processes one creates it
+        found = client.get_experiment_by_name(name)
+        if found is not None:
+            return found.experiment_id
+        return patiently(lambda: client.create_experiment(name, artifact_location=location))
 
 
 def start_run(
@@ -160,7 +205,7 @@ def start_run(
             all_tags = {"mlflow.runName": name, **(tags or {})}
             if parent:
                 all_tags["mlflow.parentRunId"] = parent.run_id
-            run = client.create_run(experiment_number, tags=all_tags)
+            run = patiently(lambda: client.create_run(experiment_number, tags=all_tags))
             tracker = Tracker(client, RunHandle(uri, run.info.run_id, experiment_number))
     except _failures() as error:
         raise StageError(f"MLflow at {uri} refused a new run: {_first_line(error)}") from None
@@ -267,7 +312,7 @@ class Tracker:
 
     def _try(self, what: str, call: Callable[[], Any]) -> Any:
         try:
-            return call()
+            return patiently(call)
         except _failures() as error:
             if what not in self.problems:
                 _say(f"MLflow at {self.handle.uri} did not take {what} of run {self.run_id}: {_first_line(error)}")

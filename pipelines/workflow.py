@@ -74,7 +74,8 @@ def run(
         raise ValueError("shard.videos is empty; name the folder with your videos: shard.videos=DIR")
     workspace = Path(config.workspace).expanduser().resolve()
     if "shard" in config.stages and not workspace.exists():
-        find_sources(config.shard.videos, config.shard.layout)  # wrong videos leave no workspace behind
+        # wrong videos leave no workspace behind
+        find_sources(config.shard.videos, config.shard.layout, root=config.shard.root)
     _prepare(workspace)
     with tracking.logging_beside(str(workspace / "_workflow")):
         return _run(config, workspace, report, follow or (lambda stage, event, so_far: None), started)

@@ -5,7 +5,6 @@ For tests, benchmarks and models that learn from perfect motion; no video file, 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -39,8 +38,8 @@ def write_scene_clips(
     for scene, _, _ in shots:
         if scene.height % 2 or scene.width % 2:
             raise ValueError(f"scene of {scene.height}x{scene.width}: packed scenes need even sides")
-    artifact = Artifact.open(url, kind="clips", config=dataclasses.asdict(clip))
-    keys = [sample_key(str(scene.seed), _identity(scene), start, stop, content_hash(dataclasses.asdict(clip)))
+    artifact = Artifact.open(url, kind="clips", config=clip.content())
+    keys = [sample_key(str(scene.seed), _identity(scene), start, stop, content_hash(clip.content()))
             for scene, start, stop in shots]  # fmt: skip
     plan: list[dict[str, Any]] = [
         {"shard": number // clips_per_shard, "key": key, "source": f"scene-{shot[0].seed}"}

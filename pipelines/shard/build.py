@@ -8,7 +8,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 import av
@@ -17,15 +16,16 @@ import pyarrow as pa
 
 from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact, ShardWriter
-from kinema.pipelines.shard.media import Source, open_source, read_all
+from kinema.pipelines.artifacts.tables import canonical_json
+from kinema.pipelines.shard.media import AnyVideo, Source, open_source, read_all
 from kinema.pipelines.shard.scan import THUMBNAIL_SIDE, FrameScan, load_scan, stall_watch
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.encode import ClipEncoder
 from kinema.pipelines.video.errors import Corrupt, Missing, SourceError
-from kinema.pipelines.video.frame_folder import FrameFolder, masks_npz, read_masks
+from kinema.pipelines.video.masks import masks_npz, parse_palette, read_masks
 from kinema.pipelines.video.motion import MOTION
 from kinema.pipelines.video.packets import packet_table
-from kinema.pipelines.video.picture import PictureMaker, Thumbnails
+from kinema.pipelines.video.picture import PictureMaker, Thumbnails, matrix_fallback
 from kinema.pipelines.video.timeline import ClipSpan
 
 ROWS = pa.schema(
@@ -78,6 +78,10 @@ class BuildTask:
     frames_fps: float
     motion: str
     stall_s: float | None
+    stream: int = -1
+    """Index of the video stream to take; -1 chooses."""
+    palette: tuple[str, ...] = ()
+    """Labels of masks' colours."""
     excluded: dict[str, tuple[str, str, int]] = field(default_factory=dict)
     """Sources that stopped earlier attempts -> (error class, message, attempts)."""
 
@@ -151,19 +155,23 @@ def _clips_of(
         raise Missing("the file is no longer there; it was planned in an earlier run")
     source = task.sources[source_id]
     alive = stall_watch(task.stall_s)
-    spans, fps, _ = scan.clips(task.clip)
+    spans, _ = scan.clips(task.clip)
     try:
-        with open_source(source, task.frames_fps) as video:
+        with open_source(source, task.frames_fps, task.stream, task.clip.deinterlace) as video:
             cursor = FrameCursor(video, scan, alive)
             for row in rows:
                 span = spans[row["clip"]] if row["clip"] < len(spans) else None
                 if span is None or len(span.frames) != row["num_frames"]:
                     raise Corrupt("the clips were planned by another version of the program; choose another out=")
-                mp4, motion_score = encode_clip(cursor, scan, span, fps, task.clip, task.motion)
-                meta = _sample_meta(row, scan, span, fps, task.clip, motion_score, mp4, bool(source.masks))
-                members = {"mp4": mp4, "json": _json(meta)}
+                if span.copied and isinstance(video, VideoFile):
+                    mp4 = video.copy(scan.pts[span.frames].tolist(), span.fps)
+                    motion_score = measure_motion(cursor, scan, span, task.motion)
+                else:
+                    mp4, motion_score = encode_clip(cursor, scan, span, task.clip, task.motion)
+                meta = _sample_meta(row, scan, span, task.clip, motion_score, mp4, bool(source.masks))
+                members = {"mp4": mp4, "json": canonical_json(meta)}
                 if source.masks:
-                    members["masks.npz"] = _masks(source, scan, span)
+                    members["masks.npz"] = _masks(source, scan, span, task.palette)
                 yield row["key"], members, _columns(meta, row, mp4)
     except av.FFmpegError as error:
         raise Corrupt(f"encoding or decoding fails: {error.strerror}") from None
@@ -176,9 +184,10 @@ class _InexactSeek(Exception):
 class FrameCursor:
     """The frames of a source by index, seeking to the keyframe before where the container does that exactly."""
 
-    def __init__(self, video: VideoFile | FrameFolder, scan: FrameScan, alive: Callable[[], None] = lambda: None):
+    def __init__(self, video: AnyVideo, scan: FrameScan, alive: Callable[[], None] = lambda: None):
         self._video, self._scan, self._alive = video, scan, alive
         self._seeks = scan.facts["seeks"]
+        self._needs_before = int(scan.interlaced.any())  # what becomes of a field depends on the frame before
         self._frames: Iterator[av.VideoFrame] | None = None
         self._next = 0
 
@@ -204,26 +213,26 @@ class FrameCursor:
 
     def _keyframe_between(self, after: int, upto: int) -> bool:
         keys = self._scan.keyframes
-        return self._seeks and bool(((keys > after) & (keys <= upto)).any())
+        return self._seeks and bool(((keys > after) & (keys <= upto - self._needs_before)).any())
 
     def _go_to(self, first: int) -> Iterator[av.VideoFrame]:
         """The frames from `self._next` on, which becomes a frame at or before `first`."""
         self._next = 0
         if not self._seeks or first == 0 or not self._keyframe_between(0, first):
             return self._video.frames()
-        frames = self._video.frames(from_pts=int(self._scan.pts[first]))
+        frames = self._video.frames(from_pts=int(self._scan.pts[first - self._needs_before]))
         start = next(frames, None)
         if start is None or start.pts is None:
             raise _InexactSeek
         index = int(np.searchsorted(self._scan.pts, start.pts))
-        if index > first or self._scan.pts[index] != start.pts:
+        if index > first - self._needs_before or self._scan.pts[index] != start.pts:
             raise _InexactSeek
         self._next = index
         return itertools.chain([start], frames)
 
 
 def encode_clip(
-    cursor: FrameCursor, scan: FrameScan, span: ClipSpan, fps: Fraction, clip: ClipConfig, motion: str
+    cursor: FrameCursor, scan: FrameScan, span: ClipSpan, clip: ClipConfig, motion: str
 ) -> tuple[bytes, float | None]:
     """Encode one clip; holds its encoded bytes and a few frames.
 
@@ -232,7 +241,7 @@ def encode_clip(
     """
     while True:
         try:
-            return _encode_once(cursor, scan, span, fps, clip, motion)
+            return _encode_once(cursor, scan, span, clip, motion)
         except (_InexactSeek, SourceError) as error:
             try:
                 cursor.give_up_seeking(int(span.frames[0]))
@@ -245,13 +254,14 @@ def _differs(span: ClipSpan) -> str:
 
 
 def _encode_once(
-    cursor: FrameCursor, scan: FrameScan, span: ClipSpan, fps: Fraction, clip: ClipConfig, motion: str
+    cursor: FrameCursor, scan: FrameScan, span: ClipSpan, clip: ClipConfig, motion: str
 ) -> tuple[bytes, float | None]:
     first, last = int(span.frames[0]), int(span.frames[-1])
     times_shown = np.bincount(span.frames - first, minlength=last - first + 1)
-    maker, thumbnails = PictureMaker(scan.spec), Thumbnails(scan.spec.orientation, THUMBNAIL_SIDE)
+    spec = scan.stretches[span.stretch].spec
+    maker, thumbnails = PictureMaker(spec), Thumbnails(spec.orientation, THUMBNAIL_SIDE, spec)
     measure = MOTION[motion]()
-    with ClipEncoder(clip, scan.spec, fps) as encoder:
+    with ClipEncoder(clip, spec, span.fps) as encoder:
         for index, frame in cursor.frames(first, last + 1):
             small = thumbnails.make(frame)
             if index in (first, last) and zlib.crc32(small.data) != scan.checks[index]:
@@ -264,10 +274,41 @@ def _encode_once(
         return encoder.finish(), measure.score()
 
 
-def _masks(source: Source, scan: FrameScan, span: ClipSpan) -> bytes:
-    spec = scan.spec
+def measure_motion(cursor: FrameCursor, scan: FrameScan, span: ClipSpan, motion: str) -> float | None:
+    """Motion score of a clip whose packets were taken over. Raises: SourceError."""
+    if motion == "none":
+        return None
+    spec = scan.stretches[span.stretch].spec
+    while True:
+        thumbnails, measure = Thumbnails(spec.orientation, THUMBNAIL_SIDE, spec), MOTION[motion]()
+        try:
+            for _, frame in cursor.frames(int(span.frames[0]), int(span.frames[-1]) + 1):
+                measure.add(thumbnails.make(frame))
+            return measure.score()
+        except _InexactSeek:
+            cursor.give_up_seeking(int(span.frames[0]))
+
+
+def _codec_of(scan: FrameScan, span: ClipSpan, clip: ClipConfig) -> str:
+    if span.copied:
+        return scan.facts["codec"]
+    return "h264" if clip.codec == "copy" else clip.codec
+
+
+def _gop_of(scan: FrameScan, span: ClipSpan, clip: ClipConfig) -> int:
+    """Frames of the longest group of pictures."""
+    if not span.copied:
+        return clip.gop
+    first, last = int(span.frames[0]), int(span.frames[-1]) + 1
+    starts = [start for start in scan.stretches[span.stretch].groups if first <= start < last]
+    return int(np.diff([*starts, last]).max())
+
+
+def _masks(source: Source, scan: FrameScan, span: ClipSpan, palette: tuple[str, ...]) -> bytes:
+    spec = scan.stretches[span.stretch].spec
     paths = [source.masks[index] for index in span.frames]
-    labels, annotated = read_masks(paths, spec.width, spec.height, spec.pad_right, spec.pad_bottom, read_all)
+    size, padding = (spec.width, spec.height), (spec.pad_right, spec.pad_bottom)
+    labels, annotated = read_masks(paths, size, padding, read_all, parse_palette(palette))
     return masks_npz(labels, annotated)
 
 
@@ -275,15 +316,17 @@ def _sample_meta(
     row: dict[str, Any],
     scan: FrameScan,
     span: ClipSpan,
-    fps: Fraction,
     clip: ClipConfig,
     motion_score: float | None,
     mp4: bytes,
     has_masks: bool,
 ) -> dict[str, Any]:
-    """The sample's json."""
-    spec = scan.spec
+    """The sample's json. What is irregular about its source is there only where something is."""
+    stretch = scan.stretches[span.stretch]
+    spec, look, fps = stretch.spec, stretch.look, span.fps
+    found = irregularities(scan, span)
     return {
+        **({"irregular": found} if found else {}),
         "key": row["key"],
         "source": row["source"],
         "source_hash": row["source_hash"],
@@ -300,9 +343,9 @@ def _sample_meta(
         "padding": [spec.pad_right, spec.pad_bottom],
         "rotation": spec.orientation.degrees,
         "mirrored": spec.orientation.mirror,
-        "codec": clip.codec,
-        "gop": clip.gop,
-        "pix_fmt": spec.pix_fmt,
+        "codec": _codec_of(scan, span, clip),
+        "gop": _gop_of(scan, span, clip),
+        "pix_fmt": look.pix_fmt if span.copied else spec.pix_fmt,
         "color": {
             "matrix": spec.matrix,
             "range": spec.color_range,
@@ -310,18 +353,13 @@ def _sample_meta(
             "transfer": spec.transfer,
         },
         "source_facts": {
-            name: scan.facts[name]
-            for name in (
-                "container",
-                "codec",
-                "stream",
-                "stored_width",
-                "stored_height",
-                "stored_pix_fmt",
-                "pixel_aspect_ratio",
-                "fps",
-                "variable_rate",
-            )
+            **{name: scan.facts[name] for name in ("container", "codec", "stream")},
+            "stored_width": look.width,
+            "stored_height": look.height,
+            "stored_pix_fmt": look.pix_fmt,
+            "pixel_aspect_ratio": [look.pixel_aspect.numerator, look.pixel_aspect.denominator],
+            "fps": [stretch.rate.fps.numerator, stretch.rate.fps.denominator],
+            "variable_rate": stretch.rate.variable,
         },
         "motion_score": None if motion_score is None else round(motion_score, 8),
         "phash": f"{row['phash']:016x}",
@@ -333,8 +371,27 @@ def _sample_meta(
     }
 
 
-def _json(meta: dict[str, Any]) -> bytes:
-    return json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+def irregularities(scan: FrameScan, span: ClipSpan) -> dict[str, Any]:
+    """What was irregular about a clip's frames and what was done about it; empty for a clean source."""
+    stretch = scan.stretches[span.stretch]
+    spec, look = stretch.spec, stretch.look
+    found: dict[str, Any] = {}
+    if span.repeats:
+        found["repeated_frames"] = list(span.repeats)
+    if len(scan.stretches) > 1:
+        found["stretch"] = span.stretch
+    if stretch.clock_offset:
+        found["clock_offset"] = stretch.clock_offset
+    if look.pixel_aspect != 1:
+        source = [look.pixel_aspect.numerator, look.pixel_aspect.denominator]
+        found["pixel_aspect_ratio"] = {"source": source, "clip": list(spec.pixel_aspect)}
+    if fallback := matrix_fallback(look.pix_fmt, look.matrix, look.primaries):
+        found["matrix"] = fallback
+    if interlaced := int(scan.interlaced[np.unique(span.frames)].sum()):
+        found["interlaced_frames"] = interlaced
+    if scan.facts["dropped_damaged"] and span.stretch == 0:
+        found["dropped_damaged"] = scan.facts["dropped_damaged"]
+    return found
 
 
 def _columns(meta: dict[str, Any], row: dict[str, Any], mp4: bytes) -> dict[str, Any]:

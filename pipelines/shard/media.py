@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import io
+import lzma
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -19,7 +22,10 @@ from kinema.pipelines.video.container_size import SeekableReader, missing_end
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.errors import Empty, Missing
 from kinema.pipelines.video.frame_folder import FrameFolder
+from kinema.pipelines.video.part import VideoPart
 
+AnyVideo = VideoFile | VideoPart | FrameFolder
+"""What a source is once it is open."""
 _BLOCK_BYTES = 1 << 20
 _CONTENT_NAMES = ("ETag", "etag", "md5Hash", "crc32c", "content_md5")  # as object stores call them
 
@@ -40,6 +46,10 @@ class Source:
     """What the data set says about it (manifest columns, other members of its tar sample)."""
     pictures: tuple[str, ...] = ()
     """Paths of a frame folder's pictures, in order."""
+    packing: str = ""
+    """How the file at `url` is compressed (gzip, bz2, xz), where a member of a compressed tar is meant."""
+    segment: tuple[float, float | None] | None = None
+    """Start and end in seconds of the part that is meant; None: the whole video."""
     masks: tuple[str | None, ...] = ()
     """Path of each picture's mask, None where it has none; empty without masks."""
 
@@ -77,6 +87,29 @@ def open_bytes(url: str) -> BinaryIO:
     return filesystem.open(path, "rb")
 
 
+_PACKINGS = {b"\x1f\x8b": "gzip", b"BZ": "bz2", b"\xfd7": "xz"}
+_UNPACK: dict[str, Callable[[BinaryIO], Any]] = {
+    "gzip": lambda file: gzip.GzipFile(fileobj=file),
+    "bz2": bz2.BZ2File,
+    "xz": lzma.LZMAFile,
+}
+
+
+@contextmanager
+def open_unpacked(url: str, packing: str | None = None) -> Iterator[tuple[BinaryIO, str]]:
+    """A reader of a file's bytes before compression, and how it is compressed ("" for not at all).
+
+    Going back in a compressed file reads it again from the beginning.
+    Args: packing, as found before; None looks at the first bytes.
+    Raises: OSError.
+    """
+    with open_bytes(url) as file:
+        if packing is None:
+            packing = _PACKINGS.get(file.read(2), "")
+            file.seek(0)
+        yield (_UNPACK[packing](file) if packing else file), packing
+
+
 class Window(io.RawIOBase):
     """Part of a file as a file of its own, for a video inside a tar."""
 
@@ -106,7 +139,7 @@ class Window(io.RawIOBase):
 
 
 @contextmanager
-def open_source(source: Source, frames_fps: float) -> Iterator[VideoFile | FrameFolder]:
+def open_source(source: Source, frames_fps: float, stream: int = -1, deinterlace: bool = True) -> Iterator[AnyVideo]:
     """Open a source for decoding.
 
     A remote file is copied to an anonymous temporary file, which the system removes however the process ends.
@@ -121,20 +154,20 @@ def open_source(source: Source, frames_fps: float) -> Iterator[VideoFile | Frame
             raise Empty("the file has 0 bytes")
         cut = missing_end(file, num_bytes)
         file.seek(0)
-        with VideoFile(name or file, cut) as video:
-            yield video
+        with VideoFile(name or file, cut, stream, deinterlace) as video:
+            yield VideoPart(video, *source.segment) if source.segment else video
 
 
 @contextmanager
 def _seekable(source: Source) -> Iterator[tuple[SeekableReader, str | None]]:
     """The source's bytes as a local reader, and a path that FFmpeg can open instead where there is one."""
-    try:
-        file = open_bytes(source.url)
-    except OSError as error:
-        raise Missing(f"cannot be read: {error.strerror or error}") from None
-    with file:
+    with ExitStack() as stack:
+        try:
+            file, packing = stack.enter_context(open_unpacked(source.url, source.packing))
+        except OSError as error:
+            raise Missing(f"cannot be read: {error.strerror or error}") from None
         part = _part_of(file, source)
-        if not is_remote(source.url):
+        if not is_remote(source.url) and not packing:
             yield part, local_path(source.url) if source.size is None else None
             return
         with tempfile.TemporaryFile(prefix="kinema-") as staged:
@@ -160,14 +193,14 @@ def content_hash(source: Source, progress: Callable[[], None] | None = None) -> 
                 data = hashlib.blake2b(read_all(path), digest_size=16).hexdigest()
                 digest.update(f"{path.rpartition('/')[2]} {data}\n".encode())
         else:
-            with open_bytes(source.url) as file:
+            with open_unpacked(source.url, source.packing) as (file, _):
                 part = _part_of(file, source)
                 while block := part.read(_BLOCK_BYTES):
                     digest.update(block)
                     if progress:
                         progress()
-    except OSError as error:
-        raise Missing(f"cannot be read: {error.strerror or error}") from None
+    except (OSError, EOFError) as error:
+        raise Missing(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return digest.hexdigest()
 
 

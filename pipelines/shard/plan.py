@@ -51,12 +51,12 @@ class PlannedClip:
 
 def plan_source(source: Source, scan: FrameScan, clip: ClipConfig, config_hash: str) -> list[PlannedClip]:
     """The clips of one good source."""
-    spans, fps, _ = scan.clips(clip)
+    spans, _ = scan.clips(clip)
     start, tick = scan.facts["start"], scan.time_base
     labels = json.dumps(source.labels, sort_keys=True, ensure_ascii=False) if source.labels else None
     clips = []
     for number, span in enumerate(spans):
-        end = span.start + len(span.frames) / (fps * tick)
+        end = span.start + len(span.frames) / (span.fps * tick)
         signature = clip_signature(scan.signatures[span.frames])
         row = {
             "key": sample_key(source.id, scan.content_hash, str(span.start), str(end), config_hash),

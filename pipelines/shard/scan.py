@@ -10,14 +10,16 @@ import faulthandler
 import hashlib
 import io
 import json
+import math
 import os
 import time
 import zipfile
 import zlib
 from array import array
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import av
@@ -25,21 +27,24 @@ import numpy as np
 
 from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact
-from kinema.pipelines.shard.media import Source, content_hash, fingerprint, open_source
+from kinema.pipelines.shard.media import AnyVideo, Source, content_hash, fingerprint, open_source, read_all
+from kinema.pipelines.shard.size_trial import SizeTrial
+from kinema.pipelines.shard.stretches import SourceStretch, with_groups
+from kinema.pipelines.video.clock import measure_clocks
 from kinema.pipelines.video.cuts import CutDetector
 from kinema.pipelines.video.decode import VideoFile
-from kinema.pipelines.video.encode import ClipEncoder
+from kinema.pipelines.video.decoded import Decoded
 from kinema.pipelines.video.errors import Empty, SourceError, TooShort, Undecodable
 from kinema.pipelines.video.frame_folder import FrameFolder
-from kinema.pipelines.video.orient import Orientation, orientation_of
-from kinema.pipelines.video.picture import PictureMaker, PictureSpec, Thumbnails, picture_spec
+from kinema.pipelines.video.look import Look
+from kinema.pipelines.video.masks import check_masks, parse_palette
+from kinema.pipelines.video.picture import PictureSpec, Thumbnails, picture_spec
 from kinema.pipelines.video.signature import frame_signature
-from kinema.pipelines.video.timeline import ClipSpan, Rate, divide_shots, measure_rate, output_rate
+from kinema.pipelines.video.timeline import ClipSpan, Division, divide_shots, longest_clip, output_rate
 
 THUMBNAIL_SIDE = 144
 """Shorter side in pixels of the small frames that cuts, signatures and motion are computed on."""
-_VERSION = 1
-_TRIAL_EVERY, _TRIAL_FRAMES = 240, 12  # frames: part of the video that is encoded to estimate sizes
+_VERSION = 2
 
 
 @dataclass
@@ -59,8 +64,8 @@ class Scan:
     attempts: int = 1
     """Times it was tried."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Container, codec, size, rate, time base, picture spec, cuts, estimated bytes per frame, dropped pieces; empty
-    for a source in quarantine."""
+    """Container, codec, time base, stretches, cuts, estimated bytes per frame, dropped pieces; empty for a source in
+    quarantine."""
 
     @property
     def ok(self) -> bool:
@@ -83,47 +88,46 @@ class FrameScan(Scan):
     """The whole record of a good source: something about every frame."""
 
     pts: np.ndarray
-    """int64 [N]: sorted timestamps in ticks."""
+    """int64 [N]: timestamps in ticks as the file has them; ascending, except where its clock starts anew."""
     signatures: np.ndarray
     """int8 [N, 64]: perceptual signature of every frame."""
     checks: np.ndarray
     """uint32 [N]: checksum of every small frame, which shows whether a seek landed exactly."""
     keyframes: np.ndarray
     """int64: frames at which decoding can start."""
+    interlaced: np.ndarray
+    """bool [N]: frames that are flagged as made of two fields."""
 
     @property
     def time_base(self) -> Fraction:
         return Fraction(*self.facts["time_base"])
 
-    @property
-    def rate(self) -> Rate:
-        return Rate(Fraction(*self.facts["fps"]), self.facts["variable_rate"], self.facts["rounding"])
+    @cached_property
+    def stretches(self) -> list[SourceStretch]:
+        """Runs of frames with one kind of picture and one clock, in order."""
+        return [SourceStretch.from_json(values) for values in self.facts["stretches"]]
 
-    @property
-    def spec(self) -> PictureSpec:
-        values = dict(self.facts["spec"])
-        return PictureSpec(**{**values, "orientation": Orientation(**values["orientation"])})
+    @cached_property
+    def ticks(self) -> np.ndarray:
+        """int64 [N]: times that go on where the file's clock starts anew."""
+        added = np.zeros_like(self.pts)
+        for stretch in self.stretches:
+            added[stretch.first : stretch.last] = stretch.clock_offset
+        return self.pts + added
 
-    def clips(self, clip: ClipConfig) -> tuple[list[ClipSpan], Fraction, int]:
-        """The clips of this source, their rate, and how many pieces were too short."""
-        fps = output_rate(self.rate, clip.fps)
-        spans, dropped = divide_shots(
-            self.pts,
-            self.facts["cuts"],
-            self.facts["last_duration"],
-            self.rate,
-            self.time_base,
-            fps=fps,
-            seconds=clip.seconds,
-            min_frames=clip.min_frames,
+    def clips(self, clip: ClipConfig) -> tuple[list[ClipSpan], int]:
+        """The clips of this source, and how many pieces were too short."""
+        division = Division(clip.fps, clip.seconds, clip.min_frames, clip.fill_slots)
+        last_duration = self.facts["last_duration"]
+        return divide_shots(
+            self.ticks, self.facts["cuts"], last_duration, list(self.stretches), self.time_base, division
         )
-        return spans, fps, dropped
 
     def _arrays(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _ARRAYS}
 
 
-_ARRAYS = ("pts", "signatures", "checks", "keyframes")
+_ARRAYS = ("pts", "signatures", "checks", "keyframes", "interlaced")
 
 
 def scan_name(source_id: str) -> str:
@@ -165,11 +169,15 @@ class ScanTask:
     frames_fps: float
     stall_s: float | None
     """Seconds without a new frame after which the worker ends itself; None: never."""
+    stream: int = -1
+    """Index of the video stream to take; -1 chooses."""
+    palette: tuple[str, ...] = ()
+    """Labels of masks' colours."""
 
 
 def scan_task(task: ScanTask) -> tuple[str, str]:
     """Scan one source and save its record. Returns: (error class, message), both empty for a good source."""
-    scan = scan_source(task.source, task.clip, task.frames_fps, stall_watch(task.stall_s))
+    scan = scan_source(task.source, task.clip, task.frames_fps, stall_watch(task.stall_s), task.stream, task.palette)
     save_scan(task.artifact, scan)
     return scan.error_class, scan.message
 
@@ -194,120 +202,182 @@ def stall_watch(stall_s: float | None) -> Callable[[], None]:
     return alive
 
 
-def scan_source(source: Source, clip: ClipConfig, frames_fps: float, alive: Callable[[], None] = lambda: None) -> Scan:
+def scan_source(
+    source: Source,
+    clip: ClipConfig,
+    frames_fps: float,
+    alive: Callable[[], None] = lambda: None,
+    stream: int = -1,
+    palette: tuple[str, ...] = (),
+) -> Scan:
     """Hash and decode a source from beginning to end. What is wrong with it is part of the result."""
     found = ""
     scan: Scan
     try:
         found = content_hash(source, alive)
-        with open_source(source, frames_fps) as video:
+        check_masks(source.masks, read_all, parse_palette(palette))
+        with open_source(source, frames_fps, stream, clip.deinterlace) as video:
             scan = decoded = _decode(video, source.id, clip, alive)
-        spans, _, dropped = decoded.clips(clip)
+        spans, dropped = decoded.clips(clip)
         decoded.facts["dropped_short"] = dropped
         if not spans:
-            raise TooShort(f"{len(decoded.pts)} frames in {len(decoded.facts['cuts']) + 1} shots; {_needed(clip)}")
+            raise TooShort(_why_no_clip(decoded, clip))
     except SourceError as error:
         scan = Scan(source.id, found, error_class=type(error).__name__, message=str(error))
     scan.content_hash, scan.fingerprint = found, fingerprint(source)
     return scan
 
 
-def _needed(clip: ClipConfig) -> str:
+def _why_no_clip(scan: FrameScan, clip: ClipConfig) -> str:
+    num_frames = len(scan.pts)
+    slowest = min(output_rate(stretch.rate, clip.fps) for stretch in scan.stretches)
+    if num_frames >= clip.min_frames and longest_clip(clip.seconds, slowest) < clip.min_frames:
+        needed = math.ceil(max(2, clip.min_frames) / slowest)
+        return (
+            f"{num_frames} frames at {float(slowest):g} frames per second: clip.seconds={clip.seconds:g} holds fewer "
+            f"than {max(2, clip.min_frames)} of them; use clip.seconds={needed} or more"
+        )
+    shots = len(scan.facts["cuts"]) + len(scan.stretches)
     at = f" at {clip.fps:g} frames per second" if clip.fps else ""
-    return f"a clip needs {clip.min_frames} frames{at} (clip.min_frames)"
+    return f"{num_frames} frames in {shots} shots; a clip needs {clip.min_frames} frames{at} (clip.min_frames)"
 
 
-def _decode(video: VideoFile | FrameFolder, source_id: str, clip: ClipConfig, alive: Callable[[], None]) -> FrameScan:
-    pts, checks, keyframes, signatures = array("q"), array("I"), array("q"), bytearray()
-    cuts, sizes = CutDetector(clip), None
-    last_duration = 0
-    for index, frame in enumerate(video.frames()):
+def _decode(video: AnyVideo, source_id: str, clip: ClipConfig, alive: Callable[[], None]) -> FrameScan:
+    frames, sizes, runs = _PerFrame(), SizeTrial(clip), _Runs(clip)
+    for index, picture in enumerate(video.pictures()):
         alive()
-        if sizes is None:
-            orientation = orientation_of(frame)
-            facts = _facts_of(frame, video)
-            spec = picture_spec(frame, orientation, clip.codec, clip.short_side)
-            thumbnails = Thumbnails(orientation, THUMBNAIL_SIDE)
-            sizes = _SizeTrial(clip, spec)
+        frame = picture.frame
         try:
-            small = thumbnails.make(frame)
+            if runs.begins_at(picture):
+                sizes.look_like(runs.begin(index, picture))
+            small = runs.thumbnails.make(frame)
             sizes.add(index, frame)
         except (av.FFmpegError, ValueError) as error:
             raise Undecodable(f"frame {index} ({frame.format.name}) cannot be converted: {error}") from None
-        assert frame.pts is not None  # video.frames() sees to that
-        pts.append(frame.pts)
-        checks.append(zlib.crc32(small.data))
-        if frame.key_frame or isinstance(video, FrameFolder):
-            keyframes.append(index)
-        signatures += frame_signature(small).tobytes()
-        cuts.add(small)
-        last_duration = frame.duration or 0
-    if sizes is None:
+        frames.add(index, picture, small, is_start=isinstance(video, FrameFolder))
+        runs.add(frame, small)
+    if not frames.pts:
         raise Empty("there are no frames")
-    ticks = np.array(pts, np.int64)
-    rate = measure_rate(ticks, video.time_base, last_duration, video.rates)
-    usual = round(1 / (rate.fps * video.time_base))
-    facts |= {
-        "fps": [rate.fps.numerator, rate.fps.denominator],
-        "variable_rate": rate.variable,
-        "rounding": rate.rounding,
-        "last_duration": last_duration or max(1, usual),
-        "cuts": cuts.finish(),
-        "bytes_per_frame": sizes.bytes_per_frame(),
-        "seeks": video.seeks and not video.invented_pts and bool((np.diff(ticks) > 0).all()),
-        "spec": asdict(spec),
-    }
-    return FrameScan(
-        source=source_id,
-        content_hash="",
-        facts=facts,
-        pts=ticks,
-        signatures=np.frombuffer(bytes(signatures), np.int8).reshape(-1, 64),
-        checks=np.array(checks, np.uint32),
-        keyframes=np.array(keyframes, np.int64),
-    )
-
-
-def _facts_of(frame: av.VideoFrame, video: VideoFile | FrameFolder) -> dict[str, Any]:
-    return {
+    arrays: dict[str, Any] = frames.arrays()
+    stretches = runs.stretches(arrays["pts"], arrays["keyframes"], video)
+    if clip.codec == "copy" and isinstance(video, VideoFile):
+        stretches = with_groups(stretches, arrays["pts"], arrays["interlaced"], video.closed_groups())
+    facts = {
         "container": video.format_name,
         "codec": video.codec_name,
         "stream": video.stream_index,
-        "stored_width": frame.width,
-        "stored_height": frame.height,
-        "stored_pix_fmt": frame.format.name,
-        "pixel_aspect_ratio": [video.aspect_ratio.numerator, video.aspect_ratio.denominator],
         "time_base": [video.time_base.numerator, video.time_base.denominator],
         "start": video.start,
+        "stretches": [stretch.to_json() for stretch in stretches],
+        "last_duration": runs.last_duration or max(1, round(1 / (stretches[-1].rate.fps * video.time_base))),
+        "cuts": runs.finish_cuts(),
+        "bytes_per_frame": sizes.bytes_per_frame(),
+        "dropped_damaged": video.num_dropped,
+        "seeks": video.seeks and not video.invented_pts and bool((np.diff(arrays["pts"]) > 0).all()),
     }
+    return FrameScan(source=source_id, content_hash="", facts=facts, **arrays)
 
 
-class _SizeTrial:
-    """Encodes one short stretch in every ten seconds or so as the clips will be, to know how large they get."""
+class _PerFrame:
+    """What is kept of every frame: about 90 bytes."""
 
-    def __init__(self, clip: ClipConfig, spec: PictureSpec):
-        self._clip, self._spec = clip, spec
-        self._maker = PictureMaker(spec)
-        self._encoder: ClipEncoder | None = None
-        self._num_bytes = self._num_frames = 0
+    def __init__(self) -> None:
+        self.pts, self.checks, self.keyframes = array("q"), array("I"), array("q")
+        self.interlaced, self.signatures = bytearray(), bytearray()
 
-    def add(self, index: int, frame: av.VideoFrame) -> None:
-        """The next frame of the source."""
-        if index % _TRIAL_EVERY == 0:
-            self._encoder = ClipEncoder(self._clip, self._spec, Fraction(25))
-        if self._encoder is not None:
-            self._encoder.add(self._maker.make(frame))
-            if self._encoder.num_frames == _TRIAL_FRAMES:
-                self._finish()
+    def add(self, index: int, picture: Decoded, small: np.ndarray, *, is_start: bool) -> None:
+        """Args: is_start, whether decoding can start at every frame."""
+        assert picture.frame.pts is not None  # the decoder sees to that
+        self.pts.append(picture.frame.pts)
+        self.checks.append(zlib.crc32(small.data))
+        self.interlaced.append(picture.interlaced)
+        if picture.frame.key_frame or is_start:
+            self.keyframes.append(index)
+        self.signatures += frame_signature(small).tobytes()
 
-    def _finish(self) -> None:
-        if self._encoder is not None:
-            with self._encoder as encoder:
-                self._num_bytes += len(encoder.finish())
-                self._num_frames += encoder.num_frames
-            self._encoder = None
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By their names in FrameScan."""
+        return {
+            "pts": np.array(self.pts, np.int64),
+            "checks": np.array(self.checks, np.uint32),
+            "keyframes": np.array(self.keyframes, np.int64),
+            "interlaced": np.frombuffer(bytes(self.interlaced), np.bool_),
+            "signatures": np.frombuffer(bytes(self.signatures), np.int8).reshape(-1, 64),
+        }
 
-    def bytes_per_frame(self) -> int:
-        """Mean over the stretches."""
-        self._finish()
-        return max(1, self._num_bytes // max(1, self._num_frames))
+
+class _Runs:
+    """Runs of frames that look alike, between starts of the clock; cuts are looked for inside of each."""
+
+    def __init__(self, clip: ClipConfig):
+        self._clip = clip
+        self._look: Look | None = None
+        self._cuts: list[int] = []
+        self._detector: CutDetector | None = None
+        self._starts: list[tuple[int, int, Look, PictureSpec]] = []  # first frame, ticks added, look, spec
+        self._clock_end = 0
+        self.last_duration = 0
+
+    def begins_at(self, picture: Decoded) -> bool:
+        """Whether a new run begins at this frame."""
+        return picture.look != self._look or picture.restarted
+
+    def begin(self, index: int, picture: Decoded) -> PictureSpec:
+        """Returns: the pictures of the new run."""
+        look, clip = picture.look, self._clip
+        spec = picture_spec(
+            picture.frame,
+            look.orientation,
+            clip.codec,
+            clip.short_side,
+            pixel_aspect=look.pixel_aspect,
+            square_pixels=clip.square_pixels,
+        )
+        added = self._starts[-1][1] if self._starts else 0
+        if picture.restarted:
+            added = self._clock_end - _pts(picture.frame)
+        self._end_cuts()
+        self._starts.append((index, added, look, spec))
+        self._look, self._detector = look, CutDetector(clip)
+        self.thumbnails = Thumbnails(look.orientation, THUMBNAIL_SIDE, spec)
+        return spec
+
+    def add(self, frame: av.VideoFrame, small: np.ndarray) -> None:
+        """The next frame of the run."""
+        assert self._detector is not None  # begin was called
+        self._detector.add(small)
+        self.last_duration = frame.duration or 0
+        self._clock_end = _pts(frame) + self._starts[-1][1] + max(1, self.last_duration)
+
+    def _end_cuts(self) -> None:
+        if self._detector is not None:
+            first = self._starts[-1][0]
+            self._cuts.extend(first + cut for cut in self._detector.finish())
+
+    def finish_cuts(self) -> list[int]:
+        """First frame of every shot that begins inside of a run, ascending."""
+        self._end_cuts()
+        self._detector = None
+        return self._cuts
+
+    def stretches(self, pts: np.ndarray, keyframes: np.ndarray, video: AnyVideo) -> list[SourceStretch]:
+        """The runs, divided where the rate changes."""
+        found = []
+        ends = [start[0] for start in self._starts[1:]] + [len(pts)]
+        for (first, added, look, spec), end in zip(self._starts, ends, strict=True):
+            last_duration = self.last_duration if end == len(pts) else 0
+            own_keys = {int(i) - first for i in keyframes if first <= i < end}
+            clocks = measure_clocks(pts[first:end], video.time_base, last_duration, video.rates, own_keys)
+            inner_ends = [first + start for start, _ in clocks[1:]] + [end]
+            for (start, rate), inner_end in zip(clocks, inner_ends, strict=True):
+                found.append(
+                    SourceStretch(
+                        first=first + start, last=inner_end, rate=rate, clock_offset=added, spec=spec, look=look
+                    )
+                )
+        return found
+
+
+def _pts(frame: av.VideoFrame) -> int:
+    assert frame.pts is not None  # the decoder sees to that
+    return frame.pts

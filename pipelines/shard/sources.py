@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
-import json
 import os
 import posixpath
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
-import pyarrow as pa
 
-from kinema.pipelines.artifacts import read_parquet
-from kinema.pipelines.shard.media import Source, is_remote, local_path, open_bytes, read_all
+from kinema.pipelines.shard.labels import plain_labels
+from kinema.pipelines.shard.lists import Entry, read_listing
+from kinema.pipelines.shard.media import Source, is_remote, local_path, read_all
+from kinema.pipelines.shard.tars import is_tar, read_tar
 
 VIDEO_EXTENSIONS = frozenset(
     "mp4 m4v mov qt mkv webm avi mpg mpeg mpe m1v m2v mpv ts m2ts mts vob flv f4v wmv asf ogv ogm 3gp 3g2 mxf gif "
     "y4m ivf nut dv divx h264 264 h265 hevc 265 rm rmvb amv mjpeg mjpg".split()
 )
 PICTURE_EXTENSIONS = frozenset("jpg jpeg png bmp webp tif tiff".split())
-LABEL_EXTENSIONS = frozenset("json txt cls".split())
-PATH_COLUMNS = ("path", "video", "file", "filename", "file_name", "filepath", "video_path", "url", "video_url")
+LIST_EXTENSIONS = frozenset("csv tsv parquet jsonl ndjson json txt list lst".split())
+_PATHS_FIRST = frozenset("txt list lst".split())  # a line is a path unless there is no such file
 _PICTURES, _MASKS = "JPEGImages", "Annotations"
 LAYOUTS = ("auto", "videos", "frames", "webdataset", "manifest", "list")
 
@@ -40,17 +37,26 @@ class Found:
     """Sorted by id; ids are unique."""
     missing: dict[str, str] = field(default_factory=dict)
     """Id of a listed file that cannot be used -> why."""
+    classes: dict[str, str] = field(default_factory=dict)
+    """Error class of those that are not simply missing."""
     ignored_files: int = 0
     """Files that are neither videos nor belong to one."""
 
+    def refuse(self, name: str, error_class: str, why: str) -> None:
+        """Something listed cannot be used; the others can."""
+        self.missing[name] = why
+        if error_class != "Missing":
+            self.classes[name] = error_class
 
-def find_sources(videos: str, layout: str = "auto", exclude: str = "") -> Found:
+
+def find_sources(videos: str, layout: str = "auto", exclude: str = "", root: str = "") -> Found:
     """Look at `videos` and list its sources.
 
     Args:
         videos: folder, file, glob, list (.txt), manifest (.csv, .tsv, .parquet), tar, or a URL of one of these.
         layout: what it holds; `auto` looks.
         exclude: a folder inside it to leave alone (the stage's own output).
+        root: folder that the paths of a list are relative to; empty: the list's own.
 
     Raises: ValueError when there is nothing usable, with what was found instead.
     """
@@ -66,15 +72,15 @@ def find_sources(videos: str, layout: str = "auto", exclude: str = "") -> Found:
         found = _from_folder(place, layout)
     elif place.kind == "glob":
         found = _from_files(place.glob(), place, layout)
-    elif layout == "manifest" or (layout == "auto" and extension in ("csv", "tsv", "parquet")):
-        found = _from_manifest(place)
-    elif layout == "list" or (layout == "auto" and extension == "txt"):
-        found = _from_list(place)
+    elif layout in ("list", "manifest") or (layout == "auto" and extension in LIST_EXTENSIONS):
+        found = _from_listing(place, root, layout == "list" or (layout == "auto" and extension in _PATHS_FIRST))
     else:
         found = _from_files([posixpath.basename(place.root)], place.parent(), layout)
     if not found.sources and not found.missing:
         raise ValueError(f"no video found in videos={videos} ({_what_is_there(place, found)}); {_hint(layout)}")
-    found.sources = _unique(found.sources)
+    _make_unique(found)
+    for folder, why in place.unreadable.items():
+        found.refuse(folder, "Missing", why)
     return found
 
 
@@ -108,6 +114,7 @@ class _Place:
         self.pattern = ""
         self.kind = self._kind()
         self.seen: list[str] = []
+        self.unreadable: dict[str, str] = {}
 
     def _kind(self) -> str:
         if self.filesystem.isdir(self.root) if self.remote else os.path.isdir(self.root):
@@ -150,7 +157,7 @@ class _Place:
 
     def _walk(self) -> Iterable[str]:
         visited: set[str] = set()
-        for folder, folders, files in os.walk(self.root, followlinks=True):
+        for folder, folders, files in os.walk(self.root, onerror=self._note, followlinks=True):
             real = os.path.realpath(folder)
             if real in visited or (self.exclude and real == os.path.realpath(self.exclude)):
                 folders.clear()
@@ -160,6 +167,10 @@ class _Place:
                 if not os.path.isfile(os.path.join(folder, name)):
                     continue  # pipes and devices would block whoever reads them; broken links have no bytes
                 yield os.path.relpath(os.path.join(folder, name), self.root).replace(os.sep, "/")
+
+    def _note(self, error: OSError) -> None:
+        name = os.path.relpath(str(error.filename), self.root).replace(os.sep, "/")
+        self.unreadable[name] = f"the folder cannot be listed: {error.strerror}"
 
     def glob(self) -> list[str]:
         """Files that match the pattern, and every file in folders that match it."""
@@ -186,7 +197,7 @@ def _from_folder(place: _Place, layout: str) -> Found:
     if layout in ("list", "manifest"):
         raise ValueError(f"layout={layout} needs a file, videos={place.given} is a folder")
     has_dataset = any(f"/{_PICTURES}/" in f"/{name}" for name in names)
-    has_files = any(_extension(name) in VIDEO_EXTENSIONS or _extension(name) == "tar" for name in names)
+    has_files = any(_extension(name) in VIDEO_EXTENSIONS or is_tar(name) for name in names)
     if layout == "frames" or (layout == "auto" and (has_dataset or not has_files)):
         return _from_frames(names, place)
     return _from_files(names, place, layout)
@@ -197,11 +208,11 @@ def _from_files(names: list[str], place: _Place, layout: str) -> Found:
     for name in names:
         extension = _extension(name)
         shown = name.encode("utf-8", "backslashreplace").decode()
-        if shown != name and extension in VIDEO_EXTENSIONS | {"tar"}:
+        if shown != name and (extension in VIDEO_EXTENSIONS or is_tar(name)):
             found.missing[shown] = "the file's name is not UTF-8; rename it"
         elif layout in ("auto", "videos") and extension in VIDEO_EXTENSIONS:
             found.sources.append(Source(name, place.url(name)))
-        elif layout in ("auto", "webdataset") and extension == "tar":
+        elif layout in ("auto", "webdataset") and is_tar(name):
             _add_tar(found, name, place.url(name))
         else:
             found.ignored_files += 1
@@ -257,118 +268,64 @@ def _masks_of(pictures: list[str], names: list[str], place: _Place) -> tuple[str
 
 
 def _add_tar(found: Found, name: str, url: str) -> None:
-    """Videos inside a tar, with the other members of their samples as labels."""
-    try:
-        with open_bytes(url) as file, tarfile.open(fileobj=file, mode="r:*" if is_remote(url) else "r:") as tar:
-            members = [m for m in tar if m.isfile()]
-            labels = {
-                m.name: content.read()
-                for m in members
-                if _extension(m.name) in LABEL_EXTENSIONS and m.size < 1 << 20 and (content := tar.extractfile(m))
-            }
-    except (tarfile.TarError, OSError) as error:
-        found.missing[name] = f"the tar does not open: {error}"
-        return
-    videos = [m for m in members if _extension(m.name) in VIDEO_EXTENSIONS]
-    for member in videos:
-        found.sources.append(
-            Source(f"{name}/{member.name}", url, member.offset_data, member.size, _member_labels(member.name, labels))
-        )
-    if not videos:
+    """Videos inside a tar."""
+    content = read_tar(name, url, VIDEO_EXTENSIONS)
+    found.sources.extend(content.sources)
+    if content.problem:
+        found.refuse(name, *content.problem)
+    elif not content.sources:
         found.ignored_files += 1
 
 
-def _member_labels(video: str, members: dict[str, bytes]) -> dict[str, Any] | None:
-    """Labels of a video member: members with its name, or with its name up to the first dot (WebDataset's key)."""
-    folder, base = posixpath.split(video)
-    stem, key = base.rpartition(".")[0], base.partition(".")[0]
-    labels: dict[str, Any] = {}
-    for name in sorted(members):
-        other = posixpath.split(name)
-        if other[0] != folder or other[1].rpartition(".")[0] not in (stem, key):
-            continue
-        text = members[name].decode("utf-8", "replace").strip()
-        extension = _extension(name)
-        if extension == "json":
-            try:
-                value = json.loads(text)
-            except ValueError:
-                value = text
-            labels.update(value if isinstance(value, dict) else {"json": value})
-        elif extension == "cls" and re.fullmatch(r"-?\d+", text):
-            labels["cls"] = int(text)
-        else:
-            labels[extension] = text
-    return _plain(labels) or None
-
-
-def _from_manifest(place: _Place) -> Found:
-    data = read_all(place.given)
-    try:
-        rows = _manifest_rows(data, _extension(place.root))
-    except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"manifest {place.given} cannot be read: {error}") from None
-    columns = list(rows[0]) if rows else []
-    named = {c.lower(): c for c in reversed(columns)}
-    column = next((named[name] for name in PATH_COLUMNS if name in named), None)
-    if column is None:
+def _from_listing(place: _Place, root: str, is_list: bool) -> Found:
+    """Files named in a list or manifest: relative to `root` or the list's folder, absolute, or URLs."""
+    base = _place(root, "") if root else place.parent()
+    listing = read_listing(
+        read_all(place.given),
+        place.given,
+        _extension(place.root),
+        is_list,
+        lambda path: bool(path) and _is_file(_resolve(path, base)),
+    )
+    found = _from_entries(listing.entries, base)
+    for name, why in listing.bad.items():
+        found.refuse(name, "Missing", why)
+    if listing.entries and not found.sources:
         raise ValueError(
-            f"manifest {place.given} has no path column (its columns: {', '.join(columns) or 'none'}); "
-            f"name one of {', '.join(PATH_COLUMNS)}"
+            f"none of the {len(listing.entries)} files of {place.given} exists; it was read as {listing.form}; first "
+            f"line: {listing.first_line[:200]!r}; paths are relative to {base.root} (set root= for another folder)"
         )
-    entries: list[tuple[str, dict[str, Any]]] = []
-    for row in rows:
-        path = str(row[column] or "").strip()
-        if path:
-            entries.append((path, {k: v for k, v in row.items() if k != column and v not in (None, "")}))
-    return _from_entries(entries, place)
+    return found
 
 
-def _manifest_rows(data: bytes, extension: str) -> list[dict[str, Any]]:
-    if extension == "parquet":
-        rows = read_parquet(data).to_pylist()
-        return [{k: _plain(v) for k, v in row.items()} for row in rows]
-    text = data.decode("utf-8-sig")
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if extension == "tsv" else ",")
-    return [{k: v for k, v in row.items() if k is not None} for row in reader]
+def _from_entries(entries: list[Entry], base: _Place) -> Found:
+    """Sources of a list's lines.
 
-
-def _plain(value: Any) -> Any:
-    """A value as JSON can hold it; NaN becomes null."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and value != value:
-        return None
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
-
-
-def _from_list(place: _Place) -> Found:
-    text = read_all(place.given).decode("utf-8-sig")
-    lines = (line.strip() for line in text.splitlines())
-    return _from_entries([(line, {}) for line in lines if line and not line.startswith("#")], place)
-
-
-def _from_entries(entries: list[tuple[str, dict[str, Any]]], place: _Place) -> Found:
-    """Files named in a list or manifest, relative to its folder, or absolute, or URLs.
-
-    A file that is named several times with different labels gets them all, under `rows`.
+    A file (or part of one) that is named several times with different labels gets them all, under `rows`.
     """
-    base = place.parent()
-    labels: dict[str, list[dict[str, Any]]] = {}
-    for entry, row in entries:
-        rows = labels.setdefault(_resolve(entry, base), [])
-        if row and row not in rows:
-            rows.append(row)
+    labels: dict[tuple[str, tuple[float, float | None] | None], list[dict[str, Any]]] = {}
+    for entry in entries:
+        rows = labels.setdefault((_resolve(entry.path, base), entry.segment), [])
+        if entry.labels and entry.labels not in rows:
+            rows.append(entry.labels)
     found = Found()
-    for url, name in _relative_names(list(labels), base).items():
-        rows = labels[url]
-        if _is_file(url):
-            found.sources.append(Source(name, url, labels={"rows": rows} if len(rows) > 1 else next(iter(rows), None)))
+    names = _relative_names(list(dict.fromkeys(url for url, _ in labels)), base)
+    there = {url: _is_file(url) for url in names}
+    for (url, segment), rows in labels.items():
+        name = names[url] + _part_name(segment)
+        if there[url]:
+            own = {"rows": rows} if len(rows) > 1 else next(iter(rows), None)
+            found.sources.append(Source(name, url, labels=plain_labels(own) if own else None, segment=segment))
         else:
             found.missing[name] = "listed, but there is no such file"
     return found
+
+
+def _part_name(segment: tuple[float, float | None] | None) -> str:
+    if segment is None:
+        return ""
+    start, end = segment
+    return f"#{start:g}-{'' if end is None else format(end, 'g')}"
 
 
 def _relative_names(urls: list[str], base: _Place) -> dict[str, str]:
@@ -390,19 +347,23 @@ def _resolve(entry: str, base: _Place) -> str:
 
 
 def _is_file(url: str) -> bool:
-    if not is_remote(url):
-        return os.path.isfile(local_path(url))
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return filesystem.isfile(path)
+    """False, too, where it cannot be found out: one strange line does not refuse the others."""
+    try:
+        if not is_remote(url):
+            return os.path.isfile(local_path(url))
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return filesystem.isfile(path)
+    except (OSError, ValueError, ImportError):
+        return False
 
 
-def _unique(sources: list[Source]) -> list[Source]:
+def _make_unique(found: Found) -> None:
+    """Sort by id; of several with one id the first is kept and the others are told."""
     by_id: dict[str, Source] = {}
-    for source in sources:
-        if source.id in by_id:
-            raise ValueError(f"two videos are called {source.id}; give one of them another name or folder")
-        by_id[source.id] = source
-    return [by_id[name] for name in sorted(by_id)]
+    for source in found.sources:
+        if by_id.setdefault(source.id, source) is not source:
+            found.refuse(f"{source.id} ({source.url})", "Missing", f"another video is called {source.id}; rename one")
+    found.sources = [by_id[name] for name in sorted(by_id)]
 
 
 def _what_is_there(place: _Place, found: Found) -> str:

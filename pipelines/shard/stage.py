@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kinema.configs import ShardConfig
@@ -29,6 +29,7 @@ from kinema.pipelines.shard.plan import Duplicates, PlannedClip, new_rows, plan_
 from kinema.pipelines.shard.scan import FrameScan, Scan, ScanTask, load_scan, save_scan, scan_task
 from kinema.pipelines.shard.sources import Found, find_sources
 from kinema.pipelines.video.errors import SourceError
+from kinema.pipelines.video.masks import parse_palette
 
 MAX_ATTEMPTS = 6
 """Times a source is tried, over all runs, whose decoder crashes or hangs."""
@@ -67,6 +68,8 @@ class ShardSummary:
     """Files that are not videos."""
     out: str
     """Where the artifact is."""
+    copied: int = 0
+    """Clips that took over their source's packets (`clip.codec=copy`); the others were encoded."""
     exit_status: int = field(default=0, metadata={"json": False})
     """0, or 3 when more than the allowed share of sources is quarantined."""
 
@@ -82,7 +85,8 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
     if not config.out:
         raise ValueError("out= is empty; give a folder or URL, for example out=workspace/clips")
     say = report or (lambda line: print(f"shard: {line}", file=sys.stderr, flush=True))
-    found = find_sources(config.videos, config.layout, exclude=config.out)
+    parse_palette(config.masks.palette)
+    found = find_sources(config.videos, config.layout, exclude=config.out, root=config.root)
     if Artifact.is_new(config.out) and engine.backend() == "ray":
         engine.connect()  # an engine that cannot start leaves no folder behind
     artifact = Artifact.open(config.out, kind="clips", config=content_config(config))
@@ -102,12 +106,17 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
 
 def content_config(config: ShardConfig) -> dict[str, Any]:
     """The settings that decide what is in the clips, not where they come from or how they are packed."""
-    return {
-        "clip": asdict(config.clip),
+    content = {
+        "clip": config.clip.content(),
         "frames_fps": config.frames_fps,
         "motion": config.motion,
         "near_duplicate_bits": config.near_duplicate_bits,
     }
+    if config.stream >= 0:
+        content["stream"] = config.stream
+    if config.masks.palette:
+        content["palette"] = list(config.masks.palette)
+    return content
 
 
 def scan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig) -> tuple[dict[str, Scan], int]:
@@ -119,7 +128,10 @@ def scan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig)
         states = list(pool.map(lambda source: _up_to_date(artifact, source), sources))
     scans = {source.id: scan for source, scan in zip(sources, states, strict=True) if scan is not None}
     wanted = [source for source in sources if source.id not in scans]
-    tasks = [ScanTask(artifact, s, config.clip, config.frames_fps, _stall_s(config)) for s in wanted]
+    tasks = [
+        ScanTask(artifact, s, config.clip, config.frames_fps, _stall_s(config), config.stream, config.masks.palette)
+        for s in wanted
+    ]
     progress = Progress("scan", len(tasks), "videos")
     for done, (task, outcome) in enumerate(_run_tasks(scan_task, tasks, config), start=1):
         if isinstance(outcome, engine.Failure):
@@ -234,6 +246,8 @@ def _build_task(artifact: Artifact, shard: int, by_id: dict[str, Source], config
         config.frames_fps,
         config.motion,
         _stall_s(config),
+        config.stream,
+        config.masks.palette,
     )
 
 
@@ -286,7 +300,7 @@ def _settle_quarantine(artifact: Artifact, scans: dict[str, Scan], found: Found)
             good.append(source.id)
         else:
             bad.append((source.id, scan.error_class, scan.message, scan.attempts))
-    bad += [(name, "Missing", why, 1) for name, why in found.missing.items()]
+    bad += [(name, found.classes.get(name, "Missing"), why, 1) for name, why in found.missing.items()]
     artifact.clear_quarantine(good)
     artifact.quarantine(
         quarantine_row(source=name, stage="scan", error_class=error_class, message=message, attempts=attempts)
@@ -310,6 +324,9 @@ def _summary(
         classes = Counter({row["source"]: row["error_class"] for row in entries}.values())
         listed = ", ".join(f"{count} {name}" for name, count in sorted(classes.items()))
         say(f"{len(quarantined)} of {len(ids)} videos quarantined ({listed}); see quarantine.parquet")
+    copied = _count_copied(artifact, found, config)
+    if config.clip.codec == "copy":
+        say(f"{copied} of {samples.num_rows} clips take over their source's packets; the others were encoded")
     return ShardSummary(
         sources=len(ids),
         clips=samples.num_rows,
@@ -324,8 +341,16 @@ def _summary(
         bytes=sum(record["bytes"] for record in commits.values()),
         ignored_files=found.ignored_files,
         out=artifact.url,
+        copied=copied,
         exit_status=3 if share > config.allowed_quarantine else 0,
     )
+
+
+def _count_copied(artifact: Artifact, found: Found, config: ShardConfig) -> int:
+    if config.clip.codec != "copy":
+        return 0
+    scans = (load_scan(artifact, source.id) for source in found.sources)
+    return sum(span.copied for scan in scans if isinstance(scan, FrameScan) for span in scan.clips(config.clip)[0])
 
 
 def _count(samples, name: str) -> int:

@@ -36,11 +36,38 @@ def missing_end(file: SeekableReader, num_bytes: int) -> str | None:
     return None
 
 
+def is_whole(file: SeekableReader, num_bytes: int) -> bool:
+    """Whether the file's outermost structure says where it ends, and it goes that far.
+
+    MP4 and QuickTime: boxes up to the last byte and an index; Matroska and WebM: a segment of known size; AVI: a RIFF
+    chunk. False where the structure says nothing (streams that were written without going back).
+    """
+    if missing_end(file, num_bytes) is not None:
+        return False
+    file.seek(0)
+    head = file.read(12)
+    if head[4:8] in _MP4_FIRST:
+        return _walk_boxes(file, num_bytes)[1] >= {b"moov", b"mdat"}
+    if head[:4] == _EBML.to_bytes(4, "big"):
+        return _segment_end(file, num_bytes) is not None
+    return head[:4] == b"RIFF" and int.from_bytes(head[4:8], "little") > 0
+
+
 def _too_short(end: int, num_bytes: int, what: str) -> str | None:
     return f"the {what} ends at byte {end}, the file at byte {num_bytes}" if end > num_bytes else None
 
 
 def _check_boxes(file: SeekableReader, num_bytes: int) -> str | None:
+    beyond, seen = _walk_boxes(file, num_bytes)
+    if beyond is not None:
+        return beyond
+    if b"moov" not in seen and b"mdat" in seen:
+        return "the file has no moov box: it was cut off before its index was written"
+    return None
+
+
+def _walk_boxes(file: SeekableReader, num_bytes: int) -> tuple[str | None, set[bytes]]:
+    """What shows that the last box is cut, and the kinds of boxes before the first damaged one."""
     position, seen = 0, set()
     while position + 8 <= num_bytes:
         file.seek(position)
@@ -51,18 +78,22 @@ def _check_boxes(file: SeekableReader, num_bytes: int) -> str | None:
         elif size == 0:
             size = num_bytes - position
         if size < 8 or not kind.isascii():
-            return None  # damaged rather than cut
+            return None, set()  # damaged rather than cut
         seen.add(kind)
         if position + size > num_bytes:
             name = kind.decode("ascii", "replace")
-            return _too_short(position + size, num_bytes, f"{name} box")
+            return _too_short(position + size, num_bytes, f"{name} box"), seen
         position += size
-    if b"moov" not in seen and b"mdat" in seen:
-        return "the file has no moov box: it was cut off before its index was written"
-    return None
+    return None, seen
 
 
 def _check_segment(file: SeekableReader, num_bytes: int) -> str | None:
+    end = _segment_end(file, num_bytes)
+    return None if end is None else _too_short(end, num_bytes, "Matroska segment")
+
+
+def _segment_end(file: SeekableReader, num_bytes: int) -> int | None:
+    """Where the segment ends; None when it was written as a stream, or there is none."""
     position = 0
     while position < num_bytes:
         file.seek(position)
@@ -78,7 +109,7 @@ def _check_segment(file: SeekableReader, num_bytes: int) -> str | None:
             return None  # written as a stream: the size is unknown
         position += id_length + size_length + size
         if number == _SEGMENT:
-            return _too_short(position, num_bytes, "Matroska segment")
+            return position
     return None
 
 

@@ -1,21 +1,36 @@
-"""Decode a video file as a stream: the right video stream, frames in order of time, damage noticed, little memory."""
+"""Decode a video file as a stream: the right video stream, frames in order of time, damage noticed, little memory.
+
+What a container says about lengths and counts is a claim: edit lists and stream-copied trims falsify it. A file is
+called truncated only where bytes are missing.
+"""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from fractions import Fraction
 
 import av
+import numpy as np
+from jaxtyping import Int64
 
-from kinema.pipelines.video.container_size import SeekableReader
-from kinema.pipelines.video.errors import Corrupt, NoVideoStream, SourceError, Truncated, Undecodable
+from kinema.pipelines.video.container_size import SeekableReader, is_whole
+from kinema.pipelines.video.copy import closed_groups, copy_clip
+from kinema.pipelines.video.decoded import Decoded
+from kinema.pipelines.video.deinterlace import deinterlaced
+from kinema.pipelines.video.errors import Corrupt, SourceError, Truncated, Undecodable
+from kinema.pipelines.video.look import look_of
+from kinema.pipelines.video.order import in_order
+from kinema.pipelines.video.streams import choose_stream, need_codec
 
-_REORDER = 4  # frames held back to put unordered timestamps in order
 _TRUNCATED_SHARE, _TRUNCATED_S = 0.95, 1.0  # a file that ends earlier than both of these allow was cut
 _HEADER_KNOWS_DURATION = ("mov", "mp4", "matroska", "webm", "avi")
 _SEEKS_EXACTLY = ("mov", "mp4", "matroska", "webm")
+_PACKETS_HELD = 256  # more than any decoder holds back
+_NEARLY_SQUARE = Fraction(1, 200)
+_PIXEL_ASPECTS = Fraction(1, 4), Fraction(4)  # what lies outside is a mistake of the tags
 
 
 class VideoFile:
@@ -24,17 +39,20 @@ class VideoFile:
     Args:
         file: path, or a seekable reader.
         cut: what shows that the file ends too early (`missing_end`), if anything does.
+        stream: index of the video stream to take; -1 chooses.
+        deinterlace: merge the fields of frames that are flagged as interlaced.
 
     Attributes:
         time_base: seconds per tick of `pts`, of the chosen stream.
         start: ticks of the stream's start (subtract for times from the beginning).
         rates: frame rates the container states, best first.
         invented_pts: whether frames came without timestamps so far and were numbered instead.
+        num_dropped: damaged frames left out so far at the beginning of a recording that was cut between keyframes.
     """
 
-    def __init__(self, file: str | SeekableReader, cut: str | None = None):
+    def __init__(self, file: str | SeekableReader, cut: str | None = None, stream: int = -1, deinterlace: bool = True):
         self._stack = ExitStack()
-        self._file, self._cut = file, cut
+        self._file, self._cut, self._wanted, self._deinterlace = file, cut, stream, deinterlace
         self._open()
         self._formats = self._container.format.name.split(",")
         assert self._stream.time_base is not None  # FFmpeg gives one to every stream it reads
@@ -43,6 +61,7 @@ class VideoFile:
         stated = (self._stream.average_rate, self._stream.guessed_rate)
         self.rates = tuple(dict.fromkeys(Fraction(rate) for rate in stated if rate))
         self.invented_pts = False
+        self.num_dropped = 0
 
     def _open(self) -> None:
         self._stack.close()
@@ -55,10 +74,17 @@ class VideoFile:
                 raise Truncated(f"{self._cut}; it does not open") from None
             raise Undecodable(f"the file does not open as a video: {error.strerror}") from None
         try:
-            self._stream = _best_stream(self._container)
-        except NoVideoStream:
+            known = self._wanted
+            several = len(self._container.streams.video) > 1
+            self._wanted = choose_stream(self._container, known)
+        except SourceError:
             self._stack.close()
             raise
+        if several and known < 0:
+            self._open()  # it may have been read through
+            return
+        self._stream = next(s for s in self._container.streams.video if s.index == self._wanted)
+        need_codec(self._stream)
         self._stream.thread_count = 1
         self._used = False
 
@@ -85,8 +111,8 @@ class VideoFile:
 
     @property
     def aspect_ratio(self) -> Fraction:
-        """Width of a pixel over its height; 1 where the file says nothing."""
-        return Fraction(self._stream.codec_context.sample_aspect_ratio or 1) or Fraction(1)
+        """Width of a pixel over its height: the container's word, else the codec's; 1 where neither says anything."""
+        return _believed(Fraction(self._stream.sample_aspect_ratio or 0) or Fraction(1))
 
     @property
     def seeks(self) -> bool:
@@ -98,13 +124,12 @@ class VideoFile:
         """Whether recordings usually begin between keyframes, with frames that refer to what was not recorded."""
         return any(name in ("mpegts", "mpeg") for name in self._formats)
 
-    @property
-    def _counts_frames(self) -> bool:
-        """Whether the header's number of frames is exact (AVI's counts empty slots)."""
-        return "mov" in self._formats
-
     def frames(self, from_pts: int | None = None) -> Iterator[av.VideoFrame]:
-        """Frames in order of `pts`, which is never None.
+        """The frames of `pictures`."""
+        return (picture.frame for picture in self.pictures(from_pts))
+
+    def pictures(self, from_pts: int | None = None) -> Iterator[Decoded]:
+        """Frames in order of `pts`, which is never None and goes back only where the clock starts anew.
 
         Args: from_pts: start at the last keyframe at or before this tick; None starts at the beginning.
         Raises: Corrupt, Truncated, Undecodable, each with what was seen.
@@ -117,12 +142,24 @@ class VideoFile:
         elif self._used:
             self._open()  # seeking back to the start is not exact in every container
         self._used = True
-        yield from _in_order(self._with_pts(self._decoded(check_end=from_pts is None)))
+        decoded = self._with_pts(self._decoded(check_end=from_pts is None))
+        ordered = in_order(decoded, self._nominal_step())
+        placed = (replace(item, restarted=True) if restarted else item for item, restarted in ordered)
+        yield from deinterlaced(placed) if self._deinterlace else placed
 
-    def _decoded(self, check_end: bool) -> Iterator[av.VideoFrame]:
+    def closed_groups(self) -> Int64[np.ndarray, "G"] | None:
+        """Timestamps at which closed groups of pictures begin; None where packets cannot be taken over."""
+        return closed_groups(self._file, self.stream_index)
+
+    def copy(self, pts: Sequence[int], fps: Fraction) -> bytes:
+        """An mp4 of the packets with these timestamps. Raises: Corrupt."""
+        return copy_clip(self._file, self.stream_index, pts, fps)
+
+    def _decoded(self, check_end: bool) -> Iterator[Decoded]:
         num_packets = num_frames = 0
         end_s = 0.0
         packets = self._container.demux()
+        aspects = _PixelAspects(self)
         flushed = False
         while not flushed:
             try:
@@ -139,20 +176,22 @@ class VideoFile:
                 frames = self._stream.codec_context.decode(packet)
             except av.FFmpegError as error:
                 raise self._damage(num_frames, num_packets, error) from None
+            aspects.note(packet)
             for frame in frames:
-                if frame.is_corrupt and num_frames == 0 and self._starts_anywhere:
+                if frame.is_corrupt and num_frames == 0 and (self._starts_anywhere or not frame.key_frame):
+                    self.num_dropped += check_end
                     continue
                 if frame.is_corrupt and self._cut:
                     raise Truncated(f"{self._cut}; {num_frames} good frames")
                 if frame.is_corrupt:
                     raise Corrupt(f"frame {num_frames} comes out damaged, after {num_frames} good frames")
                 num_frames += 1
-                yield frame
+                yield Decoded(frame, look_of(frame, aspects.of_frame(frame.pts)), bool(frame.interlaced_frame))
         if check_end:
             self._check_end(num_packets, num_frames, end_s)
 
     def _damage(self, num_frames: int, num_packets: int, error: av.FFmpegError) -> SourceError:
-        declared = f" of {self._stream.frames} declared" if self._counts_frames else ""
+        declared = f" of {self._stream.frames} declared" if self._stream.frames and "mov" in self._formats else ""
         if self._cut:
             return Truncated(f"{self._cut}; {num_frames} good frames{declared}")
         if num_frames == 0:
@@ -160,57 +199,91 @@ class VideoFile:
         return Corrupt(f"{num_frames} good frames{declared}, then packet {num_packets - 1}: {error.strerror}")
 
     def _check_end(self, num_packets: int, num_frames: int, end_s: float) -> None:
-        declared = self._stream.frames if self._counts_frames else 0
-        complete = 0 < declared <= num_packets
-        if self._cut and not complete:
+        indexed = self._indexed_end()
+        lacks_bytes = indexed is not None and indexed > self._container.size
+        if self._cut and (lacks_bytes or indexed is None):
             raise Truncated(f"{self._cut}; {num_frames} good frames")
+        if lacks_bytes:
+            size = self._container.size
+            raise Truncated(f"the index ends at byte {indexed}, the file at byte {size}; {num_frames} good frames")
         if num_frames == 0:
             raise Undecodable(f"no frame comes out of {num_packets} video packets")
-        if num_packets < declared:
-            raise Truncated(f"the file ends after {num_packets} of {declared} declared video packets")
+        if indexed is not None or self._structure_is_whole():
+            return
         duration_s = (self._container.duration or 0) / av.time_base
         end_s -= (self._container.start_time or 0) / av.time_base
-        if not complete and any(name in _HEADER_KNOWS_DURATION for name in self._formats):
+        if any(name in _HEADER_KNOWS_DURATION for name in self._formats):
             if end_s < min(duration_s * _TRUNCATED_SHARE, duration_s - _TRUNCATED_S):
                 raise Truncated(f"the file ends at {end_s:.2f} s of {duration_s:.2f} s declared")
 
-    def _with_pts(self, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-        """Frames without a timestamp follow the frame before by the nominal duration."""
+    def _indexed_end(self) -> int | None:
+        """Byte behind the last one that an MP4's index names for this stream; None without an index for all of it."""
+        if "mov" not in self._formats or not self._stream.frames:
+            return None
+        ends = [entry.pos + entry.size for entry in self._stream.index_entries]
+        return max(ends, default=None)
+
+    def _structure_is_whole(self) -> bool:
+        """Whether the outermost structure says how long the file is, and it is that long."""
+        if self._cut:
+            return False
+        if not isinstance(self._file, str):
+            return is_whole(self._file, self._container.size)
+        with open(self._file, "rb") as file:
+            return is_whole(file, self._container.size)
+
+    def _nominal_step(self) -> int:
         rate = self.rates[0] if self.rates else Fraction(25)
-        nominal = max(1, round(1 / (rate * self.time_base)))
+        return max(1, round(1 / (rate * self.time_base)))
+
+    def _with_pts(self, pictures: Iterator[Decoded]) -> Iterator[Decoded]:
+        """Frames without a timestamp follow the frame before by the nominal duration."""
+        nominal = self._nominal_step()
         expected = self.start
-        for frame in frames:
+        for picture in pictures:
+            frame = picture.frame
             if frame.pts is None:
                 self.invented_pts = True
                 frame.pts = expected
             expected = frame.pts + (frame.duration or nominal)
-            yield frame
+            yield picture
 
 
-def _in_order(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    held: list[tuple[int, int, av.VideoFrame]] = []
-    last: int | None = None
-    for count, frame in enumerate(frames):
-        assert frame.pts is not None  # _with_pts sees to that
-        if last is not None and frame.pts < last:
-            raise Corrupt(f"timestamps go back from tick {last} to {frame.pts} at frame {count}")
-        heapq.heappush(held, (frame.pts, count, frame))
-        if len(held) > _REORDER:
-            last, _, ready = heapq.heappop(held)
-            yield ready
-    while held:
-        yield heapq.heappop(held)[2]
+class _PixelAspects:
+    """The pixels' aspect ratio of every frame. Frames come out later than the header that changed it was read."""
+
+    def __init__(self, video: VideoFile):
+        stream = video._stream
+        self._context = stream.codec_context
+        self._found = video.aspect_ratio
+        # a container that says something else than the codec goes first, as in players
+        stated = stream.sample_aspect_ratio
+        self._fixed = bool(stated) and stated != self._of_codec()
+        self._by_pts: dict[int, deque[Fraction]] = {}
+
+    def _of_codec(self) -> Fraction:
+        return Fraction(self._context.sample_aspect_ratio or 1) or Fraction(1)
+
+    def note(self, packet: av.Packet | None) -> None:
+        """After each packet was decoded."""
+        if self._fixed or packet is None or packet.pts is None:
+            return
+        if len(self._by_pts) > _PACKETS_HELD:
+            self._by_pts.pop(next(iter(self._by_pts)))  # of a packet that shows no frame
+        self._by_pts.setdefault(packet.pts, deque()).append(_believed(self._of_codec()))
+
+    def of_frame(self, pts: int | None) -> Fraction:
+        """Of a frame that came out by now; each is asked for once."""
+        noted = self._by_pts.get(pts) if pts is not None else None
+        if noted and pts is not None:
+            self._found = noted.popleft()
+            if not noted:
+                del self._by_pts[pts]
+        return self._found
 
 
-def _best_stream(container: av.container.InputContainer) -> av.VideoStream:
-    pictures = [s for s in container.streams.video if s.disposition & av.stream.Disposition.attached_pic]
-    moving = [s for s in container.streams.video if s not in pictures]
-    if not moving:
-        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-        cover = " (a cover picture only)" if pictures else ""
-        raise NoVideoStream(f"no video stream{cover}; the file holds {kinds}")
-    best = container.streams.best("video")
-    chosen = best if best in moving else max(moving, key=lambda s: (s.width or 0) * (s.height or 0))
-    if chosen.codec_context is None:
-        raise NoVideoStream("the video stream has a codec that FFmpeg does not know")
-    return chosen
+def _believed(aspect: Fraction) -> Fraction:
+    """What a stated ratio is taken for: square where it is nearly that (containers round sizes), or absurd."""
+    if abs(aspect - 1) < _NEARLY_SQUARE:
+        return Fraction(1)
+    return aspect if _PIXEL_ASPECTS[0] <= aspect <= _PIXEL_ASPECTS[1] else Fraction(1)

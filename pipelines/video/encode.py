@@ -27,7 +27,7 @@ def encoder_options(clip: ClipConfig) -> tuple[str, dict[str, str]]:
     x264 = {"g": gop, "keyint_min": gop, "sc_threshold": "0", "preset": clip.preset, "tune": "fastdecode"}
     # x264's macroblock tree reads memory that nobody wrote: the same pictures would give other bytes now and then.
     params = "open-gop=0:lookahead-threads=1:threads=1:mbtree=0"
-    if clip.codec == "h264":
+    if clip.codec in ("h264", "copy"):  # what cannot be copied is encoded
         return "libx264", {**x264, "crf": str(clip.crf), "x264-params": params}
     if clip.codec == "h264_lossless":
         return "libx264rgb", {**x264, "qp": "0", "x264-params": params}
@@ -50,7 +50,7 @@ class ClipEncoder:
 
     def __init__(self, clip: ClipConfig, spec: PictureSpec, fps: Fraction):
         self._stack = ExitStack()
-        self._path = self._stack.enter_context(_ScratchFile())
+        self._path = self._stack.enter_context(ScratchFile())
         self._container = self._stack.enter_context(
             av.open(
                 self._path.name,
@@ -118,6 +118,8 @@ def _add_stream(container, clip: ClipConfig, spec: PictureSpec, fps: Fraction):
     context.colorspace = spec.matrix
     context.color_primaries = spec.primaries
     context.color_trc = spec.transfer
+    if spec.pixel_aspect != (1, 1):
+        context.sample_aspect_ratio = Fraction(*spec.pixel_aspect)
     if clip.codec == "hevc":
         context.codec_tag = "hvc1"  # parameter sets in the header only, as players expect
     if clip.codec == "mjpeg":
@@ -126,13 +128,13 @@ def _add_stream(container, clip: ClipConfig, spec: PictureSpec, fps: Fraction):
     return stream
 
 
-class _ScratchFile:
+class ScratchFile:
     """A file with a name FFmpeg can open twice (faststart reads back) that no kill can leave behind.
 
     An anonymous file in memory where the system has them; elsewhere a temporary file.
     """
 
-    def __enter__(self) -> _ScratchFile:
+    def __enter__(self) -> ScratchFile:
         self._folder: tempfile.TemporaryDirectory | None = None
         if hasattr(os, "memfd_create"):
             self._fd = os.memfd_create("kinema-clip")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import av
 import cv2
 import numpy as np
-from jaxtyping import Bool, UInt8
-from PIL import Image, UnidentifiedImageError
+from jaxtyping import UInt8
 
+from kinema.pipelines.video.decoded import Decoded
 from kinema.pipelines.video.errors import Corrupt, Missing
+from kinema.pipelines.video.look import look_of
 
 
 class FrameFolder:
@@ -24,8 +24,7 @@ class FrameFolder:
         read: reads all bytes of one path.
     """
 
-    format_name, stream_index, seeks, invented_pts = "frames", 0, True, False
-    aspect_ratio = Fraction(1)
+    format_name, stream_index, seeks, invented_pts, num_dropped = "frames", 0, True, False, 0
 
     def __init__(self, pictures: Sequence[str], fps: float, read):
         self._pictures, self._read = list(pictures), read
@@ -42,6 +41,10 @@ class FrameFolder:
     def codec_name(self) -> str:
         """The pictures' extension."""
         return self._pictures[0].rpartition(".")[2].lower()
+
+    def pictures(self, from_pts: int | None = None) -> Iterator[Decoded]:
+        """Frames in order with their look; pictures may differ in size. Raises: Corrupt, Missing."""
+        return (Decoded(frame, look_of(frame)) for frame in self.frames(from_pts))
 
     def frames(self, from_pts: int | None = None) -> Iterator[av.VideoFrame]:
         """Frames in order; pts is the picture's number. Raises: Corrupt, Missing."""
@@ -62,48 +65,3 @@ class FrameFolder:
         if picture is None:
             raise Corrupt(f"picture {name} (frame {index}) does not decode")
         return np.ascontiguousarray(picture)
-
-
-def read_masks(
-    masks: Sequence[str | None], width: int, height: int, pad_right: int, pad_bottom: int, read
-) -> tuple[UInt8[np.ndarray, "T H W"], Bool[np.ndarray, "T"]]:
-    """Object masks of a clip's frames at the clip's size.
-
-    Args:
-        masks: path of each frame's PNG, or None where the frame is not annotated.
-        width, height: of the clip, padding included; masks are resized by nearest neighbour where they differ.
-        read: reads all bytes of one path.
-
-    Returns: labels (0 where not annotated), and which frames are annotated.
-    Raises: Corrupt, Missing.
-    """
-    labels = np.zeros((len(masks), height, width), np.uint8)
-    annotated = np.array([path is not None for path in masks])
-    inner = (width - pad_right, height - pad_bottom)
-    for index, path in enumerate(masks):
-        if path is None:
-            continue
-        mask = _read_mask(path, read)
-        if mask.shape != inner[::-1]:
-            mask = cv2.resize(mask, inner, interpolation=cv2.INTER_NEAREST)
-        labels[index] = np.pad(mask, ((0, pad_bottom), (0, pad_right)), mode="edge")
-    return labels, annotated
-
-
-def _read_mask(path: str, read) -> UInt8[np.ndarray, "H W"]:
-    """Palette or grey PNG as label numbers; the palette itself is dropped."""
-    try:
-        with Image.open(io.BytesIO(read(path))) as image:
-            plain = image if image.mode in ("P", "L") else image.convert("L")
-            return np.asarray(plain, np.uint8)
-    except (UnidentifiedImageError, SyntaxError) as error:
-        raise Corrupt(f"mask {path.rpartition('/')[2]} does not decode: {error}") from None
-    except OSError as error:
-        raise Missing(f"mask {path.rpartition('/')[2]} cannot be read: {error}") from None
-
-
-def masks_npz(labels: UInt8[np.ndarray, "T H W"], annotated: Bool[np.ndarray, "T"]) -> bytes:
-    """Payload of `KEY.masks.npz`: arrays `masks` and `annotated`; the same bytes every time."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, masks=labels, annotated=annotated)
-    return buffer.getvalue()

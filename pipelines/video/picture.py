@@ -7,6 +7,8 @@ matrix tag is read as BT.601 (FFmpeg's rule) and the clip says so, so decode(enc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -17,13 +19,19 @@ from kinema.pipelines.video.orient import Orientation
 # ITU-T H.273 matrix coefficients -> swscale's number. 2 (unspecified) and 5 (BT.470BG) mean BT.601.
 _SWSCALE_MATRIX = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 _TAG_OF_SWSCALE = {1: 1, 4: 4, 5: 6, 7: 7, 9: 9}
+_READ_EXACTLY = frozenset({0, 1, 2, 4, 5, 6, 7, 9})  # matrix tags that need no fallback; 0 is RGB, which has none
+_BY_PRIMARIES = {12, 13}  # matrices that follow from the primaries
+_MATRIX_OF_PRIMARIES = {1: 1, 4: 4, 7: 7, 9: 9}
+_KNOWN_PRIMARIES = frozenset({1, 2, *range(4, 13)})
+_KNOWN_TRANSFERS = frozenset({1, 2, *range(4, 19)})
+_UNSPECIFIED = 2
 _FULL_RANGE, _LIMITED_RANGE = 2, 1
 _PLANAR_8BIT = {"yuv420p", "yuvj420p"}
 
 
 @dataclass(frozen=True)
 class PictureSpec:
-    """The pictures of one source as its clips hold them."""
+    """The pictures of one stretch of a source as its clips hold them."""
 
     width: int
     """Encoded width: upright, padded to even where the format asks for it."""
@@ -45,17 +53,37 @@ class PictureSpec:
     """Transfer characteristics (H.273), 2 unspecified."""
     orientation: Orientation
     """What turns the stored picture upright."""
+    pixel_aspect: tuple[int, int] = (1, 1)
+    """Width and height of a pixel of the clip, upright; not square only where the source's shape is kept."""
+    reshaped: bool = False
+    """Whether pixels were made square."""
 
 
-def picture_spec(frame: av.VideoFrame, orientation: Orientation, codec: str, short_side: int) -> PictureSpec:
-    """Decide size and colour of a source's clips from its first frame.
+def picture_spec(
+    frame: av.VideoFrame,
+    orientation: Orientation,
+    codec: str,
+    short_side: int,
+    *,
+    pixel_aspect: Fraction = Fraction(1),
+    square_pixels: bool = True,
+) -> PictureSpec:
+    """Decide size and colour of the clips of frames that look like this one.
 
     Args:
         frame: a decoded frame, not turned.
         codec: value of `clip.codec`.
         short_side: shorter side in pixels to shrink to (never enlarged); 0 keeps the size.
+        pixel_aspect: width of a stored pixel over its height.
+        square_pixels: resample to square pixels; the side along which there are fewer of them grows.
     """
-    width, height = (frame.height, frame.width) if orientation.swaps_sides else (frame.width, frame.height)
+    width, height, aspect = frame.width, frame.height, pixel_aspect
+    reshaped = square_pixels and aspect != 1
+    if reshaped:
+        width, height = _squared(width, height, aspect)
+        aspect = Fraction(1)
+    if orientation.swaps_sides:
+        width, height, aspect = height, width, 1 / aspect
     width, height = _shrink(width, height, short_side)
     planar = codec != "h264_lossless"
     pad_right, pad_bottom = (width % 2, height % 2) if planar else (0, 0)
@@ -74,10 +102,19 @@ def picture_spec(frame: av.VideoFrame, orientation: Orientation, codec: str, sho
         pix_fmt=pix_fmt,
         matrix=matrix,
         color_range=color_range,
-        primaries=int(frame.color_primaries),
-        transfer=int(frame.color_trc),
+        primaries=_known(int(frame.color_primaries), _KNOWN_PRIMARIES),
+        transfer=_known(int(frame.color_trc), _KNOWN_TRANSFERS),
         orientation=orientation,
+        pixel_aspect=(aspect.numerator, aspect.denominator),
+        reshaped=reshaped,
     )
+
+
+def _squared(width: int, height: int, pixel_aspect: Fraction) -> tuple[int, int]:
+    """Even size with square pixels and the same shape; no side gets smaller."""
+    if pixel_aspect > 1:
+        return 2 * round(width * pixel_aspect / 2), height
+    return width, 2 * round(height / pixel_aspect / 2)
 
 
 def _shrink(width: int, height: int, short_side: int) -> tuple[int, int]:
@@ -88,17 +125,49 @@ def _shrink(width: int, height: int, short_side: int) -> tuple[int, int]:
     return even[0], even[1]
 
 
-def _is_yuv(frame: av.VideoFrame) -> bool:
-    return frame.format.name.startswith(("yuv", "nv12", "nv16", "nv21", "p010", "p016", "yuyv", "uyvy"))
+def _known(tag: int, known: frozenset[int]) -> int:
+    return tag if tag in known else _UNSPECIFIED
+
+
+def _is_yuv(pix_fmt: str) -> bool:
+    return pix_fmt.startswith(("yuv", "nv12", "nv16", "nv21", "p010", "p016", "yuyv", "uyvy"))
 
 
 def _colour(frame: av.VideoFrame) -> tuple[int, int]:
     """(matrix, range) a YUV clip of this frame gets; sources in RGB or grey become BT.709, limited range."""
-    if not _is_yuv(frame):
+    if not _is_yuv(frame.format.name):
         return 1, _LIMITED_RANGE
     full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
-    matrix = _TAG_OF_SWSCALE[_SWSCALE_MATRIX.get(int(frame.colorspace), 5)]
+    matrix = _read_as(int(frame.colorspace), int(frame.color_primaries))
     return matrix, _FULL_RANGE if full else _LIMITED_RANGE
+
+
+def _read_as(matrix: int, primaries: int) -> int:
+    """The matrix tag that a tag is read as.
+
+    Of those that nothing implements, BT.2020 with constant luminance is read as BT.2020 without, the two that follow
+    from the primaries as theirs, all others (YCgCo, ICtCp, reserved numbers) as BT.601, which is FFmpeg's rule.
+    """
+    if matrix in _BY_PRIMARIES:
+        return _TAG_OF_SWSCALE[_MATRIX_OF_PRIMARIES.get(primaries, 5)]
+    return _TAG_OF_SWSCALE[_SWSCALE_MATRIX.get(matrix, 5)]
+
+
+def matrix_fallback(pix_fmt: str, matrix: int, primaries: int) -> dict[str, int] | None:
+    """The matrix tag and the one it is read as, where nothing implements the tag's own."""
+    if matrix in _READ_EXACTLY or not _is_yuv(pix_fmt):
+        return None
+    return {"tag": matrix, "read_as": _read_as(matrix, primaries)}
+
+
+def source_colours(frame: av.VideoFrame) -> dict[str, Any]:
+    """How swscale is to read a frame; the same for pictures and small frames."""
+    if _is_yuv(frame.format.name):
+        matrix, color_range = _colour(frame)
+        return {"src_colorspace": Colorspace(_SWSCALE_MATRIX[matrix]), "src_color_range": color_range}
+    if int(frame.colorspace) in _READ_EXACTLY:
+        return {"src_colorspace": None, "src_color_range": None}
+    return {"src_colorspace": Colorspace(5), "src_color_range": None}
 
 
 class PictureMaker:
@@ -115,7 +184,7 @@ class PictureMaker:
         size = (spec.width - spec.pad_right, spec.height - spec.pad_bottom)
         stored = (size[1], size[0]) if spec.orientation.swaps_sides else size
         odd = stored[0] % 2 or stored[1] % 2
-        if spec.pix_fmt == "rgb24" or not _is_yuv(frame) or (odd and not spec.orientation.is_identity):
+        if spec.pix_fmt == "rgb24" or not _is_yuv(frame.format.name) or (odd and not spec.orientation.is_identity):
             return self._through_rgb(frame, stored)
         picture = self._reformat(self._scale, frame, stored, spec.pix_fmt)
         if spec.orientation.is_identity and not (spec.pad_right or spec.pad_bottom):
@@ -140,7 +209,6 @@ class PictureMaker:
         resized = (frame.width, frame.height) != size
         rgb = pix_fmt == "rgb24"
         spec = self.spec
-        source_matrix, source_range = _colour(frame)
         return scaler.reformat(
             frame,
             width=size[0],
@@ -148,11 +216,10 @@ class PictureMaker:
             format=pix_fmt,
             # swscale's default filter without resizing, so that RGB equals a plain conversion of the source
             interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND if resized else Interpolation.BILINEAR,
-            src_colorspace=Colorspace(_SWSCALE_MATRIX[source_matrix]) if _is_yuv(frame) else None,
             dst_colorspace=None if rgb else Colorspace(_SWSCALE_MATRIX[spec.matrix]),
-            src_color_range=source_range if _is_yuv(frame) else None,
             dst_color_range=None if rgb else spec.color_range,
             threads=1,
+            **source_colours(frame),
         )
 
     def _pad(self, plane: np.ndarray) -> np.ndarray:
@@ -188,18 +255,22 @@ def frame_of_planes(planes: list[np.ndarray], pix_fmt: str) -> av.VideoFrame:
 
 
 class Thumbnails:
-    """Small upright BGR pictures of decoded frames, for cut detection, hashes and motion. All have one size."""
+    """Small upright BGR pictures of decoded frames, for cut detection, hashes and motion. All have one size.
 
-    def __init__(self, orientation: Orientation, short_side: int):
-        self.orientation, self.short_side = orientation, short_side
+    Args:
+        spec: of the pictures: small ones have their shape (square pixels where those are made square).
+        short_side: of the small pictures, at most.
+    """
+
+    def __init__(self, orientation: Orientation, short_side: int, spec: PictureSpec | None = None):
+        self.orientation, self.short_side, self._spec = orientation, short_side, spec
         self._scale = VideoReformatter()
         self._size: tuple[int, int] | None = None
 
     def make(self, frame: av.VideoFrame) -> np.ndarray:
         """uint8 [h, w, 3] BGR with the shorter side at most `short_side`, area-averaged."""
         if self._size is None:
-            scale = min(1.0, self.short_side / min(frame.width, frame.height))
-            self._size = max(8, round(frame.width * scale)), max(8, round(frame.height * scale))
+            self._size = self._stored_size(frame)
         small = self._scale.reformat(
             frame,
             width=self._size[0],
@@ -207,5 +278,14 @@ class Thumbnails:
             format="bgr24",
             interpolation=Interpolation.AREA,
             threads=1,
+            **source_colours(frame),
         )
         return np.ascontiguousarray(self.orientation.apply(small.to_ndarray()))
+
+    def _stored_size(self, frame: av.VideoFrame) -> tuple[int, int]:
+        width, height = float(frame.width), float(frame.height)
+        if self._spec is not None and self._spec.reshaped:
+            upright = self._spec.width - self._spec.pad_right, self._spec.height - self._spec.pad_bottom
+            width, height = upright[::-1] if self.orientation.swaps_sides else upright
+        scale = min(1.0, self.short_side / min(width, height))
+        return max(8, round(width * scale)), max(8, round(height * scale))

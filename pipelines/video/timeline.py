@@ -1,31 +1,49 @@
-"""Time: which source frame is shown when, at what rate, and how shots are divided into clips.
+"""Time: which source frame is shown when, and how shots are divided into clips.
 
 A frame is displayed from its timestamp until the next one's. Output frame i of a shot shows the frame displayed at
-`start + i / fps`. Timestamps are integers in units of the stream's time base.
+`start + i / fps`; at the source's own rate, where there is a grid, it shows the frame of slot i, so that every frame
+appears once and only empty slots repeat one. Timestamps are integers in units of the stream's time base.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
 from jaxtyping import Int64
 
-_JITTER = 0.25  # of a frame's duration; timestamps within it count as a constant rate
+from kinema.pipelines.video.clock import FILLED_SLOTS, Rate, hole_ticks, slots_of
+
 _MAX_DENOMINATOR = 100_000
 
 
 @dataclass(frozen=True)
-class Rate:
-    """Frame rate of a source, measured from its timestamps."""
+class Stretch:
+    """A run of frames with one clock and one kind of picture."""
 
-    fps: Fraction
-    """Average rate; the container's exact value where the timestamps agree with it."""
-    variable: bool
-    """Whether timestamps leave a constant grid by more than a quarter of a frame."""
-    rounding: int
-    """Ticks by which timestamps may have been rounded (1 for coarse time bases such as Matroska's ms)."""
+    first: int
+    """Index of its first frame."""
+    last: int
+    """Index behind its last frame."""
+    rate: Rate
+    """Of its frames."""
+    groups: tuple[int, ...] = ()
+    """Frames at which a closed group of pictures begins, where the source's packets can be taken over."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """How shots become clips."""
+
+    fps: float
+    """Rate of the clips; 0 keeps the source's."""
+    seconds: float
+    """Longest clip."""
+    min_frames: int
+    """Pieces with fewer frames are dropped and counted."""
+    fill_slots: int = FILLED_SLOTS
+    """Longest run of empty slots that is filled by repeating a frame; the clip is cut at longer ones."""
 
 
 @dataclass(frozen=True)
@@ -38,53 +56,32 @@ class ClipSpan:
     """Index of the source frame (sorted by timestamp) that each output frame shows."""
     start: Fraction
     """Time of the first output frame, in ticks."""
+    fps: Fraction = Fraction(25)
+    """Output rate."""
+    stretch: int = 0
+    """Which stretch of the source its frames belong to."""
+    repeats: tuple[int, ...] = field(default=())
+    """Output frames that repeat the one before, because their slot of the grid is empty in the source."""
+    copied: bool = False
+    """Whether the source's own packets are taken over."""
 
 
-def measure_rate(
-    pts: Int64[np.ndarray, "N"], time_base: Fraction, last_duration: int, container_rates: tuple[Fraction, ...]
-) -> Rate:
-    """Rate of sorted timestamps.
-
-    Args:
-        pts: sorted, at least one.
-        last_duration: ticks the last frame is shown; 0 where the file does not say.
-        container_rates: rates the container states, best first; used where the timestamps agree.
-    """
-    span = int(pts[-1] - pts[0])
-    if len(pts) < 2 or span <= 0:
-        return Rate(container_rates[0] if container_rates else Fraction(25), False, 0)
-    interval = span / (len(pts) - 1)
+def gaps(
+    pts: Int64[np.ndarray, "N"], time_base: Fraction, rate: Rate | None = None, fill_slots: int = FILLED_SLOTS
+) -> list[int]:
+    """Frames that follow a hole in the timestamps: new shots start there."""
     steps = np.diff(pts)
-    coarse = 0.01 <= 1 / interval <= _JITTER and bool((steps != steps[0]).any())
-    deviation = np.abs(pts - pts[0] - interval * np.arange(len(pts))).max()
-    if deviation > max(1, _JITTER * interval) or steps.min() <= 0:
-        total = span + (last_duration or round(interval))
-        measured = (Fraction(len(pts)) / (total * time_base)).limit_denominator(_MAX_DENOMINATOR)
-        # containers differ in whether they count the last frame's duration
-        return Rate(_agreeing(container_rates, measured, 1.5 / (len(pts) - 1)), True, int(coarse))
-    measured = (Fraction(len(pts) - 1) / (span * time_base)).limit_denominator(1001)
-    return Rate(_agreeing(container_rates, measured, max(1e-3, 2 / span)), False, int(coarse))
-
-
-def _agreeing(rates: tuple[Fraction, ...], measured: Fraction, tolerance: float) -> Fraction:
-    """The first stated rate that agrees with the measured one, else the measured one."""
-    return next((rate for rate in rates if abs(rate / measured - 1) <= tolerance), measured)
-
-
-def gaps(pts: Int64[np.ndarray, "N"], time_base: Fraction) -> list[int]:
-    """Frames that follow a hole in the timestamps (lost or cut-out footage): new shots start there.
-
-    A hole is longer than a quarter of a second and than 4.5 usual frames.
-    """
-    if len(pts) < 3:
-        return []
-    steps = np.diff(pts)
-    hole = max(0.25 / float(time_base), 4.5 * float(np.median(steps)))
-    return [int(index) + 1 for index in np.flatnonzero(steps > hole)]
+    if rate is None or rate.variable:
+        if len(pts) < 3:
+            return []
+        longest = hole_ticks(steps, None, time_base, fill_slots)
+    else:
+        longest = hole_ticks(steps, float(1 / (rate.fps * time_base)), time_base, fill_slots)
+    return [int(index) + 1 for index in np.flatnonzero(steps > longest)] if len(steps) else []
 
 
 def output_rate(rate: Rate, fps: float) -> Fraction:
-    """Rate of the clips: `clip.fps`, or the source's average rate where that is 0."""
+    """Rate of the clips: `clip.fps`, or the source's rate where that is 0."""
     return Fraction(fps).limit_denominator(_MAX_DENOMINATOR) if fps else rate.fps
 
 
@@ -100,15 +97,18 @@ def resample(
 
     Args:
         pts: sorted timestamps of the whole source.
-        shot: frames [first, last) of the shot.
+        shot: frames [first, last) of the shot; no hole in it.
         end: timestamp at which the shot's last frame stops being shown.
         fps: output rate.
-        rate: the source's rate; at the same constant rate frames map one to one.
+        rate: the source's rate; at the same constant rate every frame appears once, and again in empty slots only.
     """
     first, last = shot
-    if fps == rate.fps and not rate.variable:
-        return np.arange(first, last)
     ticks = 1 / (fps * time_base)  # per output frame
+    if fps == rate.fps and not rate.variable:
+        if not rate.sparse:
+            return np.arange(first, last)
+        slots = slots_of(pts[first:last], float(ticks))
+        return first + np.searchsorted(slots, np.arange(int(slots[-1]) + 1), side="right") - 1
     num_frames = max(1, _ceil((end - int(pts[first])) / ticks - Fraction(1, 1000)))
     elapsed = np.array([i * ticks.numerator // ticks.denominator for i in range(num_frames)], np.int64)
     shown = np.searchsorted(pts, pts[first] + elapsed + rate.rounding, side="right") - 1
@@ -123,34 +123,75 @@ def divide_shots(
     pts: Int64[np.ndarray, "N"],
     cuts: list[int],
     last_duration: int,
-    rate: Rate,
+    stretches: list[Stretch],
     time_base: Fraction,
-    *,
-    fps: Fraction,
-    seconds: float,
-    min_frames: int,
+    division: Division,
 ) -> tuple[list[ClipSpan], int]:
-    """Clips of equal length (to one frame) no longer than `seconds`, none across a cut.
+    """Clips of equal length (to one frame) no longer than `division.seconds`, none across a cut, a hole or a stretch's
+    end. Where that is two frames at the source's rate, a frame that would be left alone joins the clip before it.
 
     Args: cuts: index of the first frame of every shot but the first, ascending.
     Returns: the clips in order, and the number of pieces dropped for having fewer than `min_frames` frames.
     """
-    longest = max(1, int(seconds * fps + Fraction(1, 1000)))
-    holes = set(gaps(pts, time_base))
-    bounds = [0, *sorted(holes | set(cuts)), len(pts)]
-    ticks = 1 / (fps * time_base)
     spans: list[ClipSpan] = []
-    dropped = 0
-    for shot, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        end = int(pts[last - 1]) + max(1, last_duration)
-        if last < len(pts):
-            end = min(end, int(pts[last])) if last in holes else int(pts[last])
-        shown = resample(pts, (first, last), end, fps, rate, time_base)
-        pieces = -(-len(shown) // longest)
-        edges = [len(shown) * i // pieces for i in range(pieces + 1)]
-        for a, b in zip(edges, edges[1:], strict=False):
-            if b - a < min_frames:
-                dropped += 1
-            else:
-                spans.append(ClipSpan(shot, shown[a:b], int(pts[first]) + a * ticks))
+    dropped = shot = 0
+    for number, stretch in enumerate(stretches):
+        fps = output_rate(stretch.rate, division.fps)
+        ticks = 1 / (fps * time_base)
+        duration = last_duration if stretch.last == len(pts) else round(1 / (stretch.rate.fps * time_base))
+        own = pts[stretch.first : stretch.last]
+        holes = {stretch.first + i for i in gaps(own, time_base, stretch.rate, division.fill_slots)}
+        inner = {cut for cut in cuts if stretch.first < cut < stretch.last}
+        bounds = [stretch.first, *sorted(holes | inner), stretch.last]
+        for first, last in zip(bounds, bounds[1:], strict=False):
+            end = int(pts[last - 1]) + max(1, duration)
+            if last < stretch.last:
+                end = min(end, int(pts[last])) if last in holes else int(pts[last])
+            shown = resample(pts, (first, last), end, fps, stretch.rate, time_base)
+            filled = stretch.rate.sparse and fps == stretch.rate.fps
+            repeated = np.flatnonzero(np.diff(shown) == 0) + 1 if filled else np.empty(0, np.int64)
+            longest = longest_clip(division.seconds, fps)
+            own_edges = _edges_of_groups(stretch, first, last, longest) if fps == stretch.rate.fps else None
+            edges = own_edges or _edges(len(shown), longest)
+            for a, b in zip(edges, edges[1:], strict=False):
+                if b - a < division.min_frames:
+                    dropped += 1
+                    continue
+                repeats = tuple(int(i) - a for i in repeated if a <= i < b)
+                start = int(pts[first]) + a * ticks
+                spans.append(ClipSpan(shot, shown[a:b], start, fps, number, repeats, own_edges is not None))
+            shot += 1
     return spans, dropped
+
+
+def longest_clip(seconds: float, fps: Fraction) -> int:
+    """Frames of the longest clip; 0 or 1 where `seconds` holds fewer than two."""
+    return int(seconds * fps + Fraction(1, 1000))
+
+
+def _edges(num_frames: int, longest: int) -> list[int]:
+    """Bounds of pieces of equal length; with at least two frames each where there are two."""
+    pieces = -(-num_frames // max(1, longest))
+    if longest >= 2:
+        pieces = max(1, min(pieces, num_frames // 2))
+    return [num_frames * i // pieces for i in range(pieces + 1)]
+
+
+def _edges_of_groups(stretch: Stretch, first: int, last: int, longest: int) -> list[int] | None:
+    """Bounds of clips of whole groups, as many in each as fit; None where the shot is not made of such groups.
+
+    A last group of a single frame joins the clip before it.
+    """
+    starts = [start for start in stretch.groups if first <= start < last]
+    ends_closed = last == stretch.last or last in stretch.groups
+    if not starts or starts[0] != first or not ends_closed or stretch.rate.variable or stretch.rate.sparse:
+        return None
+    bounds = [*starts, last]
+    if max(b - a for a, b in zip(bounds, bounds[1:], strict=False)) > longest:
+        return None
+    edges = [first]
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        if end - edges[-1] > longest and end - start >= 2:
+            edges.append(start)
+    edges.append(last)
+    return [edge - first for edge in edges]
