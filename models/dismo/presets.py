@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-_TINY_ENCODER = {"model_version": "tiny_vit8", "image_size": 48, "gradient_last_blocks": None}
+_TINY_ENCODER = {"model_version": "tiny_vit8", "image_size": 32, "gradient_last_blocks": None}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "dismo_large": {
@@ -13,15 +13,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "dismo_tiny": {
         "motion_extractor_params": {
             "width": 128,
-            "depth": 3,
+            "depth": 2,
             "d_head": 32,
             "d_motion": 32,
             "frame_encoder_params": _TINY_ENCODER,
-            "train_resolution": (8, 48, 48),
+            "train_resolution": (8, 32, 32),
         },
         "frame_generator_params": {
             "width": 128,
-            "depth": 4,
+            "depth": 3,
             "d_head": 32,
             "d_motion": 32,
             "source_encoder_params": _TINY_ENCODER,

@@ -25,6 +25,8 @@ HUES = ("red", "yellow", "green", "cyan", "blue", "magenta")
 LABELS = {"motion": MOTIONS, "shape": SHAPES, "texture": TEXTURES, "colour": HUES}
 """Names of what a clip is known to be, and their values."""
 
+STEP = 0.055
+"""Mean step of a translation from frame to frame, in sides."""
 _DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -54,26 +56,47 @@ class MotionClip:
         """What is known of the clip, by name."""
         return {name: getattr(self, name) for name in LABELS}
 
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return self.side
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return self.side
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """A clip is one shot."""
+        return ()
+
+    @property
+    def speed_px(self) -> float:
+        """Typical motion in pixels per frame."""
+        return STEP * self.side
+
     def frames(self) -> UInt8[np.ndarray, "T side side 3"]:
         """All frames, RGB."""
+        return np.stack([self.frame(t) for t in range(self.num_frames)])
+
+    def frame(self, t: int) -> UInt8[np.ndarray, "side side 3"]:
+        """Frame t, RGB."""
         # Appearance and motion are drawn from streams of their own: a clip with another motion looks the same.
         look = np.random.default_rng([self.seed, 0])
         ground, ink, paper = self._colours(look)
         cells = look.uniform(2.5, 4.5)
         turn = look.uniform(0, 2 * math.pi)
-        poses = self._poses(np.random.default_rng([self.seed, 1]))
+        px, py, angle, size = self._poses(np.random.default_rng([self.seed, 1]))[t]
         centres = (np.arange(self.side) + 0.5) / self.side
         x, y = np.meshgrid(centres, centres)
-        frames = np.empty((self.num_frames, self.side, self.side, 3), np.uint8)
-        for t, (px, py, angle, size) in enumerate(poses):
-            cos, sin = math.cos(angle + turn) / size, math.sin(angle + turn) / size
-            u, v = cos * (x - px) + sin * (y - py), cos * (y - py) - sin * (x - px)
-            softness = 1.0 / (self.side * size)  # one pixel in the object's units
-            inside = np.clip(0.5 - _distance(self.shape, u, v) / softness, 0, 1)[..., None]
-            inked = _pattern(self.texture, u * cells, v * cells, softness * cells)[..., None]
-            picture = ground * (1 - inside) + (ink * inked + paper * (1 - inked)) * inside
-            frames[t] = np.rint(picture * 255)
-        return frames
+        cos, sin = math.cos(angle + turn) / size, math.sin(angle + turn) / size
+        u, v = cos * (x - px) + sin * (y - py), cos * (y - py) - sin * (x - px)
+        softness = 1.0 / (self.side * size)  # one pixel in the object's units
+        inside = np.clip(0.5 - _distance(self.shape, u, v) / softness, 0, 1)[..., None]
+        inked = _pattern(self.texture, u * cells, v * cells, softness * cells)[..., None]
+        picture = ground * (1 - inside) + (ink * inked + paper * (1 - inked)) * inside
+        return np.rint(picture * 255).astype(np.uint8)
 
     def _colours(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ground, the object's dark and its light colour."""
@@ -93,7 +116,7 @@ class MotionClip:
         speed = float(rng.uniform(0.7, 1.3))
         if self.motion in _DIRECTIONS:
             dx, dy = _DIRECTIONS[self.motion]
-            x, y = x + 0.055 * speed * dx * t, y + 0.055 * speed * dy * t
+            x, y = x + STEP * speed * dx * t, y + STEP * speed * dy * t
         elif self.motion == "rotate":
             angle = 0.35 * speed * t
         elif self.motion == "zoom_in":

@@ -17,6 +17,7 @@ import pyarrow as pa
 from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact, content_hash, sample_key
 from kinema.pipelines.artifacts.tables import canonical_json
+from kinema.pipelines.scenes.motion_classes import MotionClip
 from kinema.pipelines.scenes.scene import Scene
 from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair, encode_clip_flow
 from kinema.pipelines.sidecars.tracks_codec import Tracks, TracksBlob, encode_tracks
@@ -27,7 +28,7 @@ from kinema.pipelines.video.picture import PictureMaker, picture_spec
 
 
 def write_scene_clips(
-    scenes: Sequence[Scene], url: str | Path, clip: ClipConfig | None = None, clips_per_shard: int = 4
+    scenes: Sequence[Scene | MotionClip], url: str | Path, clip: ClipConfig | None = None, clips_per_shard: int = 4
 ) -> Artifact:
     """One clip for every shot of every scene, as a clips artifact.
 
@@ -139,7 +140,7 @@ def _exact_tracks(scene: Scene, start: int, stop: int, grid: int, start_frames: 
     return Tracks(np.concatenate(points, axis=1), np.concatenate(visible, axis=1), size, np.concatenate(queries))
 
 
-def _shots(scene: Scene) -> list[tuple[int, int]]:
+def _shots(scene: Scene | MotionClip) -> list[tuple[int, int]]:
     starts = [0, *scene.cuts]
     return list(zip(starts, [*scene.cuts, scene.num_frames], strict=True))
 
@@ -149,12 +150,12 @@ def _plan_table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)
 
 
-def _identity(scene: Scene) -> str:
+def _identity(scene: Scene | MotionClip) -> str:
     return canonical_json({n: v for n, v in vars(scene).items() if not n.startswith("_")}).decode()
 
 
 def _clip_sample(
-    scene: Scene, start: int, stop: int, clip: ClipConfig, row: dict[str, Any]
+    scene: Scene | MotionClip, start: int, stop: int, clip: ClipConfig, row: dict[str, Any]
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     fps = Fraction(scene.fps).limit_denominator(1001)
     mp4 = _encode(scene, start, stop, clip, fps)
@@ -190,7 +191,7 @@ def _clip_sample(
     return {"json": canonical_json(meta), "mp4": mp4}, columns
 
 
-def _encode(scene: Scene, start: int, stop: int, clip: ClipConfig, fps: Fraction) -> bytes:
+def _encode(scene: Scene | MotionClip, start: int, stop: int, clip: ClipConfig, fps: Fraction) -> bytes:
     frames = (av.VideoFrame.from_ndarray(scene.frame(t), format="rgb24") for t in range(start, stop))
     first = next(frames)
     spec = picture_spec(first, Orientation(), clip.codec, 0)

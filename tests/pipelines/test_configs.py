@@ -32,8 +32,8 @@ def tiny_settings(config):
             "dismo.preset": "dismo_tiny",
             "dismo.encoder_weights": "",
             "dismo.autoencoder": "pixels",
-            "dismo.pixels_per_latent": 3,
-            "dismo.frame_px": 48,
+            "dismo.pixels_per_latent": 4,
+            "dismo.frame_px": 32,
             "dismo.fps": 24.0,
         }
     return {

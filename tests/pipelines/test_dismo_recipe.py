@@ -20,7 +20,7 @@ from kinema.pipelines.train.recipes.choose import make_recipe
 from kinema.pipelines.train.recipes.dismo.metrics import draw_noise_shares, spread, step_metrics
 
 SETTINGS = DisMoConfig(
-    preset="dismo_tiny", autoencoder="pixels", pixels_per_latent=3, frame_px=48, fps=12.0, sample_steps=2
+    preset="dismo_tiny", autoencoder="pixels", pixels_per_latent=4, frame_px=32, fps=12.0, sample_steps=2
 )
 
 
@@ -74,8 +74,8 @@ def test_samples_are_seeded_and_read_together(recipe, clips):
     for name, value in alone.items():
         assert torch.equal(together[1][name], value), name
     assert not torch.equal(together[0]["motion"], alone["motion"])
-    assert alone["motion"].shape == (8, 48, 48, 3) and alone["motion"].dtype == torch.uint8
-    assert alone["source"].shape == alone["target"].shape == (4, 48, 48, 3)
+    assert alone["motion"].shape == (8, 32, 32, 3) and alone["motion"].dtype == torch.uint8
+    assert alone["source"].shape == alone["target"].shape == (4, 32, 32, 3)
     assert ((alone["delta_time"] > 0) & (alone["delta_time"] <= 4 + 1e-4)).all()
 
 
@@ -110,7 +110,7 @@ def test_loss_metrics_and_pictures(recipe, module, batch):
     with torch.no_grad():
         picture = recipe.pictures(module, batch)["source_target_latent_generated"]
     module.train()
-    assert picture.dtype == np.uint8 and picture.shape == (2 * 48 + 2, 4 * 48 + 6, 3)
+    assert picture.dtype == np.uint8 and picture.shape == (2 * 32 + 2, 4 * 32 + 6, 3)
 
 
 def test_a_collapse_is_seen(module, batch, recipe, capsys):
@@ -119,7 +119,7 @@ def test_a_collapse_is_seen(module, batch, recipe, capsys):
     result = module.model(
         batch["motion"].float() / 127.5 - 1,
         batch["source"].float() / 127.5 - 1,
-        torch.zeros(8, 16, 16, 3),
+        torch.zeros(8, 8, 8, 3),
         batch["delta_time"],
     )
     low = dataclasses.replace(result, motion=result.motion[:1].detach().expand(2, -1, -1))
@@ -159,7 +159,7 @@ def test_a_run_goes_on_from_another(run, module):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frame_px": 50}, "multiple of 6.*use 48"),
+        ({"frame_px": 50}, "multiple of 8.*use 48"),
         ({"preset": "dismo_large"}, "pixels has 3 channels, but the generator.*makes 4"),
         ({"encoder_weights": "published"}, "none for tiny_vit8"),
         ({"autoencoder": "/nowhere/ae"}, "cannot be loaded|not installed"),

@@ -143,7 +143,7 @@ def test_labels_of_folders_and_of_a_table(folder, tmp_path):
 def run(tmp_path_factory):
     torch.manual_seed(0)
     config = TrainConfig(
-        model="dismo", settings=DisMoConfig(preset="dismo_tiny", autoencoder="pixels", pixels_per_latent=3, frame_px=48)
+        model="dismo", settings=DisMoConfig(preset="dismo_tiny", autoencoder="pixels", pixels_per_latent=4, frame_px=32)
     )
     meta = {"identity": {}, "train_config": to_mapping(config), "loss": 1.0, "samples_per_second": 1.0}
     state = make_recipe(config).build().state_dict()

@@ -1,0 +1,1 @@
+"""Motion transfer: an adapter through which a video transformer follows motion embeddings."""

@@ -1,0 +1,87 @@
+"""CogVideoX (image to video) under the motion adapter.
+
+Source: Ressler-Antal et al., arXiv:2511.23428, section 3.3; Yang et al., CogVideoX, arXiv:2408.06072. The
+transformer is diffusers' own (optional extra `transfer`); the adapter's keys are the published ones.
+
+Shape legend: B batch, F latent frames, c channels, h w latent size, C condition width.
+"""
+
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kinema.models.dismo.transfer.conditional_lora import adapt_linear_layers
+from kinema.models.dismo.transfer.conditioning import MotionConditioning
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+RANK = 128
+ALPHA = 64.0
+
+
+class MotionVideoTransformer(nn.Module):
+    """A video transformer that follows motion embeddings; only adapter and conditioning are trained.
+
+    Args: transformer, diffusers' CogVideoXTransformer3DModel; it is changed in place.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        rank: int = RANK,
+        alpha: float = ALPHA,
+        d_motion: int = 128,
+        d_cond: int = 1024,
+    ):
+        super().__init__()
+        self.transformer = transformer
+        self.state = adapt_linear_layers(transformer, TARGETS, rank, alpha, d_cond)
+        conditioning = MotionConditioning(d_motion, d_cond)
+        self.init_gru_state = conditioning.init_gru_state
+        self.final_latent_cond_padding = conditioning.final_latent_cond_padding
+        self.gru = conditioning.gru
+        self.mapping = conditioning.mapping
+        # Its parameters stand directly in the published state dict; the module itself is kept out of it.
+        object.__setattr__(self, "conditioning", conditioning)
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """What is trained, under the published keys."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in self.state_dict().items() if name in trained}
+
+    def load_adapter(self, tensors: dict[str, Tensor]) -> None:
+        """Load a published adapter. What the frozen base holds may be missing, nothing else.
+
+        Raises: ValueError naming the keys that are missing or not known.
+        """
+        wanted = set(self.adapter_state())
+        found = {name: value for name, value in tensors.items() if not name.startswith("motion_extractor.")}
+        missing, unknown = sorted(wanted - set(found)), sorted(set(found) - set(self.state_dict()))
+        if missing or unknown:
+            raise ValueError(
+                f"the adapter does not fit: {len(missing)} keys are missing ({', '.join(missing[:3])}), "
+                f"{len(unknown)} are not known ({', '.join(unknown[:3])})"
+            )
+        self.load_state_dict(found, strict=False)
+
+    def forward(
+        self,
+        latents: Float[Tensor, "B F c h w"],
+        text: Float[Tensor, "B L E"],
+        timestep: Int[Tensor, "B"],
+        condition: Float[Tensor, "B F C"] | None,
+        rotary: Any = None,
+    ) -> Float[Tensor, "B F o h w"]:
+        """Velocity; without a condition that of the base transformer.
+
+        Args: latents, noisy video and condition picture along the channels; condition, from `conditioning`; rotary, the
+            (cos, sin) tables of diffusers.
+        """
+        with self.state.following(condition, text.shape[1]):
+            return self.transformer(
+                hidden_states=latents,
+                encoder_hidden_states=text,
+                timestep=timestep,
+                image_rotary_emb=rotary,
+                return_dict=False,
+            )[0]
