@@ -1,14 +1,14 @@
-"""One flow out of several estimates of it: at each pixel the one that is best supported.
+"""One flow out of several estimates of it: at each pixel what the pictures and the estimates themselves support.
 
-What speaks against an estimate, in pixels:
+What speaks against an estimate, in pixels, averaged over a square of `2 * RADIUS + 1` pixels:
 
-- round trip: how far a pixel ends from where it began, there by the estimate and back by its own backward flow;
-- difference: how unlike its surroundings are where it is sent to (`CENSUS_WEIGHT` pixels for complete unlikeness);
-- alone: how far the nearest other estimate is, `ALONE_WEIGHT` of it: a vote counts where the pictures do not tell.
+- round trip: how far a pixel ends from where it began, there by the estimate and back by its own backward flow, at
+  most `MAX_TRIP_PX`;
+- difference: how unlike its surroundings are where it is sent to (`CENSUS_WEIGHT` pixels for complete unlikeness).
 
-The first two are averaged over a square of `2 * RADIUS + 1` pixels, the round trip up to `MAX_TRIP_PX`. Where the
-target leaves the frame neither can be seen; both are then what is usual for the estimate. The estimate with the least
-sum is taken as it is: a mean of flows that disagree is wrong for every one of them. The sum is the error to expect.
+Where the target leaves the frame neither can be seen; both are then what is usual for the estimate. The flow is the
+mean of the estimates with weights (least / theirs)^`SHARPNESS`: one that is clearly worse has no say, and ones that are
+equally good and agree support each other against their own noise. The least of the sums is the error to expect.
 
 Source of the census difference: Zabih and Woodfill, ECCV 1994, in the soft form of Stone et al., CVPR 2021.
 """
@@ -26,20 +26,21 @@ from kinema.models.flow.geometry import warp
 RADIUS = 2
 MAX_TRIP_PX = 20.0
 CENSUS_WEIGHT = 20.0
-ALONE_WEIGHT = 0.0
+SHARPNESS = 4
 CENSUS_RADIUS = 3
 _CENSUS_EPS2, _CENSUS_HALF = 0.81 / 255**2, 0.1
+_NONE = 1e-6
 _GREY = (0.299, 0.587, 0.114)
 
 
 class Consensus(NamedTuple):
-    """The chosen flow of a pair."""
+    """The agreed flow of a pair."""
 
     flow_px: Float[Tensor, "2 H W"]
     expected_error_px: Float[Tensor, "H W"]
-    """What speaks against the chosen estimate; 0 is full confidence."""
-    chosen: Tensor
-    """Number of the estimate taken at each pixel, int64 [H, W]."""
+    """What speaks against the best estimate; 0 is full confidence."""
+    weights: Float[Tensor, "K H W"]
+    """What each estimate counted; their sum is 1."""
 
 
 def consensus(
@@ -57,14 +58,12 @@ def consensus(
     against = torch.stack(
         [_against(image1, image2, there, back) for there, back in zip(forward, backward, strict=True)]
     )
-    flows = torch.stack(list(forward))
-    if len(flows) > 1:
-        apart = (flows[:, None] - flows[None]).norm(dim=2)  # [K, K, H, W]
-        apart.diagonal(dim1=0, dim2=1).fill_(torch.inf)
-        against = against + ALONE_WEIGHT * apart.amin(dim=1)
-    least, chosen = against.min(dim=0)
-    flow = flows.gather(0, chosen.expand(1, 2, -1, -1))[0]
-    return Consensus(flow, least, chosen)
+    # A least sum of 0 is an estimate that nothing speaks against: it, and what equals it, gets all the weight.
+    least = against.amin(dim=0)
+    weights = ((least + _NONE) / (against + _NONE)) ** SHARPNESS
+    weights = weights / weights.sum(dim=0)
+    flow = (weights[:, None] * torch.stack(list(forward))).sum(dim=0)
+    return Consensus(flow, least, weights)
 
 
 def _against(image1: Tensor, image2: Tensor, there: Tensor, back: Tensor) -> Float[Tensor, "H W"]:

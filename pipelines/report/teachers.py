@@ -279,7 +279,7 @@ def _pair_pictures(
 
 
 def heat_picture(values: Float32[np.ndarray, "H W"], top: float = 0.0) -> np.ndarray:
-    """Values from 0 to `top` (0: their 99th percentile, at least `FLAT_PX`) from black over red to white, uint8."""
+    """Values from 0 to `top` (0: their 99th percentile, at least `FLAT_PX`), black over red and yellow to white."""
     share = np.clip(values / max(top or float(np.percentile(values, 99)), FLAT_PX), 0, 1)[..., None]
     return (255 * np.clip(3 * share - np.arange(3), 0, 1)).astype(np.uint8)
 
