@@ -42,6 +42,7 @@ def check_required(stage: str, config: Any) -> None:
     """
     missing = [key for key in required(stage, config) if not getattr(config, key)]
     if len(missing) > 1:
-        docs = field_docs(type(config))
+        schema: Any = type(config)
+        docs = field_docs(schema)
         listed = "; ".join(f"{key}= ({docs.get(key, '').partition('.')[0]})" for key in missing)
         raise ValueError(f"{len(missing)} settings are missing: {listed}; see `kinema {stage} --help`")

@@ -111,10 +111,9 @@ def _exported(row: ModelRow, name: str, network: Any) -> ExportedModel:
     """As a training's recipe would export it; a network that is not trained here has one form."""
     if not row.recipe:
         return ExportedModel(row.name, {}, dict(network.state_dict()))
-    settings = row.settings() if row.settings is not None else None
-    chooser = (
-        next((f.name for f in dataclasses.fields(settings) if f.name in ("variant", "preset")), "") if settings else ""
-    )
+    assert row.settings is not None, "a model that is trained here has settings"
+    settings: Any = row.settings()
+    chooser = next((f.name for f in dataclasses.fields(settings) if f.name in ("variant", "preset")), "")
     if chooser and name != row.name:
         settings = dataclasses.replace(settings, **{chooser: name})
     return make_recipe(TrainConfig(model=row.name, settings=settings)).export(network)

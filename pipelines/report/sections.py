@@ -58,12 +58,12 @@ def add_clips(page: Page, clips_url: str, max_clips: int = 6) -> None:
     if not samples.num_rows:
         return
     index = ClipIndex.open(clips_url, skip_duplicates=False)
-    rows = []
+    pictures = []
     for number in varied(index, max_clips):
         clip = index.clip(number)
         frames = clip.frames(spread(clip.num_frames, 3))
-        rows.append((np.concatenate([shrink(frame) for frame in frames], axis=1), caption_of(clip)))
-    page.pictures(rows)
+        pictures.append((np.concatenate([shrink(frame) for frame in frames], axis=1), caption_of(clip)))
+    page.pictures(pictures)
     page.histogram(columns["num_frames"], "frames per clip")
     page.histogram([m for m in columns["motion_score"] if m is not None], "motion score (share of the diagonal)")
 
