@@ -66,6 +66,8 @@ class Clip:
         self._tracks_shard_url = tracks_shard_url
         self._other_flows: Sequence[tuple[Mapping[str, Any], str]] = ()
         self._flow_use = 0
+        self.local: Callable[[str], str] = str
+        """Where a shard is read: at its URL, or at a copy of it."""
         self._blobs: dict[int, FlowBlob | AveragedFlow] = {}
         self.key: str = row["key"]
         self.num_frames: int = row["num_frames"]
@@ -251,10 +253,10 @@ class Clip:
 
     def _range(self, url: str, offset: int, size: int) -> bytes:
         self._counter.bytes_read += size
-        return read_range(url, offset, size)
+        return read_range(self.local(url), offset, size)
 
     def _ranges(self, url: str, start: int, ranges: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
-        blocks = read_ranges(url, [(start + offset, size) for offset, size in ranges])
+        blocks = read_ranges(self.local(url), [(start + offset, size) for offset, size in ranges])
         self._counter.bytes_read += sum(len(data) for _, data in blocks)
         return [(offset - start, data) for offset, data in blocks]
 
