@@ -175,12 +175,11 @@ class ClipIndex:
             tracks_url = self._tracks_shard_urls.get(row.get("tracks_shard"))
             clip = Clip(row, self._shard_urls[row["shard"]], flow_url, self.counter, tracks_url)
             clip.add_flows([self._other_flow(row, number) for number in range(1, len(self._other_flow_urls) + 1)])
-            if self.shards is not None:
-                clip.local = self.shards.local
             self._cache[number] = clip
             if len(self._cache) > _CACHED_CLIPS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(number)
+        clip.local = self.shards.local if self.shards is not None else str
         return clip
 
     def drawn(self, number: int, rng: np.random.Generator) -> Clip:
