@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kinema.configs.checks import require
 
@@ -43,6 +44,9 @@ class PairFilterConfig:
 class LoaderConfig:
     """How training samples are drawn. Order and content follow from the seed alone, not from the workers."""
 
+    mode: Literal["random", "stream"] = "random"
+    """`random` reads of every clip only the bytes it needs: best on disks. `stream` fetches whole shards, in an order
+    drawn by seed and epoch: best on object stores, where every request waits."""
     num_workers: int = 2
     """Loader processes per rank; 0 reads in the training process."""
     prefetch: int = 2
@@ -51,7 +55,18 @@ class LoaderConfig:
     """Samples taken from a clip each epoch while it is open, spread by the shuffle window."""
     shuffle_window: int = 256
     """Clips among which samples of the same clip are spread (only when samples_per_clip > 1). `fpt` reads and holds a
-    whole window at a time: best the (global) batch size, or a small multiple of it."""
+    whole window at a time: best the (global) batch size, or a small multiple of it. In stream mode, also the clips
+    among which the order is mixed: their shards are kept at the same time."""
+    lanes: int = 1
+    """Stream mode: parts of the data that fill equal shares of every batch. With as many as nodes, each node fetches
+    its own shards only. Part of the order: keep it when the number of ranks changes."""
+    lookahead: int = 2
+    """Stream mode: shards of each lane that are fetched before their turn."""
+    cache_dir: str = ""
+    """Stream mode: local folder that keeps shards from epoch to epoch, shared by the ranks of a node; empty: a
+    temporary folder of each rank."""
+    cache_gb: float = 20.0
+    """Stream mode: most that folder may hold; the shards used longest ago go."""
     min_motion: float = 0.0
     """Clips with a lower motion score are left out and counted."""
     skip_duplicates: bool = True
@@ -66,4 +81,7 @@ class LoaderConfig:
         require(self.num_workers >= 0, "loader.num_workers", self.num_workers, "use 0 or more")
         require(self.prefetch >= 1, "loader.prefetch", self.prefetch, "use 1 or more")
         require(self.samples_per_clip >= 1, "loader.samples_per_clip", self.samples_per_clip, "use 1 or more")
+        require(self.lanes >= 1, "loader.lanes", self.lanes, "use 1 or more")
+        require(self.lookahead >= 0, "loader.lookahead", self.lookahead, "use 0 or more shards")
+        require(self.cache_gb > 0, "loader.cache_gb", self.cache_gb, "use a positive size")
         require(self.shuffle_window >= 1, "loader.shuffle_window", self.shuffle_window, "use 1 or more clips")

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -33,6 +33,7 @@ _OBJECT_STORE_BYTES = 512 * 1024 * 1024  # paths and rows travel, frames never
 _MAX_FAILED_STARTS = 3
 _TICK_S = 1.0
 _ANSWER_S = 5.0
+_START_S = 240.0
 _END_S = 1.0  # killed processes hold what they were writing until they are gone, about 0.1 s later
 _log = logging.getLogger(__name__)
 
@@ -110,7 +111,11 @@ def _signals_kept() -> Iterator[None]:
 
 
 def _init(address: str, quiet: dict[str, Any], num_cpus: int | None) -> None:
-    """ray.init at an address, or a local Ray, which gets a second chance on a machine too busy for the first."""
+    """ray.init at an address, or a local Ray, which gets further chances on a machine too busy for the first.
+
+    Ray gives up a node whose agent (a Python process that imports for some seconds) has not reported within 15 s of
+    the node's start, a limit that cannot be set: on a machine with ten times more work than cores it is missed.
+    """
     import ray
 
     is_local = address in ("", "local")
@@ -121,7 +126,9 @@ def _init(address: str, quiet: dict[str, Any], num_cpus: int | None) -> None:
     remote = {"address": address, "runtime_env": _own_code()}
     settings = {**local, "object_store_memory": _OBJECT_STORE_BYTES} if is_local else remote
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
-    for chance in (1, 2):
+    started = time.monotonic()
+    while True:
+        before = _child_pids()
         try:
             ray.init(**settings, **quiet)
             return
@@ -129,8 +136,30 @@ def _init(address: str, quiet: dict[str, Any], num_cpus: int | None) -> None:
             raise
         except Exception as error:  # noqa: BLE001  Ray raises bare Exceptions when it cannot start
             ray.shutdown()
-            if chance == 2 or not is_local:
-                raise StageError(f"cannot start on Ray at {address or 'local'}: {_one_line(error)}") from None
+            _end_children(before)
+            waited_s = time.monotonic() - started
+            if not is_local or waited_s > _START_S:
+                where = f"at {address}" if not is_local else f"in {waited_s:.0f} s; is the machine overloaded?"
+                raise StageError(f"cannot start on Ray {where} ({_one_line(error)[:300]})") from None
+            sys.stderr.write(f"engine: Ray has not started in {waited_s:.0f} s on this busy machine, trying again\n")
+
+
+def _child_pids() -> set[int]:
+    import psutil
+
+    return {child.pid for child in psutil.Process().children()}
+
+
+def _end_children(before: set[int]) -> None:
+    """End what a start that failed has left: Ray itself forgets it, and each piece holds memory and ports."""
+    import psutil
+
+    left = [child for child in psutil.Process().children() if child.pid not in before]
+    for child in left:
+        with suppress(psutil.NoSuchProcess):
+            if any("ray" in part for part in child.cmdline()):
+                child.kill()
+    psutil.wait_procs(left, timeout=5)
 
 
 def _check_answers(address: str) -> None:

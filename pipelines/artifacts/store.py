@@ -6,26 +6,35 @@ the folder. On an object store a put is atomic by itself; shards are put with "c
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import hashlib
 import os
-import secrets
-import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import fsspec
 
-from kinema.pipelines.errors import StageError
+from kinema.pipelines.artifacts import object_store, remote
+from kinema.pipelines.artifacts.temporary import (
+    TEMPORARY_PREFIX,
+    TemporaryFile,
+    disk_full_is_clear,
+    sweep_folder,
+)
 
-TEMPORARY_PREFIX = ".kinema-tmp-"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_COPY_BYTES = 1 << 20
+__all__ = [
+    "TEMPORARY_PREFIX",
+    "Store",
+    "TemporaryFile",
+    "disk_full_is_clear",
+    "open_store",
+    "read_range",
+    "read_ranges",
+]
+
+# Two ranges of a local file closer than this are read as one.
+_MERGE_GAP_BYTES = 32768
 
 
 class Store(Protocol):
@@ -71,96 +80,12 @@ def open_store(url: str | os.PathLike[str]) -> Store:
         return LocalStore(text)
     if protocol in ("file", "local"):
         return LocalStore(rest)
+    remote.check_url(text)
     try:
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{text} cannot be opened: {error}") from None
-    return ObjectStore(text)
-
-
-@contextmanager
-def disk_full_is_clear(what: str, needed_bytes: int = 0) -> Iterator[None]:
-    """Turn "no space left" into one line that says what to do. Raises: StageError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
-        needed_mb = max(1, -(-needed_bytes // 1_000_000))
-        raise StageError(
-            f"disk full while writing {what}: free at least {needed_mb} MB there or set out= to another disk"
-        ) from None
-
-
-def _lock(file: BinaryIO, wait: bool = True) -> bool:
-    """Lock a file; False when another process holds it, or the file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return False
-        raise
-    return True
-
-
-class TemporaryFile:
-    """A file under a temporary name, locked for as long as its writer lives.
-
-    A sweep may remove it once the lock is gone, which a killed process cannot prevent. Leaving the `with` block
-    removes the file unless it was published.
-    """
-
-    def __init__(self, folder: Path, label: str, target: str):
-        self.target = target
-        self.num_bytes = 0
-        while True:
-            self.path = folder / f"{TEMPORARY_PREFIX}{label}-{secrets.token_hex(6)}"
-            with disk_full_is_clear(target):
-                self.file: BinaryIO = open(self.path, "xb")
-            _lock(self.file)
-            if os.fstat(self.file.fileno()).st_nlink:  # a sweep may have come between creation and lock
-                break
-            self.file.close()
-
-    def __enter__(self) -> TemporaryFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.discard()
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append `data`. Raises: StageError when the disk is full."""
-        self.num_bytes += len(data)
-        with disk_full_is_clear(self.target, self.num_bytes):
-            self.file.write(data)
-
-    def sync(self) -> None:
-        """Everything written so far reaches the disk."""
-        with disk_full_is_clear(self.target, self.num_bytes):
-            self.file.flush()
-            os.fsync(self.file.fileno())
-
-    def discard(self) -> None:
-        """Remove the file; nothing happens when it was published."""
-        self.path.unlink(missing_ok=True)
-        try:
-            self.file.close()
-        except OSError as error:  # buffered bytes of a file on a full disk, which is gone already
-            if error.errno not in _DISK_FULL:
-                raise
-
-
-def _sweep_folder(folder: Path, label: str = "") -> int:
-    removed = 0
-    for path in sorted(folder.glob(f"{TEMPORARY_PREFIX}{label}*")):
-        try:
-            with open(path, "rb") as file:
-                if _lock(file, wait=False):
-                    path.unlink()
-                    removed += 1
-        except FileNotFoundError:
-            continue  # its writer has just published it
-    return removed
+    return object_store.ObjectStore(text)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -225,77 +150,7 @@ class LocalStore:
         if not self.root.is_dir():
             return 0
         folders = [self.root, *(p for p in self.root.iterdir() if p.is_dir() and p.name.startswith("_"))]
-        return sum(_sweep_folder(folder) for folder in folders)
-
-
-class ObjectStore:
-    """Any fsspec URL. Files are built in the local temporary folder and put whole."""
-
-    def __init__(self, url: str):
-        self.url = url.rstrip("/")
-
-    @property
-    def _filesystem(self) -> fsspec.AbstractFileSystem:
-        return fsspec.core.url_to_fs(self.url)[0]  # cached by fsspec, and made anew in another process
-
-    def _path(self, name: str) -> str:
-        return f"{fsspec.core.url_to_fs(self.url)[1].rstrip('/')}/{name}".rstrip("/")
-
-    def url_of(self, name: str) -> str:
-        return f"{self.url}/{name}"
-
-    def read(self, name: str) -> bytes:
-        return self._filesystem.cat_file(self._path(name))
-
-    def open(self, name: str) -> BinaryIO:
-        return self._filesystem.open(self._path(name), "rb")
-
-    def sizes(self, folder: str = "") -> dict[str, int]:
-        self._filesystem.invalidate_cache()
-        try:
-            entries = self._filesystem.ls(self._path(folder), detail=True)
-        except FileNotFoundError:
-            return {}
-        files = ((e["name"].rpartition("/")[2], e["size"]) for e in entries if e["type"] == "file")
-        return dict(sorted((name, int(size)) for name, size in files))
-
-    def remove(self, name: str) -> None:
-        try:
-            self._filesystem.rm_file(self._path(name))
-        except FileNotFoundError:
-            return
-
-    @property
-    def _label(self) -> str:
-        return hashlib.blake2b(self.url.encode(), digest_size=8).hexdigest()
-
-    def build(self, name: str) -> TemporaryFile:
-        folder = Path(tempfile.gettempdir())
-        return TemporaryFile(folder, f"{self._label}-{name.replace('/', '-')}", f"{folder}, on the way to {self.url}")
-
-    def publish(self, temporary: TemporaryFile, name: str, sha256: str) -> None:
-        """Create-only put. An object that is already there and differs has no commit record, else its shard
-        would not be built again: it is what a killed run left, and is replaced."""
-        temporary.sync()
-        path = self._path(name)
-        try:
-            self._filesystem.put_file(str(temporary.path), path, mode="create")
-        except FileExistsError:
-            if self._sha256(path) != sha256:
-                self._filesystem.put_file(str(temporary.path), path)
-
-    def _sha256(self, path: str) -> str:
-        digest = hashlib.sha256()
-        with self._filesystem.open(path, "rb") as file:
-            while block := file.read(_COPY_BYTES):
-                digest.update(block)
-        return digest.hexdigest()
-
-    def write(self, name: str, data: bytes) -> None:
-        self._filesystem.pipe_file(self._path(name), data)
-
-    def sweep(self) -> int:
-        return _sweep_folder(Path(tempfile.gettempdir()), self._label)
+        return sum(sweep_folder(folder) for folder in folders)
 
 
 class _OpenFiles:
@@ -333,20 +188,52 @@ class _OpenFiles:
 _open_files = _OpenFiles()
 
 
+def is_local(url: str) -> bool:
+    """Whether a URL is a path, or file://."""
+    protocol, _, rest = url.partition("://")
+    return not rest or protocol in ("file", "local")
+
+
 def read_range(url: str, offset: int, size: int) -> bytes:
     """`size` bytes of the file at `url` from `offset`, by one ranged read.
 
-    Raises: ValueError when the file is missing or ends before offset + size.
+    Raises: ValueError when the file is missing or ends before offset + size; StageError when an object store does
+        not answer.
     """
-    protocol, _, rest = url.partition("://")
     try:
-        if not rest or protocol in ("file", "local"):
-            data = _open_files.read(rest or url, offset, size)
+        if is_local(url):
+            data = _open_files.read(url.rpartition("://")[2], offset, size)
         else:
-            filesystem, path = fsspec.core.url_to_fs(url)
-            data = filesystem.cat_file(path, start=offset, end=offset + size)
+            data = object_store.read_object_range(url, offset, size)
     except FileNotFoundError:
         raise ValueError(f"{url} does not exist; run `kinema verify` on its artifact") from None
+    return _whole(url, data, offset, size)
+
+
+def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, bytes]]:
+    """Blocks (offset, bytes) that hold all the ranges (offset, size) of one file, ascending.
+
+    Ranges that lie near each other come in one block; of an object store, blocks are fetched at the same time.
+    Raises: as read_range.
+    """
+    gap = _MERGE_GAP_BYTES if is_local(url) else object_store.MERGE_GAP_BYTES
+    joined: list[list[int]] = []
+    for offset, size in sorted(ranges):
+        if joined and offset - joined[-1][1] <= gap:
+            joined[-1][1] = max(joined[-1][1], offset + size)
+        else:
+            joined.append([offset, offset + size])
+    wanted = [(start, stop - start) for start, stop in joined]
+    if is_local(url):
+        return [(start, read_range(url, start, size)) for start, size in wanted]
+    try:
+        blocks = object_store.read_object_ranges(url, wanted)
+    except FileNotFoundError:
+        raise ValueError(f"{url} does not exist; run `kinema verify` on its artifact") from None
+    return [(start, _whole(url, data, start, size)) for (start, size), data in zip(wanted, blocks, strict=True)]
+
+
+def _whole(url: str, data: bytes, offset: int, size: int) -> bytes:
     if len(data) != size:
         raise ValueError(
             f"{url} ends early: {size} bytes were expected at {offset}, {len(data)} are there; "

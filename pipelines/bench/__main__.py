@@ -17,6 +17,7 @@ BENCHMARKS = {
     "shard": "clips artifact against plain copying of the source bytes",
     "flow_codec": "flow sidecar against fp16 npz",
     "loader": "groups of pictures by ranged reads against decoding each clip from its start",
+    "stream_loader": "stream mode against random mode and plain WebDataset, from a bucket that answers after 30 ms",
     "teacher": "RAFT and RAFT-small against the plain pairwise network; memory at 1080p",
     "flow_networks": "a pair of frames through RAFT, SEA-RAFT, WAFT and AllTracker: processor time and memory",
     "train_step": "FlowFeat step with stored flow against the same step with RAFT inside",

@@ -22,14 +22,13 @@ import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
 from kinema.pipelines.artifacts import read_range
+from kinema.pipelines.artifacts.store import read_ranges
 from kinema.pipelines.loader._h264 import is_unreferenced, length_size
 from kinema.pipelines.loader.flows import AveragedFlow
 from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair
 from kinema.pipelines.sidecars.tracks_codec import Tracks, TracksBlob
 from kinema.pipelines.video.packets import DECODERS, PacketTable, decode_gop, packet_table
 
-# Two ranges closer than this are read as one: a request costs more than these bytes, on disks and on buckets.
-_MERGE_GAP_BYTES = 32768
 _AVERAGE = -1
 
 
@@ -67,6 +66,8 @@ class Clip:
         self._tracks_shard_url = tracks_shard_url
         self._other_flows: Sequence[tuple[Mapping[str, Any], str]] = ()
         self._flow_use = 0
+        self.local: Callable[[str], str] = str
+        """Where a shard is read: at its URL, or at a copy of it."""
         self._blobs: dict[int, FlowBlob | AveragedFlow] = {}
         self.key: str = row["key"]
         self.num_frames: int = row["num_frames"]
@@ -206,8 +207,8 @@ class Clip:
             )
 
     @cached_property
-    def _packets(self) -> tuple[PacketTable, Callable[[int, int], bytes]]:
-        """The packet table, and a reader of ranges of the mp4.
+    def _packets(self) -> tuple[PacketTable, Callable[[list[tuple[int, int]]], list[tuple[int, bytes]]]]:
+        """The packet table, and a reader of ranges (offset, size) of the mp4, which gives blocks (offset, bytes).
 
         Samples written without a table cost one read of the whole mp4, from which it is made.
         """
@@ -221,14 +222,14 @@ class Clip:
                 frame=row["packet_frame"],
                 keyframe=row["packet_keyframe"],
             )
-            return table, lambda offset, size: self._range(self._shard_url, start + offset, size)
+            return table, lambda ranges: self._ranges(self._shard_url, start, ranges)
         mp4 = self._read("mp4_offset", "mp4_size")
-        return packet_table(mp4), lambda offset, size: mp4[offset : offset + size]
+        return packet_table(mp4), lambda _: [(0, mp4)]
 
     def _decode(self, wanted: set[int]) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
         table, read = self._packets
         spans = _needed_packets(table, wanted)
-        blocks = _read_blocks([_byte_range(table, span) for span in spans], read)
+        blocks = read([_byte_range(table, span) for span in spans])
         pictures: dict[int, np.ndarray] = {}
         for first, last in spans:
             here = wanted.intersection(table.frame[first:last])
@@ -252,7 +253,12 @@ class Clip:
 
     def _range(self, url: str, offset: int, size: int) -> bytes:
         self._counter.bytes_read += size
-        return read_range(url, offset, size)
+        return read_range(self.local(url), offset, size)
+
+    def _ranges(self, url: str, start: int, ranges: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
+        blocks = read_ranges(self.local(url), [(start + offset, size) for offset, size in ranges])
+        self._counter.bytes_read += sum(len(data) for _, data in blocks)
+        return [(offset - start, data) for offset, data in blocks]
 
     @contextmanager
     def _damage_named(self, member: str) -> Iterator[None]:
@@ -285,19 +291,10 @@ def _needed_packets(table: PacketTable, wanted: set[int]) -> list[tuple[int, int
 
 
 def _byte_range(table: PacketTable, span: tuple[int, int]) -> tuple[int, int]:
+    """(offset, size) of the packets."""
     packets = range(*span)
-    return min(table.offset[i] for i in packets), max(table.offset[i] + table.size[i] for i in packets)
-
-
-def _read_blocks(ranges: list[tuple[int, int]], read: Callable[[int, int], bytes]) -> list[tuple[int, bytes]]:
-    """(start, bytes) of the ranges [start, stop), neighbours joined."""
-    joined: list[list[int]] = []
-    for start, stop in sorted(ranges):
-        if joined and start - joined[-1][1] <= _MERGE_GAP_BYTES:
-            joined[-1][1] = max(joined[-1][1], stop)
-        else:
-            joined.append([start, stop])
-    return [(start, read(start, stop - start)) for start, stop in joined]
+    start = min(table.offset[i] for i in packets)
+    return start, max(table.offset[i] + table.size[i] for i in packets) - start
 
 
 def _cut(blocks: list[tuple[int, bytes]], offset: int, size: int) -> bytes:

@@ -16,6 +16,7 @@ from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts.layout import MAKERS
 from kinema.pipelines.loader.clip import Clip, ReadCounter
 from kinema.pipelines.loader.flows import check_signals, signal_columns, usable_pairs
+from kinema.pipelines.loader.stream import ShardCache
 
 FlowUse = Literal["choose", "average"]
 
@@ -56,6 +57,8 @@ class ClipIndex:
         self._other_flow_urls, self.flow_use = tuple(other_flow_urls), flow_use
         self.left_out = left_out
         self.counter = ReadCounter()
+        self.shards: ShardCache | None = None
+        """In stream mode, where shards lie whole."""
         self._cache: OrderedDict[int, Clip] = OrderedDict()
 
     @classmethod
@@ -176,6 +179,7 @@ class ClipIndex:
             if len(self._cache) > _CACHED_CLIPS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(number)
+        clip.local = self.shards.local if self.shards is not None else str
         return clip
 
     def drawn(self, number: int, rng: np.random.Generator) -> Clip:
@@ -187,6 +191,11 @@ class ClipIndex:
         if clip.num_flows < 2:
             return clip
         return clip.with_flow("average" if self.flow_use == "average" else int(rng.integers(clip.num_flows)))
+
+    def urls_of(self, shard: int) -> list[str]:
+        """A clip shard and the sidecar shards of the same number, which hold the same keys."""
+        tables = (self._shard_urls, self._flow_shard_urls, *self._other_flow_urls, self._tracks_shard_urls)
+        return [table[shard] for table in tables if shard in table]
 
     def _other_flow(self, row: dict[str, Any], number: int) -> tuple[dict[str, Any], str]:
         place = {name: row.get(f"{name}_{number}") for name in (*_FLOW_COLUMNS, _USABLE)}
@@ -203,7 +212,7 @@ class ClipIndex:
         urls = (self._shard_urls, self._flow_shard_urls)
         tracks_urls, others = self._tracks_shard_urls, self._other_flow_urls
         copy = ClipIndex(self.table, self.clips_url, *urls, self.left_out, tracks_urls, others, self.flow_use)
-        copy._file = str(path)
+        copy._file, copy.shards = str(path), self.shards
         return copy
 
     def describe(self) -> str:

@@ -21,6 +21,7 @@ from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader.index import ClipIndex
 from kinema.pipelines.loader.order import Order
 from kinema.pipelines.loader.reader import Account, Batch, BatchReader, Reading, ReadSample, ReadSamples
+from kinema.pipelines.loader.stream import ShardCache, StreamOrder
 
 _SHOWN_DAMAGES = 5
 # An index with more bytes goes to workers as a file that they share; a smaller one is copied to each.
@@ -64,7 +65,7 @@ class Loader:
         self.read_samples = read_samples if config.samples_per_clip > 1 else None
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.warn_after_s, self.pin_memory = warn_after_s, pin_memory
-        self.order = Order(len(index), seed, config.samples_per_clip, config.shuffle_window)
+        self.order = make_order(index, config, seed, batch_size * world_size)
         self._position = 0
         self._account = Account()
         self._num_batches, self._wait_s = 0, 0.0
@@ -97,6 +98,7 @@ class Loader:
             "seed": self.order.seed,
             "num_clips": self.order.num_clips,
             "samples_per_clip": self.order.samples_per_clip,
+            "lanes": self._lanes,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -105,14 +107,19 @@ class Loader:
         Raises: ValueError when the state belongs to other data or another seed.
         """
         mine = self.state_dict()
-        for name in ("seed", "num_clips", "samples_per_clip"):
-            if state[name] != mine[name]:
+        for name in ("seed", "num_clips", "samples_per_clip", "lanes"):
+            if (found := state.get(name, 0)) != mine[name]:
                 raise ValueError(
-                    f"the saved loader position has {name}={state[name]}, this loader {mine[name]}; "
+                    f"the saved loader position has {name}={found}, this loader {mine[name]}; "
                     "continue with the same data and settings, or start a new run"
                 )
         self.close()
         self._position = state["epoch"] * self.order.num_samples + state["samples_consumed"]
+
+    @property
+    def _lanes(self) -> int:
+        """Lanes of stream mode; 0 in random mode."""
+        return self.order.lanes if isinstance(self.order, StreamOrder) else 0
 
     def stats(self) -> dict[str, Any]:
         """Totals of this rank since the loader was made: samples, skips by reason, bytes, frames, seconds waited."""
@@ -135,7 +142,8 @@ class Loader:
     def _batches(self) -> Generator[Batch, None, None]:
         with contextlib.ExitStack() as stack:
             watch = stack.enter_context(_Watch(self.warn_after_s, self._warn_of_starvation))
-            readings = self._read_here() if self.config.num_workers == 0 else self._read_in_workers(stack)
+            index = self._with_shards(stack)
+            readings = self._read_here(index) if self.config.num_workers == 0 else self._read_in_workers(index, stack)
             while True:
                 reading = self._next(readings, watch)
                 self._settle(reading)
@@ -157,8 +165,15 @@ class Loader:
                 position += self.batch_size * self.world_size
             yield job
 
-    def _read_here(self) -> Iterator[Reading]:
-        reader = BatchReader(self.index, self.read_sample, self.order, self.read_samples)
+    def _with_shards(self, stack: contextlib.ExitStack) -> ClipIndex:
+        """The index; in stream mode with the folder of whole shards, a temporary one unless a cache is named."""
+        if self.config.mode == "stream":
+            folder = self.config.cache_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="kinema-shards-"))
+            self.index.shards = ShardCache(folder, int(self.config.cache_gb * 1e9))
+        return self.index
+
+    def _read_here(self, index: ClipIndex) -> Iterator[Reading]:
+        reader = BatchReader(index, self.read_sample, self.order, self.read_samples, self.config.lookahead)
         for job in self._jobs():
             threads = torch.get_num_threads()
             # As in a worker: the number of threads may change the last bits of a sum.
@@ -169,15 +184,14 @@ class Loader:
                 torch.set_num_threads(threads)
             yield reading
 
-    def _read_in_workers(self, stack: contextlib.ExitStack) -> Iterator[Reading]:
-        index = self.index
+    def _read_in_workers(self, index: ClipIndex, stack: contextlib.ExitStack) -> Iterator[Reading]:
         if index.table.nbytes > _SHARE_ABOVE_BYTES:
             index = index.on_disk(stack.enter_context(tempfile.TemporaryDirectory(prefix="kinema-loader-")))
         context = multiprocessing.get_context("forkserver")
         # Imported once, in the server, instead of by every worker.
         context.set_forkserver_preload(["kinema.pipelines.loader.loader"])
         loader: DataLoader[Reading] = DataLoader(
-            BatchReader(index, self.read_sample, self.order, self.read_samples),
+            BatchReader(index, self.read_sample, self.order, self.read_samples, self.config.lookahead),
             sampler=self._jobs(),
             batch_size=None,
             collate_fn=_as_it_is,
@@ -233,6 +247,21 @@ class Loader:
             "slow storage, too few loader.num_workers, or a read_sample that hangs?\n"
         )
         sys.stderr.flush()
+
+
+def make_order(index: ClipIndex, config: LoaderConfig, seed: int, global_batch: int) -> Order:
+    """The order of samples that the config asks for. Raises: ValueError for lanes that do not divide the batch."""
+    if config.mode == "random":
+        return Order(len(index), seed, config.samples_per_clip, config.shuffle_window)
+    if global_batch % config.lanes:
+        raise ValueError(
+            f"loader.lanes={config.lanes} does not divide the global batch of {global_batch}; use a divisor of it"
+        )
+    shards = index.table["shard"].to_numpy()
+    return StreamOrder(
+        len(index), seed, config.samples_per_clip, config.shuffle_window, shards=shards, lanes=config.lanes,
+        global_batch=global_batch,
+    )  # fmt: skip
 
 
 class _Watch:

@@ -16,6 +16,7 @@ from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader.clip import Clip, DamagedClip
 from kinema.pipelines.loader.index import ClipIndex
 from kinema.pipelines.loader.order import Order, Visit
+from kinema.pipelines.loader.stream import StreamOrder
 
 Sample = Mapping[str, Any]
 Batch = dict[str, Any]
@@ -71,12 +72,19 @@ class BatchReader(Dataset[Reading]):
     """
 
     def __init__(
-        self, index: ClipIndex, read_sample: ReadSample, order: Order, read_samples: ReadSamples | None = None
+        self,
+        index: ClipIndex,
+        read_sample: ReadSample,
+        order: Order,
+        read_samples: ReadSamples | None = None,
+        lookahead: int = 0,
     ):
         self.index, self.read_sample, self.order, self.read_samples = index, read_sample, order, read_samples
+        self.lookahead = lookahead
 
     def __getitem__(self, job: Sequence[Sequence[int]]) -> Reading:
         account = Account()
+        self._prefetch(job)
         counter = self.index.counter
         bytes_before, frames_before = counter.bytes_read, counter.frames_decoded
         batches = []
@@ -91,6 +99,15 @@ class BatchReader(Dataset[Reading]):
         account.bytes_read = counter.bytes_read - bytes_before
         account.frames_decoded = counter.frames_decoded - frames_before
         return Reading(batches, account)
+
+    def _prefetch(self, job: Sequence[Sequence[int]]) -> None:
+        """In stream mode, shards that this rank needs now and next are on their way before they are read."""
+        if self.index.shards is None or not isinstance(self.order, StreamOrder):
+            return
+        first = job[0][0]
+        slots = range(first % self.order.global_batch, first % self.order.global_batch + len(job[0]))
+        for shard in self.order.shards_ahead(first, slots, self.lookahead):
+            self.index.shards.prefetch(self.index.urls_of(shard))
 
     def _read_together(self, job: Sequence[Sequence[int]], account: Account) -> dict[int, Sample | Skip]:
         """The first try of every sample of the job, by number; each clip is opened once."""

@@ -34,8 +34,11 @@ __all__ = ["Stopped", "TrainSummary", "build_model", "load_model", "run"]
 # Settings that change how a run is carried out or watched, not what it computes. `steps` may grow.
 _FREE = frozenset(
     "clips flow other_flow tracks out steps num_workers use_gpu cpus_per_worker checkpoint_every keep_checkpoints "
-    "log_every pictures_every max_failures experiment run_name loader.num_workers loader.prefetch".split()
+    "log_every pictures_every max_failures experiment run_name loader.num_workers loader.prefetch "
+    "loader.lookahead loader.cache_dir loader.cache_gb".split()
 )
+# Settings that runs of earlier versions do not know; at these values they decide nothing.
+_LATER = {"loader.mode": "random", "loader.lanes": 1}
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ class ClipLoader:
 def run_identity(config: TrainConfig, inputs: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """What decides the run's numbers: settings (flattened) and the content of its data."""
     settings = tracking.flatten(to_mapping(config))
-    kept = {name: value for name, value in settings.items() if name not in _FREE}
+    kept = {n: value for n, value in settings.items() if n not in _FREE and (n not in _LATER or value != _LATER[n])}
     found = kept | {f"data.{name}": digest for name, (_, digest) in inputs.items()}
     return json.loads(json.dumps(found))
 
@@ -210,6 +213,7 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
         out=absolute(config.out),
         weights=absolute(config.weights),
         settings=settings,
+        loader=replace(config.loader, cache_dir=absolute(config.loader.cache_dir)),
     )
 
 

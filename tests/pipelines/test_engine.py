@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kinema.pipelines import engine
@@ -176,3 +179,27 @@ def test_the_package_travels_as_files(tmp_path):
     assert "kinema/pipelines/engine.py" in names
     assert "kinema/models/__init__.py" in names
     assert not any("__pycache__" in name for name in names)
+
+
+def test_a_local_ray_that_does_not_start_is_tried_again_and_leaves_nothing(monkeypatch, capsys):
+    """As on a machine so busy that Ray's agent misses its 15 s; what a failed start left is ended."""
+    import ray
+
+    left = []
+
+    def init(**_):
+        if len(left) == 2:
+            return
+        left.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "ray/gcs_server"]))
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    engine._init("", {}, num_cpus=1)
+    assert not any(psutil.pid_exists(child.pid) for child in left)
+    assert capsys.readouterr().err.count("trying again") == 2
+    monkeypatch.setattr(engine, "_START_S", -1.0)
+    left.pop()
+    with pytest.raises(StageError, match="is the machine overloaded.*timed out during startup"):
+        engine._init("local", {}, num_cpus=1)
+    assert not psutil.pid_exists(left[-1].pid)

@@ -68,7 +68,7 @@ def start(clips: Path, out: Path, engine: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> dict:
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=900)
     assert process.returncode == 0, stderr
     return json.loads(stdout.splitlines()[-1])
 
@@ -86,7 +86,7 @@ def num_commits(folder: Path) -> int:
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("engine, num_rounds", [("serial", 4), ("ray", 2)])
 def test_kill_9_at_random_moments_then_rerun_gives_the_same_bytes(clips, tmp_path, engine, num_rounds):
     """Four kills a round: while it starts, twice between two commits, and around the last one."""
@@ -103,7 +103,7 @@ def test_kill_9_at_random_moments_then_rerun_gives_the_same_bytes(clips, tmp_pat
             process = start(clips, out, engine)
             while num_commits(out) < target and process.poll() is None:
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0.0, calm_summary["seconds"] / NUM_SHARDS))
+            time.sleep(rng.uniform(0.0, 0.3))
             was_running = process.poll() is None
             if was_running:
                 os.kill(process.pid, signal.SIGKILL)
