@@ -100,7 +100,7 @@ def test_only_and_minutes(tmp_path, monkeypatch, capsys):
     options = ["--out", str(tmp_path), "--without-device", "--tasks", SOURCE]
     assert driver.main(["--minutes", "0.1", "--only", "one", *options]) == 0
     notes = [row["note"] for row in rows.read(tmp_path / "rows.csv")]
-    assert len(notes) == 2 and all("not run" in note for note in notes)
+    assert len(notes) == 5 and all("not run" in note for note in notes)
     assert driver.main(["--only", "nine", *options]) == 2
     assert "ONLY=nine names no task; stages are rates, one" in capsys.readouterr().err
     chosen = driver.select(tasks(), "rates, lookup 1080p")
