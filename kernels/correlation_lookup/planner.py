@@ -103,6 +103,8 @@ def plan_lookup(
     volume_s = 1e-9 * (entries * (channels * costs.per_product + costs.per_entry) + iters * points * costs.per_point)
     on_demand_s = 1e-9 * iters * (boxed * channels * FORM_NS_PER_PRODUCT + points * FORM_NS_PER_POINT)
     kind, reason = _choose(needed, free_bytes, volume_s, on_demand_s, iters, (height, width), device_type)
+    if device_type != "cpu":
+        reason += f"; the estimates are a CPU's, nothing was measured on this {device_type} device"
     pooled = volume_bytes(1, height, width, num_levels) // (height * width) * batch * channels
     return LookupPlan(kind, reason, volume, pooled, free_bytes, volume_s, on_demand_s)
 

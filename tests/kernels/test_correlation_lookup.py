@@ -322,6 +322,9 @@ def test_plan_takes_the_volume_where_it_fits_and_is_faster():
     large = plan_lookup(1, 135, 240, 256, 12, 64 * 2**30)  # 1080p: it fits, and is slower
     assert large.kind == "on_demand" and large.on_demand_s < large.volume_s and "of the time" in large.reason
     tight = plan_lookup(1, 55, 128, 256, 32, 400 * 2**20)
+    assert "estimates are a CPU's" not in small.reason
+    on_card = plan_lookup(1, 28, 28, 256, 12, 8 * 2**30, device_type="cuda")
+    assert on_card.reason.endswith("the estimates are a CPU's, nothing was measured on this cuda device")
     assert tight.kind == "on_demand" and "249.2 MiB" in tight.reason and "400.0 MiB free on the cpu" in tight.reason
     assert plan_lookup(1, 28, 28, 256, 12, 8 * 2**20).kind == "volume"
     assert plan_lookup(1, 28, 28, 256, 12, 8 * 2**20, training=True).kind == "on_demand"  # two copies more
