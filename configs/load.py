@@ -189,7 +189,9 @@ def _flat_schema(schema: Any) -> Any:
             flat = _flat_schema(kind)
             fields.append((name, flat, dataclasses.field(default_factory=flat)))
         else:
-            fields.append((name, kind, dataclasses.field(default=defaults[name].default)))
+            own = defaults[name]
+            kept = {"default": own.default} if own.default_factory is dataclasses.MISSING else {}
+            fields.append((name, kind, dataclasses.field(**(kept or {"default_factory": own.default_factory}))))
     return dataclasses.make_dataclass(schema.__name__, fields)
 
 
@@ -218,6 +220,8 @@ def _refuse_without_effect(override: str, schema: Any, values: Mapping[str, Any]
                 theirs = f"its settings are {row.section}.*" if row.section else "it has no settings"
                 raise ValueError(f"{override} has no effect with model={row.name}; {theirs}")
         schema, values = _fields(schema)[part], values[part]
+        if not dataclasses.is_dataclass(schema):
+            return
 
 
 def _unknown(key: str, schema: Any, prefix: str, where: str) -> ValueError:
@@ -247,6 +251,8 @@ def _leaf_type(key: str, schema: Any) -> Any:
             raise _unknown(part, schema, prefix, "command line")
         prefix += part + "."
         if depth + 1 < len(parts):
+            if typing.get_origin(fields[part]) is dict:
+                return Any
             if not dataclasses.is_dataclass(fields[part]):
                 raise ValueError(f"command line: {key} goes below {prefix[:-1]}, which has no keys of its own")
             schema = fields[part]

@@ -46,6 +46,9 @@ class WorkflowConfig:
     """Section of `kinema register`."""
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     """Section of `kinema embed`."""
+    phases: dict[str, Any] = field(default_factory=dict)
+    """A curriculum: {name: what differs from this file}. Each is a workflow of its own, under workspace/NAME, whose
+    training starts from the weights of the one before."""
 
 
 STAGES: dict[str, Any] = {

@@ -14,13 +14,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import fsspec
 
 from kinema.configs import WorkflowConfig, config_hash
 from kinema.configs.load import to_mapping
+from kinema.configs.shard import FlowLayout, ShardConfig
 from kinema.pipelines import tracking
+from kinema.pipelines.phases import phase_config
 from kinema.pipelines.registry import registered_name
 from kinema.pipelines.shard.sources import find_sources
 from kinema.pipelines.stages import STAGES, stage_module
@@ -70,12 +72,13 @@ def run(
     """
     report = report or (lambda line: print(line, file=sys.stderr, flush=True))
     started = time.monotonic()
+    if config.phases:
+        return _run_phases(config, report, started)
     if "shard" in config.stages and not config.shard.videos:
         raise ValueError("shard.videos is empty; name the folder with your videos: shard.videos=DIR")
     workspace = Path(config.workspace).expanduser().resolve()
     if "shard" in config.stages and not workspace.exists():
-        # wrong videos leave no workspace behind
-        find_sources(config.shard.videos, config.shard.layout, root=config.shard.root)
+        _look_at(config.shard)  # wrong videos leave no workspace behind
     _prepare(workspace)
     with tracking.logging_beside(str(workspace / "_workflow")):
         return _run(config, workspace, report, follow or (lambda stage, event, so_far: None), started)
@@ -124,11 +127,41 @@ def _run(
     return so_far()
 
 
+def _run_phases(config: WorkflowConfig, report: Callable[[str], None], started: float) -> WorkflowSummary:
+    """Every phase in order; all are checked before the first begins. Stages are named PHASE.STAGE in the summary."""
+    for name in config.phases:
+        phase_config(config, name, "")
+    found = WorkflowSummary({}, {}, {}, 0.0)
+    previous, status = "", 0
+    for name in config.phases:
+        report(f"phase {name}")
+        done = run(phase_config(config, name, previous), report=lambda line, name=name: report(f"{name}: {line}"))
+        previous, status = done.outputs.get("train", previous), max(status, done.exit_status)
+        for kept, new in (
+            (found.stages, done.stages),
+            (found.outputs, done.outputs),
+            (found.summaries, done.summaries),
+        ):
+            kept.update({f"{name}.{stage}": value for stage, value in new.items()})
+    return dataclasses.replace(found, seconds=round(time.monotonic() - started, 2), exit_status=status)
+
+
+def _look_at(shard: ShardConfig) -> None:
+    """Raises: ValueError for videos, or a data set, that hold nothing usable."""
+    if shard.layout in get_args(FlowLayout):
+        if not Path(shard.videos).is_dir():
+            raise ValueError(f"shard.videos={shard.videos}: no such folder; name that of the data set {shard.layout}")
+    else:
+        find_sources(shard.videos, shard.layout, root=shard.root)
+
+
 def resolve_stage(config: WorkflowConfig, stage: str, workspace: Path, outputs: Mapping[str, str]) -> Any:
     """A stage's section with the paths that were left empty filled in."""
     section = getattr(config, stage)
     clips = outputs.get("shard") or config.shard.out or str(workspace / "clips")
     teacher_out = config.teach.out or str(workspace / "flow" / config.teach.teacher)
+    if "teach" not in config.stages and config.shard.layout in get_args(FlowLayout):
+        teacher_out = config.shard.flow or str(workspace / "flow" / "truth")
     flow = outputs.get("teach") or teacher_out
     if stage == "shard":
         return dataclasses.replace(section, out=section.out or clips)

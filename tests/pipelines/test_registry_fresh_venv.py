@@ -9,10 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from kinema.configs import ClipConfig, FlowFeatConfig, LoaderConfig, RegisterConfig, TrainConfig
+from kinema.configs import (
+    ClipConfig,
+    FlowFeatConfig,
+    FlowNetworkConfig,
+    FPTConfig,
+    LoaderConfig,
+    RegisterConfig,
+    TrainConfig,
+)
+from kinema.configs.load import to_mapping
 from kinema.pipelines import registry, train
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
+from kinema.pipelines.train import checkpoint
+from kinema.pipelines.train.recipes.choose import make_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -38,6 +49,18 @@ for name in images.files:
         found[name + "." + feature] = value
 numpy.savez("{out}", **found)
 assert not {names!r} & set(sys.modules)
+"""
+
+OTHERS = """
+import importlib.util, mlflow, numpy
+assert importlib.util.find_spec("einops") is None
+given = dict(numpy.load("{inputs}"))
+pokes = mlflow.pyfunc.load_model("models:/kinema-fpt@champion")
+names = ("image", "poke_pos", "poke_flow", "query_pos")
+found = pokes.predict({{name: given[name] for name in names}}, params={{"camera_static": False}})
+flow = mlflow.pyfunc.load_model("models:/kinema-raft-small@champion")
+found["flow"] = flow.predict({{"image1": given["image1"], "image2": given["image2"]}}, params={{"iters": 3}})["flow"]
+numpy.savez("{out}", **found)
 """
 
 REFUSE = """
@@ -159,6 +182,46 @@ def test_predict_gives_the_trainers_features(consumer, registered, tmp_path):
     torch.set_num_threads(threads)
     print(f"\nfeatures in a fresh environment: at most {worst:.1e} of the largest from the trainer's")
     assert worst <= 1e-6
+
+
+def test_pokes_and_flow_are_the_trainers(consumer, registered, tmp_path, monkeypatch):
+    """A Flow Poke Transformer and RAFT-small, registered beside the features."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered[1])
+    monkeypatch.chdir(registered[0].parent)
+    rng = np.random.default_rng(1)
+    runs = {}
+    for model, settings in (("fpt", FPTConfig(preset="fpt_nano", image_px=48)), ("raft_small", FlowNetworkConfig())):
+        config = TrainConfig(model=model, settings=settings)
+        recipe = make_recipe(config)
+        module = recipe.build()
+        with torch.no_grad():
+            for value in module.parameters():
+                value.add_(0.02 * torch.randn_like(value))
+        meta = {"identity": {}, "train_config": to_mapping(config), "loss": 1.0, "samples_per_second": 1.0}
+        runs[model] = tmp_path / model
+        checkpoint.save_checkpoint(runs[model], 1, module.state_dict(), {}, meta, keep=1)
+        assert registry.run(RegisterConfig(model=str(runs[model]))).champion
+    inputs = {
+        "image": rng.integers(0, 256, (1, 64, 80, 3), dtype=np.uint8),
+        "poke_pos": rng.random((3, 2)),
+        "poke_flow": 0.1 * rng.standard_normal((3, 2)),
+        "query_pos": rng.random((5, 2)),
+        "image1": rng.random((1, 128, 144, 3)).astype(np.float32),
+        "image2": rng.random((1, 128, 144, 3)).astype(np.float32),
+    }
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    consumer(OTHERS.format(inputs=tmp_path / "inputs.npz", out=tmp_path / "out.npz"))
+    found = np.load(tmp_path / "out.npz")
+    pos, flow, query = (torch.from_numpy(inputs[n]).float()[None] for n in ("poke_pos", "poke_flow", "query_pos"))
+    first, second = (torch.from_numpy(inputs[name]).permute(0, 3, 1, 2) for name in ("image1", "image2"))
+    with torch.no_grad():
+        poker = train.load_model(runs["fpt"])
+        seen = poker.embed_image(torch.from_numpy(inputs["image"]).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        mixture = poker.predict_parallel(pos, flow, query, False, seen)
+        expected = train.load_model(runs["raft_small"])(first, second, iters=3)
+    np.testing.assert_allclose(found["means"], mixture.loc, atol=1e-5)
+    np.testing.assert_allclose(found["weights"], mixture.weights, atol=1e-5)
+    np.testing.assert_allclose(found["flow"], expected, atol=1e-3, rtol=1e-4)
 
 
 def test_images_that_cannot_be_meant_are_refused_in_words(consumer):
