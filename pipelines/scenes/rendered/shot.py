@@ -252,6 +252,7 @@ def _rest(rng: np.random.Generator) -> Matrix:
     return np.array([[cos * stretch, -sin / stretch, 0], [sin * stretch, cos / stretch, 0], [0, 0, 1]])
 
 
+@lru_cache(8)
 def _grid(height: int, width: int) -> Float32[np.ndarray, "2 H W"]:
     return np.stack(np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)))
 
@@ -270,15 +271,9 @@ def _blend(image: np.ndarray, colour: np.ndarray, alpha: np.ndarray, blur: np.nd
     if blur is not None:
         alpha = cv2.filter2D(alpha, -1, blur, borderType=cv2.BORDER_REPLICATE)
         colour = cv2.filter2D(colour, -1, blur, borderType=cv2.BORDER_REPLICATE)
-    cv2.copyTo(colour, cv2.compare(alpha, _OPAQUE, cv2.CMP_EQ), image)  # type: ignore[call-overload]
-    rim = cv2.findNonZero(cv2.inRange(alpha, 1, _OPAQUE - 1))  # type: ignore[call-overload]
-    if rim is None:
-        return
-    columns, rows = rim.reshape(-1, 2).T
-    share = alpha[rows, columns, None].astype(np.float32) / _OPAQUE
-    under = image[rows, columns]
-    mixed = under + share * (colour[rows, columns].astype(np.float32) - under)
-    image[rows, columns] = np.rint(mixed).astype(np.uint8)
+    weight = cv2.merge([alpha, alpha, alpha])
+    under = cv2.multiply(image, cv2.bitwise_not(weight), scale=1 / _OPAQUE)
+    cv2.add(under, cv2.multiply(colour, weight, scale=1 / _OPAQUE), dst=image)
 
 
 def _background_blurred(image: np.ndarray, labels: np.ndarray, blur: np.ndarray) -> np.ndarray:
