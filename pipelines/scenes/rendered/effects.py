@@ -126,10 +126,15 @@ def _resized(field: Float32[np.ndarray, "h w"], size: tuple[int, int]) -> Float3
 @lru_cache(8)
 def _noise_tile(sigma: int) -> Int8[np.ndarray, "S S 3"]:
     """Grain of this standard deviation in grey levels, half of it the same in all channels."""
+    return np.clip(np.rint(_unit_grain() * np.float32(sigma)), -127, 127).astype(np.int8)
+
+
+@lru_cache(1)
+def _unit_grain() -> Float32[np.ndarray, "S S 3"]:
     rng = np.random.default_rng(20250)
     own = rng.standard_normal((_NOISE_SIDE, _NOISE_SIDE, 3), dtype=np.float32)
     shared = rng.standard_normal((_NOISE_SIDE, _NOISE_SIDE, 1), dtype=np.float32)
-    return np.clip(np.rint((own + shared) * (sigma / math.sqrt(2))), -127, 127).astype(np.int8)
+    return (own + shared) / np.float32(math.sqrt(2))
 
 
 @lru_cache(4096)
