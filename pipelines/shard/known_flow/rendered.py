@@ -125,7 +125,7 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
     settings = render_settings(config.rendered, textures)
     if Artifact.is_new(config.out) and engine.backend() == "ray":
         engine.connect()  # an engine that cannot start leaves no folder behind
-    content = {"layout": config.layout, "seed": config.rendered.seed, "settings": asdict(settings)}
+    content: dict[str, Any] = {"layout": config.layout, "seed": config.rendered.seed, "settings": asdict(settings)}
     content |= {"clip": {"codec": clip.codec, "gop": clip.gop, "preset": clip.preset}, "motion": config.motion}
     clips = Artifact.open(config.out, kind="clips", config=content | {"frames_fps": config.frames_fps})
     planned = [_planned(clips, settings, config.rendered.seed, index) for index in range(config.rendered.count)]
@@ -145,8 +145,9 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
             artifact.finalize()
     say(f"flow is in {flow.url}" + (f", tracks in {tracks.url}" if tracks else ""))
     num_pairs = sum(len(RenderedClip(settings, 0, 0).pairs()) for _ in planned)
-    numbers = (num_pairs, 0, new_clips, built, round(time.monotonic() - started, 3))
-    return summary(clips, flow, numbers, 0)
+    num_lost = clips.quarantined().num_rows
+    numbers = (num_pairs, num_lost, new_clips, built, round(time.monotonic() - started, 3))
+    return summary(clips, flow, numbers, 3 if num_lost / len(planned) > config.allowed_quarantine else 0)
 
 
 def _planned(clips: Artifact, settings: RenderSettings, seed: int, index: int) -> PlannedClip:

@@ -131,10 +131,12 @@ def build_shards(
     todo = sorted({shard for artifact in (clips, flow, tracks) if artifact is not None for shard in artifact.pending()})
     by_key = {p.row["key"]: p.clip for p in planned}
     tasks = [
-        PackTask(clips, flow, shard, {key: by_key.get(key) for key in clips.plan_of(shard)["key"].to_pylist()},
-                 clip, fps, motion)
+        PackTask(
+            *(clips, flow, shard, {key: by_key.get(key) for key in clips.plan_of(shard)["key"].to_pylist()}),
+            *(clip, fps, motion, tracks, tracks_grid),
+        )
         for shard in todo
-    ]  # fmt: skip
+    ]
     progress = Progress("shard", sum(len(task.sources) for task in tasks), "clips")
     done = 0
     outcomes = engine.run_tasks(pack_shard, tasks, max_in_flight=num_workers, retries=1, timeout_s=timeout_s)
