@@ -81,7 +81,7 @@ class RenderedShot:
         Raises: ValueError for a frame that the shot does not have.
         """
         here = self._surface(t0, (t1,), size)
-        there = self._surface(t1, (t0,), size)  # with the way back: pairs are asked for in both directions
+        there = self._surface(t1, (), size)
         target = here.targets[t1]
         return target - _grid(*here.labels.shape), _hidden(target, here.labels, there.labels)
 
@@ -124,9 +124,13 @@ class RenderedShot:
         key = (t, size)
         found = self._surfaces.get(key)
         if found is None or not set(others) <= set(found.targets) or (colour and found.image is None):
-            # A first frame is asked for with its neighbour's flow next: drawn together they cost little more.
-            others = others or ((1 - t,) if self.num_frames == 2 else ())
-            found = self._surfaces[key] = self._drawn(t, others, size, colour or size == (self.height, self.width))
+            image = None if found is None else found.image
+            full = size == (self.height, self.width)
+            if not others and full and t + 1 < self.num_frames:
+                others = (t + 1,)  # most likely asked for next, and cheap while the layer is at hand
+            drawn = self._drawn(t, others, size, image is None and (colour or full))
+            found = Surface(drawn.labels, drawn.targets, drawn.image if image is None else image)
+            self._surfaces[key] = found
             while len(self._surfaces) > _SURFACES_KEPT:
                 self._surfaces.popitem(last=False)
         return found
