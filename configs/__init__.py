@@ -11,6 +11,7 @@ from kinema.configs.models.flowfeat import FlowFeatConfig
 from kinema.configs.models.fpt import FPTConfig
 from kinema.configs.page import PageConfig
 from kinema.configs.register import RegisterConfig
+from kinema.configs.rendered import EffectsConfig, RenderedConfig
 from kinema.configs.shard import ClipConfig, ShardConfig
 from kinema.configs.teach import TeachConfig
 from kinema.configs.track import TrackConfig
@@ -21,6 +22,7 @@ __all__ = [
     "STAGES",
     "ClipConfig",
     "DisMoConfig",
+    "EffectsConfig",
     "EmbedConfig",
     "EvaluateConfig",
     "FPTConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "PairFilterConfig",
     "PokesConfig",
     "RegisterConfig",
+    "RenderedConfig",
     "ShardConfig",
     "TeachConfig",
     "TrackConfig",

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from kinema.configs.checks import require
 from kinema.configs.flow_dataset import FlowDatasetConfig
+from kinema.configs.rendered import RenderedConfig
 
 FlowLayout = Literal[
     "flyingchairs",
@@ -99,14 +100,17 @@ class ShardConfig:
     """Folder, glob, file, bucket URL, list or manifest (.txt, .csv, .jsonl, .parquet), frame folders, or tars."""
     out: str = ""
     """Folder or URL of the clips artifact."""
-    layout: Literal["auto", "videos", "frames", "webdataset", "manifest", "list", FlowLayout] = "auto"
-    """What `videos` holds; `auto` looks at it. The name of a data set packs its pairs without loss, and their flow."""
+    layout: Literal["auto", "videos", "frames", "webdataset", "manifest", "list", "rendered", FlowLayout] = "auto"
+    """What `videos` holds; `auto` looks at it. The name of a data set packs its pairs without loss, and their flow;
+    `rendered` renders shots with exact flow, textured with the images in `videos` (empty: procedural textures)."""
     flow: str = ""
     """Folder or URL of the flow artifact of a data set with known flow; empty: flow/truth beside out."""
     dataset: FlowDatasetConfig = field(default_factory=FlowDatasetConfig)
     """Which part of a data set with known flow is packed."""
     root: str = ""
     """Folder or URL that the paths of a list or manifest are relative to; empty: the list's own folder."""
+    rendered: RenderedConfig = field(default_factory=RenderedConfig)
+    """Shots of layout rendered."""
     frames_fps: float = 24.0
     """Frame rate given to frame folders, which carry none (DAVIS 24; YouTube-VOS 30, or 6 if every fifth)."""
     clip: ClipConfig = field(default_factory=ClipConfig)

@@ -16,6 +16,7 @@ import torch
 BENCHMARKS = {
     "shard": "clips artifact against plain copying of the source bytes",
     "flow_codec": "flow sidecar against fp16 npz",
+    "rendered_flow": "rendered pairs with exact flow, pairs per second of one core against the 50 asked for",
     "loader": "groups of pictures by ranged reads against decoding each clip from its start",
     "stream_loader": "stream mode against random mode and plain WebDataset, from a bucket that answers after 30 ms",
     "teacher": "RAFT and RAFT-small against the plain pairwise network; memory at 1080p",

@@ -19,4 +19,8 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
         from kinema.pipelines.shard.known_flow.stage import run as run_flow_dataset  # here: it loads torch
 
         return run_flow_dataset(config, report=report)
+    if config.layout == "rendered":
+        from kinema.pipelines.shard.known_flow.rendered import run as run_rendered
+
+        return run_rendered(config, report=report)
     return run_videos(config, report=report)

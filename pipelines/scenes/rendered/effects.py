@@ -12,14 +12,16 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int8, UInt8
 
 from kinema.pipelines.scenes.rendered.layers import Layer
 from kinema.pipelines.scenes.rendered.motion import apply
 from kinema.pipelines.scenes.rendered.settings import Effects
 
 _NOISE_SIDE = 1024
+_FIELD_WIDTH = 64
 LONGEST_BLUR_PX = 24.0
+_ORIGIN = np.zeros(2)
 
 
 class ShotEffects:
@@ -35,7 +37,7 @@ class ShotEffects:
         self.shadow = rng.uniform(0.2, 0.6) if drawn[2] < chances.shadow else 0.0
         self.fog = rng.uniform(0.2, 0.9) if drawn[3] < chances.fog else 0.0
         self.colour = rng.uniform(0.02, 0.12) if drawn[4] < chances.colour else 0.0
-        self.noise = rng.uniform(1.0, 8.0) if drawn[5] < chances.noise else 0.0
+        self.noise = int(rng.integers(1, 9)) if drawn[5] < chances.noise else 0
         self.quality = int(rng.integers(35, 90)) if drawn[6] < chances.compression else 0
         self._light_fields = rng.standard_normal((2, 5, 6), dtype=np.float32)
         self._shadow_shape = rng.standard_normal((7, 9), dtype=np.float32)
@@ -51,7 +53,7 @@ class ShotEffects:
             return None
         middle = np.array([(self._size[1] - 1) / 2, (self._size[0] - 1) / 2])
         poses = [layer.pose(t), layer.pose(t + self.shutter)]
-        place = apply(np.linalg.inv(poses[0]), middle) if layer.mask is None else np.zeros(2)
+        place = apply(np.linalg.inv(poses[0]), middle) if layer.mask is None else _ORIGIN
         start, stop = (apply(pose, place) for pose in poses)
         x, y = stop - start
         length = math.hypot(x, y)
@@ -64,17 +66,14 @@ class ShotEffects:
         """The picture with every effect but motion blur."""
         rng = np.random.default_rng([*self._seed, t])
         gain = self._gain(t)
-        if gain is not None or self.fog or self.noise:
-            values: np.ndarray = image.astype(np.float32)
-            if gain is not None:
-                values = cv2.multiply(values, cv2.merge([gain, gain, gain]))
-            if self.fog:
-                values = self._fogged(values, labels)
-            if self.noise:
-                top, left = (int(v) for v in rng.integers(0, _NOISE_SIDE - np.array(self._size) + 1))
-                grain = _noise_tile()[top : top + self._size[0], left : left + self._size[1]]
-                values = cv2.scaleAdd(grain, self.noise, values)
-            image = cv2.add(values, 0.0, dtype=cv2.CV_8U)  # type: ignore[call-overload]  # rounded and clipped
+        if gain is not None:
+            image = cv2.multiply(image, cv2.merge([gain, gain, gain]), dtype=cv2.CV_8U)  # type: ignore[call-overload]
+        if self.fog:
+            image = self._fogged(image, labels)
+        if self.noise:
+            top, left = (int(v) for v in rng.integers(0, _NOISE_SIDE - np.array(self._size) + 1))
+            grain = _noise_tile(self.noise)[top : top + self._size[0], left : left + self._size[1]]
+            image = cv2.add(image, grain, dtype=cv2.CV_8U)  # type: ignore[call-overload]  # clipped to 0..255
         if self.colour:
             image = cv2.LUT(image, self._curves(rng))
         if self.quality:
@@ -89,29 +88,27 @@ class ShotEffects:
         """Light and shadow as a factor of every pixel; None where there is neither."""
         if not self.light and not self.shadow:
             return None
-        height, width = self._size
-        total = np.ones((height, width), np.float32)
+        small = (_FIELD_WIDTH * self._size[0] // self._size[1], _FIELD_WIDTH)
+        total = np.ones(small, np.float32)
         if self.light:
             phase = 0.9 * t
             field = math.cos(phase) * self._light_fields[0] + math.sin(phase) * self._light_fields[1]
-            total = cv2.resize(np.exp(np.float32(self.light) * field), (width, height), interpolation=cv2.INTER_CUBIC)
+            total = np.exp(np.float32(self.light) * _resized(field, small))
         if self.shadow:
-            shape = cv2.resize(self._shadow_shape, (width // 2, height // 2), interpolation=cv2.INTER_CUBIC)
-            x, y = self._shadow_speed * t * 20
-            moved = cv2.warpAffine(shape, np.array([[1.0, 0, x], [0, 1, y]]), (width // 2, height // 2),
+            x, y = self._shadow_speed * t * _FIELD_WIDTH / 25
+            moved = cv2.warpAffine(_resized(self._shadow_shape, small), np.array([[1.0, 0, x], [0, 1, y]]), small[::-1],
                                    borderMode=cv2.BORDER_REFLECT_101)  # fmt: skip
-            soft = np.clip(3 * moved, 0, 1)
-            soft = cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR)
-            total *= 1 - np.float32(self.shadow) * soft
-        return total
+            total *= 1 - np.float32(self.shadow) * np.clip(3 * moved, 0, 1)
+        return cv2.resize(total, self._size[::-1], interpolation=cv2.INTER_LINEAR)
 
-    def _fogged(self, values: np.ndarray, labels: UInt8[np.ndarray, "H W"]) -> np.ndarray:
-        height, width = self._size
-        density = cv2.resize(self._fog_shape, (width, height), interpolation=cv2.INTER_CUBIC)
+    def _fogged(self, image: UInt8[np.ndarray, "H W 3"], labels: UInt8[np.ndarray, "H W"]) -> np.ndarray:
+        small = (_FIELD_WIDTH * self._size[0] // self._size[1], _FIELD_WIDTH)
+        density = cv2.resize(_resized(self._fog_shape, small), self._size[::-1], interpolation=cv2.INTER_LINEAR)
         table = np.zeros(256, np.float32)
         table[: len(self._depths)] = self._depths
         clear = np.exp(-np.float32(self.fog) * density * table[labels])
-        return cv2.add(cv2.multiply(values, cv2.merge([clear] * 3)), cv2.merge([self._fog_grey * (1 - clear)] * 3))
+        veil = np.full_like(image, round(self._fog_grey))
+        return cv2.blendLinear(image, veil, clear, 1 - clear)
 
     def _curves(self, rng: np.random.Generator) -> UInt8[np.ndarray, "1 256 3"]:
         """Gain, gamma and offset of the camera, a little different in every channel."""
@@ -122,9 +119,18 @@ class ShotEffects:
         return np.rint(255 * np.clip(curves, 0, 1)).astype(np.uint8)[None]
 
 
+def _resized(field: Float32[np.ndarray, "h w"], size: tuple[int, int]) -> Float32[np.ndarray, "H W"]:
+    return cv2.resize(field.astype(np.float32), size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+@lru_cache(8)
+def _noise_tile(sigma: int) -> Int8[np.ndarray, "S S 3"]:
+    """Grain of this standard deviation in grey levels, half of it the same in all channels."""
+    return np.clip(np.rint(_unit_grain() * np.float32(sigma)), -127, 127).astype(np.int8)
+
+
 @lru_cache(1)
-def _noise_tile() -> Float32[np.ndarray, "S S 3"]:
-    """Grain of unit size, half of it the same in all channels."""
+def _unit_grain() -> Float32[np.ndarray, "S S 3"]:
     rng = np.random.default_rng(20250)
     own = rng.standard_normal((_NOISE_SIDE, _NOISE_SIDE, 3), dtype=np.float32)
     shared = rng.standard_normal((_NOISE_SIDE, _NOISE_SIDE, 1), dtype=np.float32)
@@ -137,9 +143,10 @@ def _line(x: float, y: float) -> Float32[np.ndarray, "k k"]:
     half = math.ceil(max(abs(x), abs(y)) / 2) + 1
     kernel = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
     count = 4 * (2 * half + 1)
-    for share in (np.arange(count) + 0.5) / count - 0.5:
-        column, row = half + x * share, half + y * share
-        left, top = int(column), int(row)
-        fx, fy = column - left, row - top
-        kernel[top : top + 2, left : left + 2] += np.outer([1 - fy, fy], [1 - fx, fx])
+    shares = (np.arange(count) + 0.5) / count - 0.5
+    columns, rows = half + x * shares, half + y * shares
+    left, top = columns.astype(int), rows.astype(int)
+    fx, fy = columns - left, rows - top
+    for i, j, weight in ((0, 0, (1 - fy) * (1 - fx)), (0, 1, (1 - fy) * fx), (1, 0, fy * (1 - fx)), (1, 1, fy * fx)):
+        np.add.at(kernel, (top + i, left + j), weight)
     return kernel / kernel.sum()

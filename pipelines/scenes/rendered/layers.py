@@ -164,16 +164,21 @@ def _lattice(size: int) -> np.ndarray:
 @lru_cache(512)
 def _basis(size: int) -> Float32[np.ndarray, "size nodes"]:
     """Weights of lattice nodes at every pixel: Lagrange polynomials through the six nearest nodes."""
-    nodes = _lattice(size) / _STRIDE
-    weights = np.zeros((size, len(nodes)))
-    for pixel in range(size):
-        place = pixel / _STRIDE
-        first = int(place)  # nodes start at -2
-        near = nodes[first : first + _NODES]
-        for k in range(_NODES):
-            others = np.delete(near, k)
-            weights[pixel, first + k] = np.prod((place - others) / (near[k] - others))
-    return weights.astype(np.float32)
+    pixels = np.arange(size)
+    weights = np.zeros((size, len(_lattice(size))), np.float32)
+    weights[pixels[:, None], (pixels // _STRIDE)[:, None] + np.arange(_NODES)] = _lagrange()[pixels % _STRIDE]
+    return weights
+
+
+@lru_cache(1)
+def _lagrange() -> Float32[np.ndarray, "stride nodes"]:
+    """Weights of the six nodes around each place between two nodes."""
+    places, nodes = np.arange(_STRIDE) / _STRIDE, np.arange(_NODES) - (_NODES // 2 - 1)
+    rows = [
+        [np.prod([(place - other) / (node - other) for other in nodes if other != node]) for node in nodes]
+        for place in places
+    ]
+    return np.array(rows, np.float32)
 
 
 def _dense(field: np.ndarray, height: int, width: int) -> Float32[np.ndarray, "h w"]:

@@ -20,6 +20,7 @@ Matrix = Float[np.ndarray, "3 3"]
 LARGEST_SLOPE = 0.2
 """Of the bending: far from folding, and Newton's method converges at once."""
 NEWTON_STEPS = 2
+_UNIT_LATTICE = np.stack(np.meshgrid(np.linspace(-1, 1, 10), np.linspace(-1, 1, 10)), axis=-1)
 
 
 def swing(velocity: float, reach: float, t: float) -> float:
@@ -79,12 +80,10 @@ class ThinPlate:
     @staticmethod
     def draw(rng: np.random.Generator, half_size: tuple[float, float], amplitude_px: float) -> ThinPlate:
         """Bending of about `amplitude_px` a frame over a layer of this half size, no steeper than LARGEST_SLOPE."""
-        side = np.linspace(-1, 1, 4)
-        knots = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2) * half_size
+        knots = _UNIT_LATTICE[::3, ::3].reshape(-1, 2) * half_size
         knots += rng.uniform(-0.15, 0.15, knots.shape) * half_size
         values = rng.standard_normal(knots.shape)
-        lattice = np.stack(np.meshgrid(np.linspace(-1, 1, 13), np.linspace(-1, 1, 13)), -1) * half_size
-        bending, slopes = ThinPlate(knots, values, half_size, 1.0).with_slopes(lattice.astype(np.float32))
+        bending, slopes = ThinPlate(knots, values, half_size, 1.0).with_slopes(_UNIT_LATTICE * half_size)
         # a_t = sin(rate t): over one frame the bending changes by about sin(rate) times D.
         rate = float(rng.uniform(0.4, 0.8))
         typical = float(np.hypot(bending[..., 0], bending[..., 1]).mean())

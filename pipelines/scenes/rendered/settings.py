@@ -37,7 +37,7 @@ class RenderSettings:
     height: int = 384
     width: int = 512
     num_frames: int = 2
-    objects: tuple[int, int] = (3, 8)
+    objects: tuple[int, int] = (2, 6)
     """Fewest and most objects."""
     object_size: tuple[float, float] = (0.08, 0.35)
     """Radius of objects as a share of the shorter side."""
@@ -45,9 +45,9 @@ class RenderSettings:
     """Share of layers whose own speed lies in each bin of SPEED_EDGES_PX."""
     background_speed: float = 0.6
     """Speed of the background relative to that of objects."""
-    homography: float = 0.4
+    homography: float = 0.3
     """Share of layers that tilt in depth."""
-    thin_plate: float = 0.3
+    thin_plate: float = 0.15
     """Share of layers that bend (thin-plate splines)."""
     textures: str = ""
     """Folder of images; empty: procedural textures."""

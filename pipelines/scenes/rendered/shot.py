@@ -81,7 +81,7 @@ class RenderedShot:
         Raises: ValueError for a frame that the shot does not have.
         """
         here = self._surface(t0, (t1,), size)
-        there = self._surface(t1, (t0,), size)  # with the way back: pairs are asked for in both directions
+        there = self._surface(t1, (), size)
         target = here.targets[t1]
         return target - _grid(*here.labels.shape), _hidden(target, here.labels, there.labels)
 
@@ -124,9 +124,13 @@ class RenderedShot:
         key = (t, size)
         found = self._surfaces.get(key)
         if found is None or not set(others) <= set(found.targets) or (colour and found.image is None):
-            # A first frame is asked for with its neighbour's flow next: drawn together they cost little more.
-            others = others or ((1 - t,) if self.num_frames == 2 else ())
-            found = self._surfaces[key] = self._drawn(t, others, size, colour or size == (self.height, self.width))
+            image = None if found is None else found.image
+            full = size == (self.height, self.width)
+            if not others and full and t + 1 < self.num_frames:
+                others = (t + 1,)  # most likely asked for next, and cheap while the layer is at hand
+            drawn = self._drawn(t, others, size, image is None and (colour or full))
+            found = Surface(drawn.labels, drawn.targets, drawn.image if image is None else image)
+            self._surfaces[key] = found
             while len(self._surfaces) > _SURFACES_KEPT:
                 self._surfaces.popitem(last=False)
         return found
@@ -252,6 +256,7 @@ def _rest(rng: np.random.Generator) -> Matrix:
     return np.array([[cos * stretch, -sin / stretch, 0], [sin * stretch, cos / stretch, 0], [0, 0, 1]])
 
 
+@lru_cache(8)
 def _grid(height: int, width: int) -> Float32[np.ndarray, "2 H W"]:
     return np.stack(np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)))
 
@@ -270,15 +275,9 @@ def _blend(image: np.ndarray, colour: np.ndarray, alpha: np.ndarray, blur: np.nd
     if blur is not None:
         alpha = cv2.filter2D(alpha, -1, blur, borderType=cv2.BORDER_REPLICATE)
         colour = cv2.filter2D(colour, -1, blur, borderType=cv2.BORDER_REPLICATE)
-    cv2.copyTo(colour, cv2.compare(alpha, _OPAQUE, cv2.CMP_EQ), image)  # type: ignore[call-overload]
-    rim = cv2.findNonZero(cv2.inRange(alpha, 1, _OPAQUE - 1))  # type: ignore[call-overload]
-    if rim is None:
-        return
-    columns, rows = rim.reshape(-1, 2).T
-    share = alpha[rows, columns, None].astype(np.float32) / _OPAQUE
-    under = image[rows, columns]
-    mixed = under + share * (colour[rows, columns].astype(np.float32) - under)
-    image[rows, columns] = np.rint(mixed).astype(np.uint8)
+    weight = cv2.merge([alpha, alpha, alpha])
+    under = cv2.multiply(image, cv2.bitwise_not(weight), scale=1 / _OPAQUE)
+    cv2.add(under, cv2.multiply(colour, weight, scale=1 / _OPAQUE), dst=image)
 
 
 def _background_blurred(image: np.ndarray, labels: np.ndarray, blur: np.ndarray) -> np.ndarray:

@@ -39,9 +39,9 @@ def _procedural(seed: int, number: int) -> UInt8[np.ndarray, "h w 3"]:
     image = _patches(_clouds(rng, 1, int(rng.integers(3, 6)))[..., 0], palette)
     if rng.random() < 0.4:
         image = _striped(rng, image, palette)
-    for _ in range(int(rng.integers(0, 60))):
+    for _ in range(int(rng.integers(8, 90))):
         _stamp(rng, image, palette)
-    relief = _clouds(rng, 1, 2) * 26 + _clouds(rng, 3, 6, first=5) * 20
+    relief = _clouds(rng, 1, 2) * 22 + _clouds(rng, 1, 6, first=5) * 24 + _clouds(rng, 3, 1, first=6) * 5
     return _finished(image + relief)
 
 

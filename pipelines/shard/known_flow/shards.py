@@ -16,9 +16,18 @@ from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.flow_datasets.sample import BadPair
 from kinema.pipelines.progress import Progress
-from kinema.pipelines.shard.known_flow.pack import CLIP_COLUMNS, TRUTH_COLUMNS, ClipFacts, clip_sample, flow_sample
+from kinema.pipelines.shard.known_flow.pack import (
+    CLIP_COLUMNS,
+    TEACHER,
+    TRUTH_COLUMNS,
+    ClipFacts,
+    clip_sample,
+    flow_sample,
+)
 from kinema.pipelines.shard.plan import assign_shards
 from kinema.pipelines.sidecars.flow_codec import FlowPair
+from kinema.pipelines.sidecars.tracks_codec import TracksBlob, encode_tracks
+from kinema.pipelines.track.shard_tracker import TRACKS_COLUMNS
 
 PLAN = pa.schema(
     [
@@ -68,6 +77,9 @@ class PackTask:
     clip: ClipConfig
     fps: Fraction
     motion: str
+    tracks: Artifact | None = None
+    """Where the sources know tracks too."""
+    tracks_grid: int = 0
 
 
 def append_plans(
@@ -109,18 +121,22 @@ def build_shards(
     motion: str,
     num_workers: int = 0,
     timeout_s: float | None = None,
+    tracks: Artifact | None = None,
+    tracks_grid: int = 0,
 ) -> int:
     """Build every shard that either artifact lacks. Returns: how many.
 
     A shard whose worker keeps dying is quarantined with its clips and stays to be built by the next run.
     """
-    todo = sorted({*clips.pending(), *flow.pending()})
+    todo = sorted({shard for artifact in (clips, flow, tracks) if artifact is not None for shard in artifact.pending()})
     by_key = {p.row["key"]: p.clip for p in planned}
     tasks = [
-        PackTask(clips, flow, shard, {key: by_key.get(key) for key in clips.plan_of(shard)["key"].to_pylist()},
-                 clip, fps, motion)
+        PackTask(
+            *(clips, flow, shard, {key: by_key.get(key) for key in clips.plan_of(shard)["key"].to_pylist()}),
+            *(clip, fps, motion, tracks, tracks_grid),
+        )
         for shard in todo
-    ]  # fmt: skip
+    ]
     progress = Progress("shard", sum(len(task.sources) for task in tasks), "clips")
     done = 0
     outcomes = engine.run_tasks(pack_shard, tasks, max_in_flight=num_workers, retries=1, timeout_s=timeout_s)
@@ -158,7 +174,35 @@ def pack_shard(task: PackTask) -> int:
         hashes = {row["source"]: row["source_hash"] for row in rows.values()}
         record = clips.commit(input_hashes=hashes)
         flow.commit(input_hashes={"clips": record["sha256"]})
+    if task.tracks is not None:
+        _pack_tracks(task, task.tracks, record["sha256"])
     return record["num_samples"]
+
+
+def _pack_tracks(task: PackTask, artifact: Artifact, clips_hash: str) -> None:
+    """Build and commit the shard of the tracks artifact."""
+    with artifact.shard_writer(task.shard, TRACKS_COLUMNS) as writer:
+        for row in task.clips.plan_of(task.shard).to_pylist():
+            source = task.sources[row["key"]]
+            assert source is not None and hasattr(source, "tracks")  # rendered, not read from files
+            tracks = source.tracks(task.tracks_grid)
+            blob = encode_tracks(tracks, tracker=TEACHER, weights_hash="none")
+            steps = np.hypot(*np.moveaxis(np.diff(tracks.points_px, axis=0), -1, 0))
+            seen = tracks.visible[1:] & tracks.visible[:-1]
+            columns = {
+                "source": row["source"],
+                "height": tracks.size[0],
+                "width": tracks.size[1],
+                "num_frames": len(tracks.points_px),
+                "num_tracks": len(tracks.queries),
+                "tracker": TEACHER,
+                "weights_hash": "none",
+                "num_saturated": TracksBlob(blob).header.num_saturated,
+                "visible_share": float(tracks.visible.mean()),
+                "mean_step_px": float(steps[seen].mean()) if seen.any() else None,
+            }
+            writer.add(row["key"], {"tracks": blob}, columns)
+        writer.commit(input_hashes={"clips": clips_hash})
 
 
 def _quarantine_shard(task: PackTask, failure: engine.Failure) -> None:

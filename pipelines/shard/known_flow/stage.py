@@ -89,7 +89,7 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
         planned = _plan(clips, windows, checked, config)
         if not planned:
             raise StageError(f"no pair of {config.videos} can be used: {next(iter(bad.values()))[1]}")
-        flow, new_clips = append_plans(clips, _flow_opener(config), planned, config.shard_mb, config.min_shards)
+        flow, new_clips = append_plans(clips, flow_opener(config), planned, config.shard_mb, config.min_shards)
         with flow.swept_on_failure():
             built = build_shards(
                 *(clips, flow, planned, clip, Fraction(config.frames_fps).limit_denominator(1001), config.motion),
@@ -103,14 +103,14 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
         say(f"{len(bad)} of {len(dataset)} pairs quarantined, the first: {next(iter(bad.values()))[1]}")
     share = len(bad) / len(dataset)
     numbers = (len(dataset), len(bad), new_clips, built, round(time.monotonic() - started, 3))
-    return _summary(clips, flow, numbers, 3 if share > config.allowed_quarantine else 0)
+    return summary(clips, flow, numbers, 3 if share > config.allowed_quarantine else 0)
 
 
 def lossless(config: ShardConfig) -> ClipConfig:
     """How the pictures are coded. Raises: ValueError for settings that would change them."""
     if not config.out:
         raise ValueError("out= is empty; give a folder or URL, for example out=workspace/clips")
-    if not config.videos:
+    if not config.videos and config.layout != "rendered":
         raise ValueError(f"videos= is empty; give the folder of {config.layout}")
     if config.clip.codec not in ("h264", LOSSLESS):
         raise ValueError(f"clip.codec={config.clip.codec}: known flow is packed without loss; use {LOSSLESS}")
@@ -144,7 +144,8 @@ def _partial_note(dataset: FlowDataset) -> str:
     return f"; partial: {shortfall}" if shortfall else ""
 
 
-def _flow_opener(config: ShardConfig) -> Callable[[str], Artifact]:
+def flow_opener(config: ShardConfig) -> Callable[[str], Artifact]:
+    """What opens the flow artifact of clips with a PLAN8."""
     out = config.flow or default_out(config.out, "flow", TEACHER)
     settings = {"teacher": TEACHER, "layout": config.layout, "steps_per_px": SCALE}
     return lambda plan8: Artifact.open(out, kind="flow", config=settings, inputs={"clips": plan8})
@@ -240,9 +241,10 @@ def _plan(
     return planned
 
 
-def _summary(
+def summary(
     clips: Artifact, flow: Artifact, numbers: tuple[int, int, int, int, float], exit_status: int
 ) -> FlowShardSummary:
+    """Args: numbers, pairs, quarantined ones, new clips, built shards, seconds."""
     sources, quarantined, new_clips, built, seconds = numbers
     samples = flow.samples(["num_pairs", "known_share", "mean_flow_px", "num_unstorable"])
     sizes = [sum(record["bytes"] for record in artifact.commits().values()) for artifact in (clips, flow)]

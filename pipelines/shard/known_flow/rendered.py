@@ -1,0 +1,175 @@
+"""`kinema shard layout=rendered`: rendered shots with exact flow as clips, flow/truth and tracks/truth."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from kinema.configs.rendered import RenderedConfig
+from kinema.configs.shard import ShardConfig
+from kinema.pipelines import engine
+from kinema.pipelines.artifacts import Artifact, read_range, sample_key
+from kinema.pipelines.artifacts.tables import content_hash
+from kinema.pipelines.scenes.rendered import Effects, RenderedShot, RenderSettings
+from kinema.pipelines.scenes.rendered.settings import SPEED_EDGES_PX, log_normal_shares
+from kinema.pipelines.scenes.rendered.statistics import flow_shares, matched
+from kinema.pipelines.scenes.rendered.textures import image_files
+from kinema.pipelines.shard.known_flow.shards import PlannedClip, append_plans, build_shards
+from kinema.pipelines.shard.known_flow.stage import FlowShardSummary, flow_opener, lossless, summary
+from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair
+from kinema.pipelines.sidecars.sidecar import default_out, open_input
+from kinema.pipelines.sidecars.tracks_codec import Tracks
+
+PROCEDURAL = "rendered"
+"""Value of `videos=` (as an empty one) for procedural textures."""
+_MATCHED_PAIRS = 200
+
+
+@dataclass(frozen=True)
+class RenderedClip:
+    """One shot; see `shards.PackedClip`."""
+
+    settings: RenderSettings
+    seed: int
+    index: int
+
+    @property
+    def frame_numbers(self) -> tuple[int, ...]:
+        """Counted from 0."""
+        return tuple(range(self.settings.num_frames))
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """How to render it again."""
+        pairs = [[t, gap, f"{self.index}/{t}{gap:+d}"] for t, gap in self.pairs()]
+        return {"group": PROCEDURAL, "seed": self.seed, "index": self.index, "pairs": pairs}
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Neighbouring frames, both ways."""
+        frames = self.settings.num_frames
+        return [(t, gap) for t in range(frames) for gap in (-1, 1) if 0 <= t + gap < frames]
+
+    def images(self) -> list[UInt8[np.ndarray, "H W 3"]]:
+        """The frames."""
+        return list(_shot(self.settings, self.seed, self.index).frames())
+
+    def flows(self) -> Iterator[tuple[FlowPair, int]]:
+        """Exact flow and occlusion."""
+        shot = _shot(self.settings, self.seed, self.index)
+        for t, gap in self.pairs():
+            yield FlowPair(t, gap, *shot.motion(t, t + gap)), 0
+
+    def tracks(self, grid: int) -> Tracks:
+        """Exact tracks of grid x grid points of the first frame."""
+        shot = _shot(self.settings, self.seed, self.index)
+        centres = (np.arange(grid) + 0.5) / grid
+        x, y = np.meshgrid(centres * shot.width - 0.5, centres * shot.height - 0.5)
+        places = np.stack([x.ravel(), y.ravel()], axis=1)
+        points, visible = shot.tracks(places, 0)
+        queries = np.concatenate([np.zeros((len(places), 1)), places], axis=1).astype(np.float32)
+        return Tracks(points, visible, (shot.height, shot.width), queries)
+
+
+@lru_cache(2)
+def _shot(settings: RenderSettings, seed: int, index: int) -> RenderedShot:
+    return RenderedShot(settings, seed, index)
+
+
+def render_settings(config: RenderedConfig, textures: str = "") -> RenderSettings:
+    """The renderer's settings. Raises: ValueError for a flow artifact to match that has no motion."""
+    settings = RenderSettings(
+        height=config.height,
+        width=config.width,
+        num_frames=config.num_frames,
+        objects=config.objects,
+        speed_shares=log_normal_shares(config.speed_px, config.speed_spread, config.longest_px),
+        homography=config.homography,
+        thin_plate=config.thin_plate,
+        textures=textures,
+        effects=Effects(**asdict(config.effects)),
+    )
+    if not config.match:
+        return settings
+    return matched(settings, artifact_shares(open_input(config.match, "flow", setting="rendered.match")))[0]
+
+
+def artifact_shares(flow: Artifact) -> np.ndarray:
+    """The histogram of motion of a flow artifact, from at most 200 of its pairs, spread over all."""
+    rows = flow.samples(["shard", "flow_offset", "flow_size", "num_pairs"]).to_pylist()
+    total = np.zeros(len(SPEED_EDGES_PX) - 1)
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _MATCHED_PAIRS)).astype(int))
+    for number in chosen:
+        row = rows[number]
+        blob = FlowBlob(read_range(flow.shard_url(row["shard"]), row["flow_offset"], row["flow_size"]))
+        for t, gap in blob.pairs[: max(1, _MATCHED_PAIRS // len(chosen))]:
+            total += flow_shares(blob.flow(t, gap), gap)
+    return total
+
+
+def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> FlowShardSummary:
+    """Render what is missing in `config.out`, its flow and its tracks. Raises: ValueError for settings."""
+    started = time.monotonic()
+    say = report or (lambda line: print(f"shard: {line}", file=sys.stderr, flush=True))
+    clip = lossless(config)
+    textures = "" if config.videos in ("", PROCEDURAL) else config.videos
+    if textures:
+        say(f"textures: {len(image_files(textures))} images of {textures}")
+    settings = render_settings(config.rendered, textures)
+    if Artifact.is_new(config.out) and engine.backend() == "ray":
+        engine.connect()  # an engine that cannot start leaves no folder behind
+    content: dict[str, Any] = {"layout": config.layout, "seed": config.rendered.seed, "settings": asdict(settings)}
+    content |= {"clip": {"codec": clip.codec, "gop": clip.gop, "preset": clip.preset}, "motion": config.motion}
+    clips = Artifact.open(config.out, kind="clips", config=content | {"frames_fps": config.frames_fps})
+    planned = [_planned(clips, settings, config.rendered.seed, index) for index in range(config.rendered.count)]
+    grid = config.rendered.tracks_grid
+    with clips.swept_on_failure():
+        flow, new_clips = append_plans(clips, flow_opener(config), planned, config.shard_mb, config.min_shards)
+        tracks = _open_tracks(config, clips, flow) if grid else None
+        built = build_shards(
+            *(clips, flow, planned, clip, Fraction(config.frames_fps).limit_denominator(1001), config.motion),
+            num_workers=config.num_workers,
+            timeout_s=config.source_timeout_s,
+            tracks=tracks,
+            tracks_grid=grid,
+        )
+    for artifact in (clips, flow, tracks):
+        if artifact is not None:
+            artifact.finalize()
+    say(f"flow is in {flow.url}" + (f", tracks in {tracks.url}" if tracks else ""))
+    num_pairs = sum(len(RenderedClip(settings, 0, 0).pairs()) for _ in planned)
+    num_lost = clips.quarantined().num_rows
+    numbers = (num_pairs, num_lost, new_clips, built, round(time.monotonic() - started, 3))
+    return summary(clips, flow, numbers, 3 if num_lost / len(planned) > config.allowed_quarantine else 0)
+
+
+def _planned(clips: Artifact, settings: RenderSettings, seed: int, index: int) -> PlannedClip:
+    source = f"{PROCEDURAL}/{seed}/{index:08d}"
+    row = {
+        "key": sample_key(source, clips.config_hash),
+        "source": source,
+        "source_hash": content_hash([clips.config_hash, seed, index])[:32],
+        "clip": 0,
+        "num_frames": settings.num_frames,
+        "num_pairs": 2 * (settings.num_frames - 1),
+        "expected_bytes": settings.num_frames * settings.height * settings.width * 3 // 2,
+    }
+    return PlannedClip(row, RenderedClip(settings, seed, index))
+
+
+def _open_tracks(config: ShardConfig, clips: Artifact, flow: Artifact) -> Artifact:
+    out = default_out(config.out, "tracks", "truth")
+    settings = {"tracker": "truth", "grid": config.rendered.tracks_grid}
+    tracks = Artifact.open(out, kind="tracks", config=settings, inputs={"clips": clips.plan8})
+    done = set(tracks.planned_shards())
+    rest = flow.plan.filter([shard not in done for shard in flow.plan["shard"].to_pylist()])
+    if rest.num_rows:
+        tracks.append_plan(rest)
+    return tracks
