@@ -33,7 +33,7 @@ def embed_clip(
         raise ValueError(
             f"clip {clip.key} has {len(chosen)} frames at {config.fps:g} a second; motion embeddings need {least}"
         )
-    video = torch.from_numpy(clip.frames(chosen))[None]
+    video = torch.from_numpy(clip.frames(chosen.tolist()))[None]
     motion = model.forward_sliding(video.to(device)).float().cpu()[0]
     row = {"frames": chosen[: len(motion)].tolist(), "motion_mean": motion.mean(dim=0).tolist()}
     return {"motion": motion.numpy()}, row

@@ -9,6 +9,7 @@ Shape legend: B batch, L tokens (text, then video by frame and cell), F latent f
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -49,13 +50,13 @@ class ConditionalLoRA(nn.Module):
         self.base_layer = base_layer
         self.scaling = alpha / rank
         self.state = state
-        like = {"bias": False, "device": base_layer.weight.device, "dtype": base_layer.weight.dtype}
-        self.lora_A = nn.ModuleDict({ADAPTER: nn.Linear(base_layer.in_features, rank, **like)})
-        self.lora_B = nn.ModuleDict({ADAPTER: nn.Linear(rank, base_layer.out_features, **like)})
-        self.lora_emb_gamma = nn.ModuleDict({ADAPTER: nn.Linear(cond_width, rank, **like)})
-        self.lora_emb_beta = nn.ModuleDict({ADAPTER: nn.Linear(cond_width, rank, **like)})
-        for closed in (self.lora_B, self.lora_emb_gamma, self.lora_emb_beta):
-            nn.init.zeros_(closed[ADAPTER].weight)
+        like: dict[str, Any] = {"bias": False, "device": base_layer.weight.device, "dtype": base_layer.weight.dtype}
+        down, up = nn.Linear(base_layer.in_features, rank, **like), nn.Linear(rank, base_layer.out_features, **like)
+        gamma, beta = (nn.Linear(cond_width, rank, **like) for _ in range(2))
+        for closed in (up, gamma, beta):
+            nn.init.zeros_(closed.weight)
+        self.lora_A, self.lora_B = nn.ModuleDict({ADAPTER: down}), nn.ModuleDict({ADAPTER: up})
+        self.lora_emb_gamma, self.lora_emb_beta = nn.ModuleDict({ADAPTER: gamma}), nn.ModuleDict({ADAPTER: beta})
 
     def forward(self, x: Float[Tensor, "B L _"]) -> Float[Tensor, "B L _"]:
         """The adapted layer's output, or the base layer's where there is no condition.

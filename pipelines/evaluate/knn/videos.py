@@ -77,7 +77,8 @@ def read_video(path: Path, fps: float, short_side: int, max_seconds: float) -> U
     frames: list[np.ndarray] = []
     with VideoFile(str(path)) as video:
         for frame in video.frames():
-            time_s = float((frame.pts or 0) * frame.time_base) if frame.time_base else 0.0
+            assert frame.pts is not None  # as `frames` promises; the frames' own time base is missing from the last
+            time_s = float(frame.pts * video.time_base)
             if times and time_s - times[0] > max_seconds:
                 break
             times.append(time_s)

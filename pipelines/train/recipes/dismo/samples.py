@@ -117,7 +117,8 @@ def _augment(
 ) -> UInt8[Tensor, "B T S S 3"]:
     """Each group under one warp and one change of colours of its own."""
     warp, colours = rules
-    maps = torch.stack([draw_warp(warp, *groups.shape[-2:], generator) for _ in groups])
+    height, width = groups.shape[-2:]
+    maps = torch.stack([draw_warp(warp, height, width, generator) for _ in groups])
     changes = [draw_colours(colours, generator) for _ in groups]
     changed = change_colours(warp_clips(groups, maps, warp.size), changes)
     return rearrange((changed * 255).round().to(torch.uint8), "b t c h w -> b t h w c")
