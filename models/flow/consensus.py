@@ -8,8 +8,8 @@ What speaks against an estimate, in pixels, averaged over a square of `2 * RADIU
 
 Where the target leaves the frame neither can be seen; both are then what is usual for the estimate. The sum is
 multiplied by 1 + (distance from the first estimate) / `APART_PX`: a large departure needs better support. The flow is
-the mean of the estimates with weights (least / theirs)^`SHARPNESS`: one that is clearly worse has no say, and ones that are
-equally good and agree support each other against their own noise. The least of the sums is the error to expect.
+the mean of the estimates with weights (least / theirs)^`SHARPNESS`: one that is clearly worse has no say, and ones that
+are equally good and agree support each other against their own noise. The least sum is the error to expect.
 
 Pixels that half of the estimates or more take to be hidden (by the forward-backward check) have no counterpart that
 could support anything, and estimates may agree on what is wrong. There the first one counts, by as much as its
