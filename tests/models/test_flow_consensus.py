@@ -23,12 +23,13 @@ def test_each_half_is_taken_from_whom_it_is_right(pair):
     left, right = there.clone(), there.clone()
     left[:, :, 40:] += 3.0
     right[:, :, :40] -= 3.0
-    found = consensus(first, second, [left, right], [back, back])
+    found = consensus(first, second, [right, left, there], [back, back, back])
     error = (found.flow_px - there).norm(dim=0)
     away = torch.ones_like(visible)
     away[:, 36:44] = False
-    assert (error[visible & away] < 0.05).float().mean() > 0.97
-    assert torch.allclose(found.weights.sum(0), torch.ones(64, 80)) and found.weights[0, :, :30].mean() > 0.95
+    assert (error[visible & away] < 0.05).float().mean() > 0.9
+    assert torch.allclose(found.weights.sum(0), torch.ones(64, 80))
+    assert found.weights[1, :, :30].mean() > 0.9 and found.weights[0, :, 50:].mean() > 0.9
     wrong = (left - there).norm(dim=0)[visible].mean()
     assert error[visible].mean() < 0.1 * wrong
 
@@ -43,11 +44,21 @@ def test_the_expected_error_tells_wrong_flow_from_right(pair):
     assert torch.equal(found.flow_px, off) and bool((found.weights == 1).all())
 
 
+def test_hidden_pixels_are_the_first_ones(pair):
+    """A block that both estimates lose sight of: the way back contradicts them."""
+    first, second, there, back, visible = pair
+    lost = back.clone()
+    lost[:, 16:48, 16:48] += 25.0
+    guess = there + 2.0
+    found = consensus(first, second, [guess, there], [lost, lost])
+    assert (found.flow_px - guess).norm(dim=0)[24:36, 24:36].max() < 0.1
+
+
 def test_a_target_outside_the_frame_decides_nothing(pair):
     first, second, there, back, _ = pair
     gone = torch.full_like(there, 1e4)
     found = consensus(first, second, [there, gone], [back, back])
-    assert bool(found.flow_px.isfinite().all()) and found.weights[1].max() < 0.5
+    assert bool(found.flow_px.isfinite().all()) and found.weights[1].mean() < 0.05
 
 
 def test_equally_good_estimates_are_averaged(pair):
