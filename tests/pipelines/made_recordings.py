@@ -91,6 +91,7 @@ def draw_recording(seed: int, folder: Path) -> Recording:
             part.matrix = parts[0].matrix  # FFmpeg keeps tags that a later header does not name
             if _macroblocks(part, turn) == _macroblocks(parts[-1], turn):  # and the cropping of the first header
                 part.size, part.pixel_aspect = parts[-1].size, parts[-1].pixel_aspect
+        part.interlaced &= stored_size(part, turn)[1] % 4 == 0  # x264 refuses others
         part.start = start
         start += (part.slots[-1] + 1) / part.fps
         parts.append(part)
