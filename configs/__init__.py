@@ -12,7 +12,7 @@ from kinema.configs.models.fpt import FPTConfig
 from kinema.configs.page import PageConfig
 from kinema.configs.register import RegisterConfig
 from kinema.configs.rendered import EffectsConfig, RenderedConfig
-from kinema.configs.shard import ClipConfig, ShardConfig
+from kinema.configs.shard import ClipConfig, MasksConfig, ShardConfig
 from kinema.configs.teach import TeachConfig
 from kinema.configs.track import TrackConfig
 from kinema.configs.train import TrainConfig
@@ -31,6 +31,7 @@ __all__ = [
     "FlowNetworkConfig",
     "KNNConfig",
     "LoaderConfig",
+    "MasksConfig",
     "PageConfig",
     "PairFilterConfig",
     "PokesConfig",

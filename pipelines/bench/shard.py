@@ -29,17 +29,24 @@ def run(videos: str | None = None, num_copies: int = 4) -> list[dict[str, Any]]:
         files = [path for path in sorted(source.rglob("*")) if path.is_file()]
         size_mb = sum(path.stat().st_size for path in files) / 1e6
         copy_s = _copy(files, Path(folder) / "copy")
-        started = time.perf_counter()
-        config = build(ShardConfig, {"videos": str(source), "out": str(Path(folder) / "clips")})
-        shard.run(config, report=lambda *_: None)
-        shard_s = time.perf_counter() - started
+        shard_s = _shard(source, Path(folder) / "clips")
+        # the rendered scenes have few keyframes: long clips
+        taken_s = _shard(source, Path(folder) / "copied", clip={"codec": "copy", "seconds": 60.0}, motion="none")
         samples = Artifact.read(Path(folder) / "clips").samples(["num_frames", "fps_num", "fps_den"]).to_pylist()
         frames = sum(row["num_frames"] for row in samples)
         video_s = sum(row["num_frames"] * row["fps_den"] / row["fps_num"] for row in samples)
     return [
         _row("source bytes through the stage", size_mb / shard_s, size_mb / copy_s, "MB/s, against copy + fsync"),
         _row("frames through the stage", frames / shard_s, frames / video_s, "frames/s, against real time"),
+        _row("frames with clip.codec=copy", frames / taken_s, frames / shard_s, "frames/s, against encoding"),
     ]
+
+
+def _shard(source: Path, out: Path, **settings: Any) -> float:
+    started = time.perf_counter()
+    config = build(ShardConfig, {"videos": str(source), "out": str(out), **settings})
+    shard.run(config, report=lambda *_: None)
+    return time.perf_counter() - started
 
 
 def _copy(files: list[Path], target: Path) -> float:

@@ -99,7 +99,10 @@ def _write(target: ScratchFile, stream: av.VideoStream, packets: list, ranks: li
     options = {"movflags": "+faststart", "fflags": "+bitexact", "use_editlist": "1"}
     delay = max(index - rank for index, rank in enumerate(ranks))
     with av.open(target.name, "w", format="mp4", options=options) as output:
-        copied = output.add_stream_from_template(stream)
+        if stream.codec.canonical_name == "av1":  # no encoder has the decoder's name, which the template asks for
+            copied = output.add_mux_stream("av1", rate=fps, width=stream.width, height=stream.height)
+        else:
+            copied = output.add_stream_from_template(stream)
         copied.time_base = 1 / fps
         for index, (packet, rank) in enumerate(zip(packets, ranks, strict=True)):
             packet.time_base = 1 / fps

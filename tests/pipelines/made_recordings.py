@@ -87,6 +87,11 @@ def draw_recording(seed: int, folder: Path) -> Recording:
             part.size = others[int(rng.integers(len(others)))]
         if codec == "mpeg2video" and parts:  # FFmpeg loses the last frame before a sequence of another size
             part.size, part.pixel_aspect = parts[0].size, parts[0].pixel_aspect
+        if codec == "libx264" and parts:
+            part.matrix = parts[0].matrix  # FFmpeg keeps tags that a later header does not name
+            if _macroblocks(part, turn) == _macroblocks(parts[-1], turn):  # and the cropping of the first header
+                part.size, part.pixel_aspect = parts[-1].size, parts[-1].pixel_aspect
+        part.interlaced &= stored_size(part, turn)[1] % 4 == 0  # x264 refuses others
         part.start = start
         start += (part.slots[-1] + 1) / part.fps
         parts.append(part)
@@ -137,6 +142,10 @@ def stored_size(part: Part, turn: int) -> tuple[int, int]:
     if part.pixel_aspect > 1:
         return 2 * round(width / part.pixel_aspect / 2), height
     return width, 2 * round(height * part.pixel_aspect / 2)
+
+
+def _macroblocks(part: Part, turn: int) -> tuple[int, ...]:
+    return tuple(-(-side // 16) for side in stored_size(part, turn))
 
 
 def _write(path: Path, part: Part, first: int, codec: str, b_frames: int, turn: int, gop: int) -> None:
