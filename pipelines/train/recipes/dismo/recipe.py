@@ -67,8 +67,8 @@ class DisMoRecipe:
         if self.weights or self.config.encoder_weights:
             return ()
         return (
-            "DisMo's image encoders start untrained; set dismo.encoder_weights to a file or to `published` for ones that "
-            "know images",
+            "DisMo's image encoders start untrained; set dismo.encoder_weights to a file or to `published` for ones "
+            "that know images",
         )
 
     def build(self) -> DisMoTraining:
