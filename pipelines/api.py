@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def _plain(value: Any) -> Any:
     """Paths as text, tuples as lists, dataclasses as mappings: what files could hold."""
     if isinstance(value, Path):
         return str(value)
-    if hasattr(value, "__dataclass_fields__"):
+    if dataclasses.is_dataclass(value):
         return to_mapping(value)
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -134,7 +135,8 @@ def flow_command(arguments: Sequence[str]) -> SingleSummary:
         write_flow(out, flow)
     else:
         write_png(out, flow_picture(torch.from_numpy(flow)))
-    return SingleSummary(str(out), *flow.shape[1:], largest_px=round(float(np.hypot(*flow).max()), 2))
+    _, height, width = flow.shape
+    return SingleSummary(str(out), height, width, largest_px=round(float(np.hypot(*flow).max()), 2))
 
 
 def features_command(arguments: Sequence[str]) -> SingleSummary:
@@ -152,7 +154,8 @@ def features_command(arguments: Sequence[str]) -> SingleSummary:
         np.save(out, maps, allow_pickle=False)
     else:
         write_png(out, feature_pca(torch.from_numpy(maps)))
-    return SingleSummary(str(out), *maps.shape[1:])
+    _, height, width = maps.shape
+    return SingleSummary(str(out), height, width)
 
 
 def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
@@ -221,12 +224,13 @@ def _flow_film(path: str, out: Path, network: Any, iters: int) -> SingleSummary:
         fps = float(video.rates[0]) if video.rates else 25.0
         frames = (to_rgb(frame) for frame in video.frames())
         write_mp4(out, sides(), fps)
-    return SingleSummary(str(out), *size, frames=count, largest_px=round(largest, 2))
+    height, width = size
+    return SingleSummary(str(out), height, width, frames=count, largest_px=round(largest, 2))
 
 
-def _split(arguments: Sequence[str], schema: type) -> tuple[list[str], Any]:
+def _split(arguments: Sequence[str], schema: Any) -> tuple[list[str], Any]:
     """Files, and the settings among the arguments: `key=value` with a known key."""
-    names = {f for f in schema.__dataclass_fields__}
+    names = {f.name for f in dataclasses.fields(schema)}
     settings = [text for text in arguments if text.partition("=")[0] in names and "=" in text]
     files = [text for text in arguments if text not in settings]
     unknown = [text for text in files if "=" in text and not Path(text).exists()]

@@ -21,7 +21,7 @@ def wheel(tmp_path_factory):
     without = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in (*PARTS, "src"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=without)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY.md"):
         shutil.copyfile(ROOT / name, copy / name)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(copy.parent), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -45,6 +45,17 @@ def test_a_wheel_holds_every_source_and_config_as_a_real_file(wheel):
             name = f"kinema/{path.relative_to(ROOT).as_posix()}"
             assert name in held, name
             assert wheel.read(name) == path.read_bytes(), name
+
+
+def test_a_wheel_is_typed_and_carries_the_licences_of_others(wheel):
+    held = wheel.namelist()
+    assert "kinema/py.typed" in held
+    (notices,) = [name for name in held if name.endswith("THIRD_PARTY.md")]
+    assert wheel.read(notices) == (ROOT / "THIRD_PARTY.md").read_bytes()
+    (metadata,) = [name for name in held if name.endswith("METADATA")]
+    text = wheel.read(metadata).decode()
+    for line in ("Provides-Extra: gpu", "Classifier: Typing :: Typed", "Keywords: optical flow", "Author: The kinema"):
+        assert line in text, line
 
 
 def test_a_wheel_has_the_command_line(wheel):

@@ -31,7 +31,7 @@ from kinema.pipelines.tracking import flatten
 SHOWN_HEIGHT = 150
 MAX_QUARANTINE_ROWS = 200
 RUN_PICTURE_WIDTH = 512
-PAIR_PICTURE_WIDTH = 250
+PAIR_PICTURE_WIDTH = 300
 FILM_WIDTH, FILM_HEIGHT = 480, 360
 MAX_FILM_FRAMES = 96
 MAX_TRAILS = 256
@@ -165,12 +165,18 @@ def flow_pairs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         columns = {name: values for name, values in row.items() if name.startswith("pair_") and values is not None}
         for number in range(len(columns.get("pair_t", ()))):
-            found.append({"key": row["key"], **{name: values[number] for name, values in columns.items()}})
+            found.append(
+                {
+                    "key": row["key"],
+                    "source": row.get("source"),
+                    **{name: values[number] for name, values in columns.items()},
+                }
+            )
     return found
 
 
 def ranked_pairs(pairs: Sequence[Mapping[str, Any]], count: int) -> dict[str, list[Mapping[str, Any]]]:
-    """Pairs to look at, by heading: the most and the least consistent of the moving ones, at most one per clip.
+    """Pairs to look at, by heading: the most and the least consistent of the moving ones, of different videos first.
 
     Forward pairs only; without backward flow the photometric error decides.
     """
@@ -180,16 +186,20 @@ def ranked_pairs(pairs: Sequence[Mapping[str, Any]], count: int) -> dict[str, li
     unknown = [p for p in moving if p[signal] is None]
     label = SIGNALS[signal]
     return {
-        f"Best pairs by {label}": _one_per_clip(known, count),
-        f"Worst pairs by {label}": _one_per_clip([*unknown, *reversed(known)], count),
+        f"Best pairs by {label}": _of_different_videos(known, count),
+        f"Worst pairs by {label}": _of_different_videos([*unknown, *reversed(known)], count),
     }
 
 
-def _one_per_clip(pairs: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    first: dict[str, Mapping[str, Any]] = {}
+def _of_different_videos(pairs: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """The first pair of every video, then the first of every further clip."""
+    videos: dict[str, Mapping[str, Any]] = {}
+    clips: dict[str, Mapping[str, Any]] = {}
     for pair in pairs:
-        first.setdefault(pair["key"], pair)
-    return list(first.values())[:count]
+        videos.setdefault(pair.get("source") or pair["key"], pair)
+        clips.setdefault(pair["key"], pair)
+    further = [pair for pair in clips.values() if pair not in videos.values()]
+    return [*videos.values(), *further][:count]
 
 
 def add_quarantine(page: Page, artifacts: Sequence[Artifact]) -> None:

@@ -1,13 +1,22 @@
 """A registered model in a new virtual environment of mlflow, torch and numpy, among packages that carry our names."""
 
+import base64
+import io
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kinema.configs import (
     ClipConfig,
@@ -68,7 +77,7 @@ import mlflow, numpy
 model = mlflow.pyfunc.load_model("models:/kinema-flowfeat@champion")
 for images in (
     numpy.zeros((4, 5), "uint8"), numpy.zeros((1, 32, 32, 5), "uint8"), numpy.zeros((0, 32, 32, 3), "uint8"),
-    numpy.zeros((1, 8, 8, 3), "uint8"), numpy.zeros((1, 32, 32, 3), "int64"), numpy.full((1, 32, 32, 3), 255.0),
+    numpy.zeros((1, 8, 8, 3), "uint8"), numpy.full((1, 32, 32, 3), -1), numpy.full((1, 32, 32, 3), 255.0),
     numpy.full((1, 32, 32, 3), numpy.nan), numpy.array(["image.png"]), None,
 ):
     try:
@@ -142,8 +151,66 @@ def consumer(fresh_python, registered, tmp_path_factory):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run.folder = folder
+    run.folder, run.environment = folder, environment
     return run
+
+
+def ask(port: int, body: dict) -> tuple[int, dict]:
+    """Status and answer of a scoring server on loopback."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_mlflow_serves_and_predicts_from_the_fresh_environment(consumer, fresh_python, registered, tmp_path):
+    """`mlflow models serve` and `predict`: integers, floats and a PNG give the trainer's pooled features."""
+    image = np.random.default_rng(3).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="png")
+    forms = {
+        "integers": [image.tolist()],
+        "floats": [(image / 255).tolist()],
+        "png": [base64.b64encode(buffer.getvalue()).decode()],
+    }
+    model = train.load_model(registered[0])
+    x = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 - MEAN) / STD
+    with torch.no_grad():
+        wanted = model(x)[1].mean(dim=(2, 3)).numpy()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mlflow_program = str(fresh_python.parent / "mlflow")
+    place = ["-m", "models:/kinema-flowfeat@champion", "--env-manager", "local"]
+    command = [mlflow_program, "models", "serve", *place, "--host", "127.0.0.1", "--port", str(port)]
+    path = f"{fresh_python.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**consumer.environment, "PATH": path}
+    server = subprocess.Popen(command, cwd=consumer.folder, env=environment, start_new_session=True)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=2)
+                break
+            except OSError:
+                time.sleep(0.5)
+        for form, images in forms.items():
+            status, answer = ask(port, {"inputs": {"images": images}, "params": {"pooled": True, "outputs": "y_dec"}})
+            assert status == 200, (form, answer)
+            np.testing.assert_allclose(answer["predictions"]["y_dec"], wanted, atol=1e-4, err_msg=form)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
+    (tmp_path / "in.json").write_text(json.dumps({"inputs": {"images": forms["png"]}, "params": {"pooled": True}}))
+    files = ["-i", str(tmp_path / "in.json"), "-o", str(tmp_path / "out.json")]
+    command = [mlflow_program, "models", "predict", *place, *files]
+    done = subprocess.run(command, cwd=consumer.folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "out.json").read_text())["predictions"]
+    np.testing.assert_allclose(found["y_dec"], wanted, atol=1e-4)
 
 
 def usual_images() -> dict[str, np.ndarray]:
@@ -231,11 +298,11 @@ def test_images_that_cannot_be_meant_are_refused_in_words(consumer):
         "images have shape (1, 32, 32, 5); give",
         "images have shape (0, 32, 32, 3); give",
         "image size 8x8: both sides must be at least one patch, 16 pixels",
-        "images are torch.int64; give uint8 in 0..255 or float in 0..1",
+        "images of whole numbers are in -1..-1; give 0..255",
         "float images are in 255..255; give 0..1",
         "float images are in nan..nan; give 0..1",
-        "images are str_; give uint8",
-        "images are object_; give uint8",
+        "image 'image.png' is no base64 of a PNG or JPEG",
+        "images are NoneType; give uint8",
     ]
     assert len(lines) == len(wanted)
     assert all(line.startswith(start) for line, start in zip(lines, wanted, strict=True)), lines

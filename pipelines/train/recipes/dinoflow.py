@@ -11,7 +11,6 @@ augmentation; the encoder frozen.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -45,13 +44,17 @@ class DinoFlowRecipe:
         return cls(config.settings, config.weights)
 
     def check(self) -> None:
-        """Refuse, before anything starts, settings and weights that cannot work (ValueError); say what is untrained."""
+        """Refuse, before anything starts, settings and weights that cannot work (ValueError)."""
         self.build()
-        if not (self.config.backbone_weights or self.weights) and self.config.freeze_encoder:
-            sys.stderr.write(
-                "train: the frozen encoder has no weights (dinoflow.backbone_weights is empty): the head learns from "
-                "random features; give a checkpoint, or dinoflow.freeze_encoder=false\n"
-            )
+
+    def notices(self) -> tuple[str, ...]:
+        """What a user must know of a model trained so."""
+        if self.config.backbone_weights or self.weights or not self.config.freeze_encoder:
+            return ()
+        return (
+            "the frozen encoder has no weights (dinoflow.backbone_weights is empty): the head learns from random "
+            "features; give a checkpoint, or dinoflow.freeze_encoder=false",
+        )
 
     def build(self) -> nn.Module:
         """The model, its encoder from `backbone_weights`, all of it from `weights` where given."""

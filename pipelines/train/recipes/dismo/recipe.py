@@ -62,15 +62,19 @@ class DisMoRecipe:
         if self.weights or self.config.encoder_weights:
             self._load_start(self._new_model())
 
+    def notices(self) -> tuple[str, ...]:
+        """What a user must know of a model trained so."""
+        if self.weights or self.config.encoder_weights:
+            return ()
+        return (
+            "DisMo's image encoders start untrained; set dismo.encoder_weights to a file or to `published` for ones "
+            "that know images",
+        )
+
     def build(self) -> DisMoTraining:
         """The model and its average, from initialisation or from weights as the config asks."""
         model = self._new_model()
         self._load_start(model)
-        if not self.weights and not self.config.encoder_weights:
-            sys.stderr.write(
-                "kinema train: DisMo's image encoders start untrained; set dismo.encoder_weights to a file or to "
-                "`published` for ones that know images\n"
-            )
         module = DisMoTraining(model, self.config.ema_decay, self.config.ema_every).train()
         extractor, transformer = model.motion_extractor, model.frame_generator.transformer
         extractor.checkpoint_layers = transformer.checkpoint_layers = self.config.checkpoint_layers
