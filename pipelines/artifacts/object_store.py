@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -171,7 +171,7 @@ class RangeReader:
     def __init__(self, url: str, size: int, block_bytes: int = _HASH_BYTES):
         self.url, self.size, self.block_bytes = url, size, block_bytes
         self._place = 0
-        self._blocks: dict[int, object] = {}
+        self._blocks: dict[int, Future[bytes]] = {}
         self._pool = ThreadPoolExecutor(2)
 
     def __enter__(self) -> RangeReader:
@@ -224,4 +224,4 @@ class RangeReader:
                 self._blocks[wanted] = self._pool.submit(read_object_range, self.url, start, length)
         for old in [known for known in self._blocks if known < number]:
             del self._blocks[old]
-        return self._blocks[number].result()  # type: ignore[attr-defined]
+        return self._blocks[number].result()
