@@ -12,7 +12,6 @@ from typing import Any
 
 import fsspec
 import numpy as np
-import torch
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from kinema.configs import FlowFeatConfig, FPTConfig, LoaderConfig
