@@ -29,7 +29,7 @@ LATENCY_MS = 30
 BATCH = 8
 
 
-def run(side_px: int = 192, num_frames: int = 16, num_clips: int = 48, per_shard: int = 8) -> list[dict[str, Any]]:
+def run(side_px: int = 128, num_frames: int = 10, num_clips: int = 24, per_shard: int = 6) -> list[dict[str, Any]]:
     """Rows of {name, value, baseline, ratio, unit}; samples/s of stream mode beside the two others."""
     rows = []
     scenes = [Scene(seed, side_px, side_px, num_frames) for seed in range(num_clips)]
