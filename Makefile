@@ -1,11 +1,14 @@
-# make env | demo [VIDEOS=folder] | test | test-slow | chaos | bench | gpu | lint
+# make env | demo [VIDEOS=folder] | test | test-slow | chaos | bench | gpu | mlflow | lint
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 WORKSPACE ?= workspace/demo
 TEST_WORKERS ?= 2
+MLFLOW_PORT ?= 5000
+MLFLOW_STORE ?= sqlite:///workspace/mlflow.db
+MLFLOW_FILES ?= workspace/mlartifacts
 
-.PHONY: env demo test test-slow chaos bench gpu lint clean
+.PHONY: env demo test test-slow chaos bench gpu mlflow lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,6 +48,12 @@ lint: env
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# Loopback only; another machine reaches it through `ssh -L 5000:127.0.0.1:5000`, or behind a proxy with a password.
+mlflow: env
+	@mkdir -p workspace
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1 \
+	  --backend-store-uri $(MLFLOW_STORE) --artifacts-destination $(MLFLOW_FILES)
 
 clean:
 	rm -rf build dist $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -38,6 +38,7 @@ PURPOSE = {
     "features": "features of a picture, as picture or array",
     "models": "the table of models: parameters, licence, published numbers, whether weights are at hand",
     "completion": "a script that completes commands and keys in your shell",
+    "status": "how far an artifact or a run is: shards done and failed, rate, time left, cost",
     "verify": "re-hash an artifact and report every difference",
     "inspect": "a page with figures and pictures of an artifact or run",
     "demo": "flowfeat: the whole path on your videos or on rendered scenes; fpt: a page to poke images on",
@@ -115,6 +116,12 @@ def make_parser(with_keys: bool = False) -> _Parser:
                 sub.add_argument("--truth", default="", help="true motion: a flow artifact, or the rendered videos")
                 sub.add_argument("--out", default="", help="where the page goes; default: beside the target")
                 sub.add_argument("--pictures", default="", help="folder for its pictures and films as files")
+        elif name == "status":
+            sub.add_argument("target", help="folder or URL of an artifact, or folder of a run")
+            sub.add_argument(
+                "--node-price", type=float, default=None, help="dollars for a node and hour: adds the cost"
+            )
+            sub.add_argument("--nodes", type=int, default=1, help="nodes at work")
         elif name in ("flow", "features"):
             sub.add_argument("inputs", nargs="+", metavar="FILE or key=value", help="pictures or a film, and settings")
         elif name != "models":
@@ -195,6 +202,10 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
         return submit(args.stage, args.rest, address=args.address, wait=wait, stdout=stdout, as_json=args.json)
     if args.command == "inspect":
         summary: Any = _inspect(args)
+    elif args.command == "status":
+        from kinema.pipelines.status import Cost, status
+
+        summary = status(args.target, None if args.node_price is None else Cost(args.node_price, args.nodes))
     elif args.command in ("flow", "features"):
         from kinema.pipelines import single
 

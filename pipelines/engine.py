@@ -192,6 +192,14 @@ def resources(engine: str | None = None) -> dict[str, float]:
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": memory}
 
 
+def num_nodes() -> int:
+    """Nodes of the cluster that are alive."""
+    connect()
+    import ray
+
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
 class Counter:
     """Numbers that workers add to and the driver reads, for progress. Travels to workers."""
 

@@ -54,6 +54,12 @@ class Store(Protocol):
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Bytes of every file directly in `folder`, by bare file name; temporary files are left out."""
 
+    def times(self, folder: str = "") -> dict[str, float]:
+        """When every file directly in `folder` was written (seconds since 1970), where the store says so."""
+
+    def num_building(self, suffix: str) -> int | None:
+        """Files of this ending that are being written; None where that cannot be seen from here."""
+
     def remove(self, name: str) -> None:
         """Delete `name` if it exists."""
 
@@ -125,6 +131,13 @@ class LocalStore:
                 if entry.is_file() and not entry.name.startswith(TEMPORARY_PREFIX):
                     found[entry.name] = entry.stat().st_size
         return dict(sorted(found.items()))
+
+    def times(self, folder: str = "") -> dict[str, float]:
+        path = self.root / folder
+        return {name: (path / name).stat().st_mtime for name in self.sizes(folder)}
+
+    def num_building(self, suffix: str) -> int | None:
+        return sum(suffix in path.name for path in self.root.glob(f"{TEMPORARY_PREFIX}*"))
 
     def remove(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 import fsspec
 import numpy as np
-import torch
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from kinema.configs import FlowFeatConfig, FPTConfig, LoaderConfig
@@ -20,6 +19,7 @@ from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.bench.slow_bucket import slow_bucket
 from kinema.pipelines.loader import Clip, ClipIndex, Loader, Skip
 from kinema.pipelines.loader.clip import ReadCounter
+from kinema.pipelines.loader.reader import stack
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow, write_scene_tracks
 from kinema.pipelines.train.recipes.flowfeat import FlowFeatRecipe
@@ -29,7 +29,7 @@ LATENCY_MS = 30
 BATCH = 8
 
 
-def run(side_px: int = 192, num_frames: int = 16, num_clips: int = 48, per_shard: int = 8) -> list[dict[str, Any]]:
+def run(side_px: int = 128, num_frames: int = 10, num_clips: int = 24, per_shard: int = 6) -> list[dict[str, Any]]:
     """Rows of {name, value, baseline, ratio, unit}; samples/s of stream mode beside the two others."""
     rows = []
     scenes = [Scene(seed, side_px, side_px, num_frames) for seed in range(num_clips)]
@@ -40,7 +40,8 @@ def run(side_px: int = 192, num_frames: int = 16, num_clips: int = 48, per_shard
         flowfeat = FlowFeatRecipe(FlowFeatConfig(resize=side_px, crop=side_px // 2, gap=2))
         fpt = FPTRecipe(FPTConfig(gap_s=0.25, image_px=side_px))
         for name, recipe, sidecar in (("FlowFeat", flowfeat, flow), ("FPT", fpt, tracks)):
-            index = ClipIndex.open(clips.url, *((flow.url, None) if sidecar is flow else (None, tracks.url)))
+            flow_url, tracks_url = (flow.url, None) if sidecar is flow else (None, tracks.url)
+            index = ClipIndex.open(clips.url, flow_url, tracks_url)
             rates = {mode: _loader_rate(index, recipe, mode, num_clips) for mode in ("random", "stream")}
             rates["plain webdataset"] = _plain_rate(index, clips, sidecar, recipe)
             rows += [
@@ -72,6 +73,7 @@ def _loader_rate(index: ClipIndex, recipe: Any, mode: Any, num_clips: int) -> fl
 
 def _plain_rate(index: ClipIndex, clips: Artifact, sidecar: Artifact, recipe: Any) -> float:
     rows = {row["key"]: row for row in index.table.to_pylist()}
+    keys = list(rows)
     rng, number = np.random.default_rng(0), 0
     started = time.perf_counter()
     samples: list[dict[str, Any]] = []
@@ -84,7 +86,7 @@ def _plain_rate(index: ClipIndex, clips: Artifact, sidecar: Artifact, recipe: An
                 samples.append(found)
             number += 1
             if len(samples) == BATCH:
-                {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in samples[0]}
+                stack(samples, keys[:BATCH])
                 samples = []
     return number / (time.perf_counter() - started)
 

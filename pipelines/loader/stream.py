@@ -11,7 +11,9 @@ import fcntl
 import hashlib
 import os
 import secrets
+import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,6 +32,7 @@ _SHARDS, _MIX, _NEAR = range(3, 6)  # streams of random numbers beside those of 
 _NEAR_TRIES = 64
 _CLIPS_AHEAD = 8192
 _PIECE_BYTES = 8 << 20
+_IN_USE_S = 5.0
 
 
 @dataclass
@@ -140,6 +143,7 @@ class ShardCache:
 
     def _reset(self) -> None:
         self._asked: set[str] = set()
+        self._said = False
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
 
@@ -211,14 +215,20 @@ class ShardCache:
 
     def _make_room(self, size: int) -> None:
         """Remove the files that were used longest ago; processes that are reading one keep it open."""
-        files = []
+        files: list[tuple[int, int, Path]] = []
         for path in self.folder.glob("*.tar"):
             with suppress(FileNotFoundError):
                 found = path.stat()
                 files.append((found.st_mtime_ns, found.st_size, path))
         total = sum(each for _, each, _ in files)
-        for _, each, path in sorted(files):
+        for used_ns, each, path in sorted(files):
             if total + size <= self.limit_bytes:
                 return
+            if time.time() - used_ns / 1e9 < _IN_USE_S and not self._said:
+                self._said = True
+                sys.stderr.write(
+                    f"loader: loader.cache_gb={self.limit_bytes / 1e9:g} is less than the shards in use need, so they "
+                    "are fetched again and again; set it higher, or loader.shuffle_window or loader.lookahead lower\n"
+                )
             path.unlink(missing_ok=True)
             total -= each

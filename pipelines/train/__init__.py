@@ -17,14 +17,16 @@ from typing import Any
 import kinema
 from kinema.configs import TrainConfig
 from kinema.configs.load import config_hash, to_mapping
-from kinema.pipelines import tracking
+from kinema.pipelines import engine, tracking
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts.layout import MANIFEST, RUN_FILE
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader import ClipIndex, Loader
 from kinema.pipelines.train import checkpoint
+from kinema.pipelines.train.bucket_run import fetch_run, is_url, local_folder
 from kinema.pipelines.train.launch import launch
 from kinema.pipelines.train.loop import Finished, TrainJob, rank_batch_size, refuse_other_identity
+from kinema.pipelines.train.mirror import RunMirror
 from kinema.pipelines.train.parallel import Place, seed_step
 from kinema.pipelines.train.recipes.choose import make_recipe
 from kinema.pipelines.train.trained import load_model
@@ -83,11 +85,36 @@ def run(config: TrainConfig, *, report: Callable[[dict[str, Any]], None] | None 
     Raises: ValueError for settings, data or a run folder that do not fit; StageError when training cannot go on;
         Stopped (a StageError) after SIGTERM or SIGINT, with the checkpoint written.
     """
-    started = time.monotonic()
     config = absolute_paths(config)
+    _check(config, make_recipe(config))
+    return _run_in_bucket(config, report) if is_url(config.out) else _run_in(config, Path(config.out), report)
+
+
+def _run_in_bucket(config: TrainConfig, report: Callable[[dict[str, Any]], None] | None) -> TrainSummary:
+    """Train in a folder of this machine that is copied to the URL meanwhile; go on from what is there."""
+    num_nodes = engine.num_nodes() if engine.backend() == "ray" else 1
+    if num_nodes > 1:
+        raise ValueError(
+            f"out={config.out}: the ranks of a run share its folder, and Ray has {num_nodes} nodes; give a folder that "
+            "all of them see, or train on one node"
+        )
+    folder = local_folder(config.out)
+    here = checkpoint.latest_checkpoint(folder)
+    fetch_run(config.out, folder, "" if here is None else here.name)
+    try:
+        with RunMirror(config.out, folder, config.keep_checkpoints):
+            return _at_url(_run_in(config, folder, report), config.out)
+    except Stopped as stopped:
+        raise Stopped(str(stopped), _at_url(stopped.summary, config.out)) from None
+
+
+def _at_url(summary: TrainSummary, url: str) -> TrainSummary:
+    return replace(summary, checkpoint=f"{url.rstrip('/')}/checkpoints/{Path(summary.checkpoint).name}")
+
+
+def _run_in(config: TrainConfig, folder: Path, report: Callable[[dict[str, Any]], None] | None = None) -> TrainSummary:
+    started = time.monotonic()
     recipe = make_recipe(config)
-    _check(config, recipe)
-    folder = Path(config.out)
     inputs = _inputs(config, recipe.needs)
     identity = run_identity(config, inputs)
     newest = checkpoint.latest_checkpoint(folder)
@@ -220,8 +247,6 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
 def _check(config: TrainConfig, recipe: Any) -> None:
     if not config.out:
         raise ValueError("train.out is empty; name the run's folder: out=DIR")
-    if "://" in config.out:
-        raise ValueError(f"train.out={config.out}: a run needs a folder that all its workers see, not a URL")
     if not config.clips:
         raise ValueError("train.clips is empty; name the clips artifact: clips=DIR (made by `kinema shard`)")
     for need in recipe.needs:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kinema.pipelines.errors import StageError
+from kinema.pipelines.train.bucket_run import fetched_checkpoint, is_url
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
@@ -112,11 +113,13 @@ def weights_file(weights: str) -> str:
 
 
 def resolve_checkpoint(path: str | Path, setting: str = "model") -> Path:
-    """The checkpoint meant by a run folder (its newest) or by a checkpoint folder.
+    """The checkpoint meant by a run (its newest) or by a checkpoint, a folder or a URL of which a copy is fetched.
 
     Args: setting, the key that named it, for the message.
     Raises: ValueError if there is none.
     """
+    if is_url(path):
+        return fetched_checkpoint(str(path), setting)
     folder = Path(path)
     if (folder / META_FILE).is_file():
         return folder

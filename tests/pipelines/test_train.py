@@ -170,7 +170,7 @@ def test_the_trained_model_comes_back_and_can_start_another_run(data, tmp_path):
     ("changes", "message"),
     [
         ({"out": ""}, "train.out is empty"),
-        ({"out": "s3://bucket/run"}, "a run needs a folder that all its workers see"),
+        ({"out": "s3://me:secretsecret@bucket/run"}, "carries credentials"),
         ({"clips": ""}, "train.clips is empty; name the clips artifact"),
         ({"flow": ""}, "train.flow is empty and flowfeat needs it"),
         ({"settings": FlowFeatConfig(variant="dino_vits16_yt", crop=40)}, "crop=40 is no multiple .* use 32 or 48"),
