@@ -93,7 +93,7 @@ def backward_rows_kernel(
     limits = limits_of(rows, lengths, KIND)
     prepared = prepared_ptr + head.to(tl.int64) * lengths.padded * HEAD.WIDTH
     q_tile, dout_tile = joined(q1, q2, HEAD), dout_tile.to(DOT_DTYPE)
-    total = tl.zeros([BLOCK_ROWS, HEAD.WIDTH], tl.float32)
+    total = tl.full([BLOCK_ROWS, HEAD.WIDTH], 0.0, tl.float32)
     total = _add_keys(
         total, q_tile, dout_tile, lse, delta, prepared, v, 0, plain, limits, lengths, False,
         HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION,
@@ -207,8 +207,8 @@ def backward_keys_kernel(
     v_tile = load_tile(head_of(v, b, h, HEAD.ALIGN), keys, in_keys, HEAD).to(DOT_DTYPE)
     queries = queries_ptr + head.to(tl.int64) * padded_rows * HEAD.WIDTH
     dout = head_of(dout, b, h, HEAD.ALIGN)
-    dk_tile = tl.zeros([BLOCK_KEYS, HEAD.WIDTH], tl.float32)
-    dv_tile = tl.zeros([BLOCK_KEYS, HEAD.WIDTH], tl.float32)
+    dk_tile = tl.full([BLOCK_KEYS, HEAD.WIDTH], 0.0, tl.float32)
+    dv_tile = tl.full([BLOCK_KEYS, HEAD.WIDTH], 0.0, tl.float32)
 
     # Rows that see some keys of this block, and those among them that see all: pokes and queries of the query patterns,
     # any rows of the others.

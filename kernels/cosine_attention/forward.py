@@ -54,7 +54,7 @@ def forward_kernel(
     if KIND == FULL:
         top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_ROWS], tl.float32)
-        acc = tl.zeros([BLOCK_ROWS, HEAD.WIDTH], tl.float32)
+        acc = tl.full([BLOCK_ROWS, HEAD.WIDTH], 0.0, tl.float32)
     else:
         theta = head_of(theta_k, b, h, 1) if HEAD.R > 0 else None
         own1, own2, _ = unit_rotated(head_of(k, b, h, HEAD.ALIGN), theta, rows, in_rows, HEAD)
