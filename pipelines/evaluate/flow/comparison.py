@@ -32,7 +32,7 @@ _SPEEDS = ("epe_s0_10", "epe_s10_40", "epe_s40plus")
 
 def published_figures(row: str) -> dict[str, float]:
     """Figures of a model's paper, by metric; empty where the table of models has none."""
-    found = {}
+    found: dict[str, float] = {}
     for title, names in PUBLISHED_PAIRS.items():
         numbers = re.findall(r"\d+\.?\d*", MODELS[row].published.get(title, ""))
         found |= {name: float(number) for name, number in zip(names, numbers, strict=False)}
