@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float32, UInt8
 
 from kinema.configs.models.table import MODELS
-from kinema.pipelines.evaluate.flow.protocols import PROTOCOLS
+from kinema.pipelines.evaluate.flow.protocols import GROUPED, PROTOCOLS
 from kinema.pipelines.evaluate.flow.suite import ModelResult, SetResult
 from kinema.pipelines.pictures.images import flow_picture
 from kinema.pipelines.report.page import Page
@@ -32,7 +32,7 @@ _SPEEDS = ("epe_s0_10", "epe_s10_40", "epe_s40plus")
 
 def published_figures(row: str) -> dict[str, float]:
     """Figures of a model's paper, by metric; empty where the table of models has none."""
-    found = {}
+    found: dict[str, float] = {}
     for title, names in PUBLISHED_PAIRS.items():
         numbers = re.findall(r"\d+\.?\d*", MODELS[row].published.get(title, ""))
         found |= {name: float(number) for name, number in zip(names, numbers, strict=False)}
@@ -79,7 +79,9 @@ def write_page(results: Sequence[ModelResult], path: Path) -> Path:
     page.table(comparison(results))
     for dataset in dict.fromkeys(s.name for result in results for s in result.sets):
         parts = [(result, s) for result in results for s in result.sets if s.name == dataset]
-        page.section(f"{PROTOCOLS[parts[0][1].dataset].title} {parts[0][1].group}".removesuffix(" kitti"))
+        first = parts[0][1]
+        title = PROTOCOLS[first.dataset].title
+        page.section(f"{title} {first.group}" if first.dataset in GROUPED else title)
         page.table([_scores_line(result.model, s) for result, s in parts])
         page.text("Mean error against how far pixels move, both in pixels; ranges double, marked at their lower ends:")
         curves = {result.model: s.by_speed.curve() for result, s in parts}
