@@ -20,7 +20,7 @@ from kinema.pipelines.scenes.rendered.settings import Effects
 
 _NOISE_SIDE = 1024
 _FIELD_WIDTH = 64
-LONGEST_BLUR_PX = 24.0
+LONGEST_BLUR_PX = 12.0
 _ORIGIN = np.zeros(2)
 
 

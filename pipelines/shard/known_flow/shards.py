@@ -132,8 +132,15 @@ def build_shards(
     by_key = {p.row["key"]: p.clip for p in planned}
     tasks = [
         PackTask(
-            *(clips, flow, shard, {key: by_key.get(key) for key in clips.plan_of(shard)["key"].to_pylist()}),
-            *(clip, fps, motion, tracks, tracks_grid),
+            clips=clips,
+            flow=flow,
+            shard=shard,
+            sources={key: by_key.get(key) for key in clips.plan_of(shard)["key"].to_pylist()},
+            clip=clip,
+            fps=fps,
+            motion=motion,
+            tracks=tracks,
+            tracks_grid=tracks_grid,
         )
         for shard in todo
     ]
