@@ -1,4 +1,4 @@
-"""A small DisMo learns how rendered objects move, on the CPU: what its embeddings tell of motion and of appearance.
+"""What the embeddings of a small DisMo, trained on rendered objects on the CPU, tell of motion and of appearance.
 
 `python -m kinema.pipelines.bench.dismo_learning [FOLDER [STEPS]]` renders clips in which motion and appearance vary
 independently, trains with configs/dismo_demo.yaml, prints kNN accuracies on clips it never saw beside two baselines,
