@@ -65,7 +65,7 @@ def inspect_teachers(
     Raises: ValueError for artifacts that are not flow of the same clips, or whose clips are not beside them.
     """
     first = Artifact.read(targets[0])
-    clips = _clips_beside(first)
+    clips = clips_beside(first)
     if clips is None:
         raise ValueError(f"{targets[0]}: its clips were not found beside it or its folder; pictures need them")
     page = Page("Teachers side by side", ", ".join(targets))
