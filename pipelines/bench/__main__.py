@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from kinema.pipelines.artifacts.tables import finite
+
 BENCHMARKS = {
     "shard": "clips artifact against plain copying of the source bytes",
     "flow_codec": "flow sidecar against fp16 npz",
@@ -46,7 +48,7 @@ def main(names: Sequence[str]) -> int:
         print(f"\n{name}: {BENCHMARKS[name]} ({time.monotonic() - started:.0f} s)")
         print_rows(rows)
         everything[name] = rows
-    print("\n" + json.dumps(everything))
+    print("\n" + json.dumps(finite(everything)))
     return 0
 
 

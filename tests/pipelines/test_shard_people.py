@@ -23,6 +23,7 @@ from kinema.pipelines.video.masks import parse_palette, read_masks
 sys.path.insert(0, str(Path(__file__).parent))
 from made_videos import numbered
 from test_shard_sources import lay_out, numbers, picture, write_tar
+from test_shard_stage import samples
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +138,6 @@ def test_start_and_end_cut_a_part(tmp_path, monkeypatch):
     config = ShardConfig(videos=str(tmp_path / "m.csv"), out=str(tmp_path / "out"), clip=clip, min_shards=1)
     run(config, report=lambda _: None)
     artifact = Artifact.read(str(tmp_path / "out"))
-    from test_shard_stage import samples
-
     assert {row["source"]: (row["numbers"], json.loads(row["labels"])) for row in samples(tmp_path / "out")} == {
         "a.mp4#1-2.5": (list(range(24, 60)), {"caption": "one"}),
         "a.mp4#3-": (list(range(72, 96)), {"caption": "two"}),

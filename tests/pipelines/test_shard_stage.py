@@ -16,9 +16,8 @@ import pytest
 
 from kinema.configs import ClipConfig, ShardConfig
 from kinema.pipelines import engine
-from kinema.pipelines.artifacts import Artifact, read_range
+from kinema.pipelines.artifacts import Artifact, read_range, tar
 from kinema.pipelines.artifacts.store import disk_full_is_clear
-from kinema.pipelines.artifacts.tar import TarBuilder
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.shard import ShardSummary, build, run, stage
 from kinema.pipelines.video.packets import decode_gop, group_of_frame
@@ -386,7 +385,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(tmp_path,
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as disk:
-        disk.setattr(TarBuilder, "_append", full)
+        disk.setattr(tar._Sink, "write", full)
         with pytest.raises(StageError, match="disk full while writing .*out=") as caught:
             shard(tmp_path / "v", tmp_path / "out")
     assert "\n" not in str(caught.value)

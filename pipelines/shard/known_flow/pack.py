@@ -24,6 +24,7 @@ import torch
 from jaxtyping import UInt8
 
 from kinema.configs.shard import ClipConfig
+from kinema.pipelines.artifacts.tables import finite
 from kinema.pipelines.shard.build import ROWS
 from kinema.pipelines.shard.scan import THUMBNAIL_SIDE
 from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair, encode_clip_flow
@@ -120,7 +121,7 @@ def clip_sample(
         "packet_frame": table.frame,
         "packet_keyframe": table.keyframe,
     }
-    text = json.dumps(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(finite(meta), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return {"mp4": mp4, "json": text.encode()}, row
 
 
