@@ -58,8 +58,8 @@ def add_learned(
         for one in seen:
             pictures = (
                 _outlined(one.image),
-                flow_picture(one.flow_px, longest),
-                flow_picture(one.predicted_px, longest),
+                flow_picture(one.flow_px, _longest(one.flow_px)),
+                flow_picture(one.predicted_px, _longest(one.flow_px)),
             )
             for cell, picture in zip(cells, (*pictures, basis.picture(one.features)), strict=True):
                 cell.append(picture)
