@@ -53,13 +53,13 @@ def add_learned(
             continue
         seen_sources.add(clip.meta["source"])
         basis = Projection.of([one.features for one in seen])
-        longest = max(float(one.flow_px.norm(dim=0).quantile(0.99)) for one in seen)
+        longest = max(_longest(one.flow_px) for one in seen)
         cells: list[list[np.ndarray]] = [[], [], [], []]
         for one in seen:
             pictures = (
                 _outlined(one.image),
-                flow_picture(one.flow_px, longest),
-                flow_picture(one.predicted_px, longest),
+                flow_picture(one.flow_px, _longest(one.flow_px)),
+                flow_picture(one.predicted_px, _longest(one.flow_px)),
             )
             for cell, picture in zip(cells, (*pictures, basis.picture(one.features)), strict=True):
                 cell.append(picture)
@@ -102,6 +102,11 @@ def _read_flow(features: Tensor, flow: Tensor, ridge_alpha: float) -> Tensor:
     flow_map = equations.solve(ridge_alpha)
     predicted = (rearrange(features, "c h w -> (h w) c") @ flow_map[:-1] + flow_map[-1]) * spread_px + mean
     return rearrange(predicted, "(h w) c -> c h w", h=side)
+
+
+def _longest(flow_px: Tensor) -> float:
+    """Length that gets the full colour: all but a hundredth of the pixels are shorter."""
+    return max(float(flow_px.norm(dim=0).quantile(0.99)), 0.1)
 
 
 def _window(side: int) -> tuple[int, int]:
