@@ -11,6 +11,7 @@ from kinema.configs.models.row import Kind, ModelRow
 from kinema.configs.models.table import MODELS
 from kinema.pipelines.model_names import REGISTRY_SCHEMES, named_row
 from kinema.pipelines.registry.files import load_registered, registered_architecture
+from kinema.pipelines.train.bucket_run import is_url
 from kinema.pipelines.train.checkpoint import MODEL_FILE, read_meta, resolve_checkpoint
 from kinema.pipelines.train.trained import load_model
 
@@ -63,7 +64,7 @@ def load_address(
         row = MODELS[registered_architecture(address)]
         _check_kind(address, row, kind, user)
         return LoadedModel(load_registered(address), row)
-    if not Path(address).is_dir():
+    if not is_url(address) and not Path(address).is_dir():
         names = ", ".join(_names(kind))
         raise ValueError(
             f"model={address} does not exist; {user} takes a run, a checkpoint, models:/NAME@ALIAS, or one of {names}"
