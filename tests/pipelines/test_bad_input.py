@@ -244,7 +244,7 @@ def test_a_ray_cluster_that_is_not_there_is_told_at_once(made, kinema, monkeypat
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RAY_ADDRESS", address.format(port=unused.getsockname()[1]))
         monkeypatch.setenv("KINEMA_ENGINE", "ray")
-        monkeypatch.setattr("kinema.pipelines.engine._ANSWER_S", 0.3)
+        monkeypatch.setattr("kinema.pipelines.ray_start._ANSWER_S", 0.3)
         monkeypatch.setattr("ray.is_initialized", lambda: False)
         refused(made, kinema, command + " out={out}", ("RAY_ADDRESS=", says), status)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kinema.pipelines import engine
+from kinema.pipelines import engine, ray_start
 from kinema.pipelines.engine import Failure, Result, run_on_actors, run_tasks
 from kinema.pipelines.errors import StageError
 
@@ -170,7 +170,7 @@ def test_the_package_travels_as_files(tmp_path):
 
     from ray._private.runtime_env import packaging
 
-    modules = engine._own_code()
+    modules = ray_start._own_code()
     archive = tmp_path / "code.zip"
     packaging._zip_files(
         modules["py_modules"][0], modules["excludes"], str(archive), include_gitignore=False, include_parent_dir=True
@@ -195,11 +195,11 @@ def test_a_local_ray_that_does_not_start_is_tried_again_and_leaves_nothing(monke
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    engine._init("", {}, num_cpus=1)
+    ray_start._init("", {}, num_cpus=1)
     assert not any(psutil.pid_exists(child.pid) for child in left)
     assert capsys.readouterr().err.count("trying again") == 2
-    monkeypatch.setattr(engine, "_START_S", -1.0)
+    monkeypatch.setattr(ray_start, "_START_S", -1.0)
     left.pop()
     with pytest.raises(StageError, match="is the machine overloaded.*timed out during startup"):
-        engine._init("local", {}, num_cpus=1)
+        ray_start._init("local", {}, num_cpus=1)
     assert not psutil.pid_exists(left[-1].pid)
