@@ -31,8 +31,12 @@ LIMITS = {
     ("window_sum_kernel", "float32 C128 r4 channels-last"): (1201,),
     ("window_sum_kernel", "float16 C128 r4 channels-last"): (1008,),
 }
-# Outside of its loop: the gradient of 72 dims is written two at a time, which takes addresses.
-STACK = {("backward_keys_kernel", "bfloat16 D72 R18 full"): 48}
+# Bytes outside of loops. The gradient of 72 dims is written two at a time, which takes addresses; the rows of float32
+# would need 8 warps, and then three quarters more instructions.
+STACK = {
+    ("backward_keys_kernel", "bfloat16 D72 R18 full"): 48,
+    ("backward_rows_kernel", "float32 D64 R32 query_causal"): 8,
+}
 
 
 def rows_of(op, capability, *options):
