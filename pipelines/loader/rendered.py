@@ -97,6 +97,7 @@ class RenderedIndex:
         self.counter = ReadCounter()
         self.clips_url = f"rendered:{seed}"
         self.left_out: dict[str, int] = {}
+        self.shards = None  # nothing is stored, so nothing is fetched ahead
         self.table = pa.table({"key": pa.array([], pa.string())})
         self._identity = content_hash(asdict(settings))
 

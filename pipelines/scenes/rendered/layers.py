@@ -17,6 +17,7 @@ from kinema.pipelines.scenes.rendered.textures import texture
 
 _STRIDE = 8
 _NODES = 6
+_SMALL_AREA = 12000
 
 
 class Window(NamedTuple):
@@ -100,14 +101,17 @@ class Layer:
     ) -> View:
         """Through a lattice of every eighth pixel: bending is smooth, so that what lies between follows from it."""
         assert self.plate is not None
-        rows, columns = (_lattice(n) for n in (window.height, window.width))
+        small = window.width * window.height <= _SMALL_AREA  # bent too finely for the lattice, and cheap without it
+        rows, columns = (np.arange(float(n)) if small else _lattice(n) for n in (window.height, window.width))
         points = np.stack(np.meshgrid(columns, rows), axis=-1)
         surface = self.plate.bend(apply(inverse, points), t)
         fields = [surface, *(apply(p, self.plate.unbend(surface, s)) for p, s in zip(poses[1:], others, strict=True))]
-        dense = [
-            (_dense(f[..., 0], window.height, window.width), _dense(f[..., 1], window.height, window.width))
-            for f in fields
-        ]
+        planes = [(field[..., 0], field[..., 1]) for field in fields]
+        if small:
+            dense = [(np.ascontiguousarray(x, np.float32), np.ascontiguousarray(y, np.float32)) for x, y in planes]
+        else:
+            size = window.height, window.width
+            dense = [(_dense(x, *size), _dense(y, *size)) for x, y in planes]
         x, y = dense[0]
         alpha = None
         if self.mask is not None:
