@@ -27,7 +27,8 @@ from kinema.models.backbones.vision_transformer import CONFIGS, VisionTransforme
 from kinema.models.dinoflow.head import FlowHead
 from kinema.models.flow.geometry import resize_flow
 from kinema.models.flow.padding import Padding, padding_for
-from kinema.models.flow.raft.family import check_feature_pair, check_image_pair, check_images
+from kinema.models.flow.pair_network import check_image_pair, check_images
+from kinema.models.flow.raft.family import check_feature_pair
 from kinema.models.weights import LEDGER, download, load_weights, published_file, read_state_dict, resolve_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

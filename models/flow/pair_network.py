@@ -7,8 +7,6 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinema.models.flow.raft.family import check_image_pair
-
 
 class PairNetwork(nn.Module):
     """`model(image1, image2, iters=None, flow_init=None)`, from `encode` and `flow_from_features` of a subclass."""
@@ -49,3 +47,19 @@ class PairNetwork(nn.Module):
     ) -> Float[Tensor, "B 2 H W"]:
         """Flow from the frames of features1 to those of features2, row by row; equals `forward`."""
         raise NotImplementedError
+
+
+def check_images(images: Tensor, network: str) -> None:
+    """Raises: ValueError unless images are float [B, 3, H, W]."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are {list(images.shape)}; {network} takes [B, 3, H, W] with values in 0..1")
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; {network} takes floats in 0..1: divide bytes by 255")
+
+
+def check_image_pair(image1: Tensor, image2: Tensor, network: str) -> None:
+    """Raises: ValueError unless both are float [B, 3, H, W] of one shape."""
+    check_images(image1, network)
+    if image1.shape != image2.shape:
+        raise ValueError(f"image1 is {list(image1.shape)} and image2 is {list(image2.shape)}: shapes must agree")
+    check_images(image2, network)

@@ -106,7 +106,10 @@ def _real(folder: Path) -> Iterator[Pair]:
 
 
 def _read(file: Path) -> Tensor:
-    return _image(cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB))
+    picture = cv2.imread(str(file))
+    if picture is None:
+        raise ValueError(f"{file}: not a picture that can be read")
+    return _image(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
 
 
 def _image(frame: np.ndarray) -> Tensor:
@@ -114,4 +117,4 @@ def _image(frame: np.ndarray) -> Tensor:
 
 
 if __name__ == "__main__":
-    run(*sys.argv[1:3])
+    run(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "")

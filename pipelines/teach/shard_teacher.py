@@ -60,7 +60,7 @@ class ShardTeacher:
         members: Mapping[str, Artifact] | None = None,
     ):
         self.clips, self.flow, self.spec, self.pairing = clips, flow, spec, pairing
-        self.compare, self.members = compare, members or {}
+        self.compare, self.members = compare, dict(members or {})
         self.count = count or (lambda clips, pairs: None)
         self.teacher = teacher or spec.load()
 

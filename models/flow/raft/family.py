@@ -48,22 +48,6 @@ def check_lookup(lookup: str) -> None:
         raise ValueError(f"lookup={lookup!r} is not one of {', '.join(map(repr, LOOKUPS))}")
 
 
-def check_images(images: Tensor, network: str) -> None:
-    """Raises: ValueError unless images are float [B, 3, H, W]."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images are {list(images.shape)}; {network} takes [B, 3, H, W] with values in 0..1")
-    if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}; {network} takes floats in 0..1: divide bytes by 255")
-
-
-def check_image_pair(image1: Tensor, image2: Tensor, network: str) -> None:
-    """Raises: ValueError unless both are float [B, 3, H, W] of one shape."""
-    check_images(image1, network)
-    if image1.shape != image2.shape:
-        raise ValueError(f"image1 is {list(image1.shape)} and image2 is {list(image2.shape)}: shapes must agree")
-    check_images(image2, network)
-
-
 def check_feature_pair(features1: Features, features2: Features) -> None:
     """Raises: ValueError unless both hold equally many frames of one size, at least one."""
     if len(features1) == 0:

@@ -24,11 +24,9 @@ from kinema.kernels.correlation_lookup.planner import GATHERED
 from kinema.kernels.correlation_lookup.window import WindowOrder
 from kinema.models.flow.geometry import pixel_grid
 from kinema.models.flow.padding import Padding, padding_for
-from kinema.models.flow.pair_network import PairNetwork
+from kinema.models.flow.pair_network import PairNetwork, check_image_pair, check_images
 from kinema.models.flow.raft.family import (
     check_feature_pair,
-    check_image_pair,
-    check_images,
     check_lookup,
     choose_lookup,
     lookup_between,

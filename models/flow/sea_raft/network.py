@@ -27,11 +27,10 @@ from torch import Tensor, nn
 
 from kinema.models.flow.geometry import pixel_grid, resize_flow
 from kinema.models.flow.padding import Padding, padding_for
-from kinema.models.flow.pair_network import PairNetwork
+from kinema.models.flow.pair_network import PairNetwork, check_images
 from kinema.models.flow.raft.family import (
     Lookup,
     check_feature_pair,
-    check_images,
     check_lookup,
     choose_lookup,
     lookup_between,

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from kinema.models.flow.geometry import warp
 from kinema.models.flow.padding import Padding
-from kinema.models.flow.raft.family import check_feature_pair, check_image_pair, check_images
+from kinema.models.flow.pair_network import check_image_pair, check_images
+from kinema.models.flow.raft.family import check_feature_pair
 from kinema.models.flow.sea_raft.loss import expected_error_px
 from kinema.models.flow.sea_raft.network import Prediction
 from kinema.models.flow.upsampling import convex_upsample
