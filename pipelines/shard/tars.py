@@ -7,9 +7,11 @@ member. Of members with one name the last counts, as when it is unpacked.
 from __future__ import annotations
 
 import json
+import lzma
 import posixpath
 import re
 import tarfile
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,11 +56,13 @@ def read_tar(name: str, url: str, video_extensions: frozenset[str]) -> TarConten
     try:
         with open_unpacked(url) as (file, packing):
             content.problem = _read_members(file, members)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except EOFError:  # a compressed tar that was cut
+        content.problem = _cut(len(members))
+    except (tarfile.TarError, OSError, zlib.error, lzma.LZMAError) as error:
         if not members:
             content.problem = "Missing", f"the tar does not open: {error}"
             return content
-        content.problem = _cut(len(members))
+        content.problem = "Corrupt", f"the tar is damaged behind {len(members)} whole members: {error}"
     groups = _labels_by_key(members)
     stems = {member.rpartition(".")[0] for member in members if _extension(member) in video_extensions}
     stems |= {member for member in members if _extension(member) in video_extensions}
@@ -84,6 +88,9 @@ def _read_members(file, members: dict[str, _Member]) -> tuple[str, str] | None:
                     return _cut(len(members))
                 return "Corrupt", f"the tar is damaged behind {len(members)} whole members: {error}"
             if info is None:
+                file.seek(tar.offset)  # tarfile takes a damaged header for the end
+                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    return "Corrupt", f"the tar is damaged behind {len(members)} whole members"
                 return None
             member = _resolve(info, members)
             if member is None:
