@@ -27,6 +27,7 @@ def growing(path, live: str, frames: int) -> None:
     page.write(path)
 
 
+@pytest.mark.slow
 def test_a_served_page_grows_and_its_slider_moves_time(tmp_path, chromium):
     growing(tmp_path / "report.html", "training ...", 2)
     server = PageServer(tmp_path / "report.html")
@@ -52,6 +53,7 @@ def test_a_served_page_grows_and_its_slider_moves_time(tmp_path, chromium):
         server.close()
 
 
+@pytest.mark.slow
 def test_a_click_lights_up_what_is_like_it(tmp_path, chromium):
     """Two pictures, left half one feature, right half another: the right half goes dark when the left is clicked."""
     features = np.zeros((2, 4, 4, 2), np.float32)
