@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts.layout import COMMITS, RUN_FILE
 from kinema.pipelines.train import checkpoint
@@ -55,21 +57,20 @@ def status(target: str, cost: Cost | None = None, now: float | None = None) -> d
 def _artifact(artifact: Artifact, now: float) -> tuple[dict[str, Any], float | None, float | None]:
     """The fields, and when work began and ended (None: has not)."""
     planned, commits = artifact.planned_shards(), artifact.commits()
-    keys_left: dict[int, set[str]] = {}
-    for row in artifact.plan.select(["shard", "key"]).to_pylist():
-        if row["shard"] not in commits:
-            keys_left.setdefault(row["shard"], set()).add(row["key"])
-    for row in artifact.quarantined().select(["shard", "key"]).to_pylist():
-        if row["shard"] in keys_left:
-            keys_left[row["shard"]].discard(row["key"])
-    failed = [shard for shard, keys in keys_left.items() if not keys]
+    counts = pc.value_counts(artifact.plan["shard"])
+    left = {one["values"]: one["counts"] for one in counts.to_pylist() if one["values"] not in commits}
+    bad = artifact.quarantined()
+    for shard, key in set(zip(bad["shard"].to_pylist(), bad["key"].to_pylist(), strict=True)):
+        if shard in left and key is not None:
+            left[shard] -= 1
+    failed = [shard for shard, number in left.items() if number <= 0]
     times = artifact.store.times(COMMITS)
     done = sorted((times.get(f"{shard:06d}.json", now), record["num_samples"]) for shard, record in commits.items())
     clips, all_clips = sum(number for _, number in done), artifact.plan.num_rows
     finished = len(commits) + len(failed) == len(planned) and bool(planned)
     began = done[0][0] if done else None
     rate = _rate(done, done[-1][0] if finished and done else now)
-    waiting = sum(len(keys) for keys in keys_left.values())
+    waiting = sum(max(0, number) for number in left.values())
     eta_s = 0.0 if finished else waiting / rate if rate else None
     fields = {
         "what": artifact.kind,
@@ -80,7 +81,7 @@ def _artifact(artifact: Artifact, now: float) -> tuple[dict[str, Any], float | N
         "in_flight": artifact.store.num_building(".tar"),
         "clips": clips,
         "clips_planned": all_clips,
-        "quarantined": artifact.quarantined().num_rows,
+        "quarantined": bad.num_rows,
         "clips_per_second": round(rate, 3),
         "eta_s": None if eta_s is None else round(eta_s, 1),
     }
