@@ -137,7 +137,7 @@ def test_unknown_engine_and_job_server_addresses_are_refused(monkeypatch):
         engine.connect()
 
 
-def test_a_ray_that_does_not_start_gets_a_second_chance_and_then_one_line(monkeypatch):
+def test_a_cluster_that_cannot_be_joined_is_one_line(monkeypatch):
     import ray
 
     tries = []
@@ -149,14 +149,11 @@ def test_a_ray_that_does_not_start_gets_a_second_chance_and_then_one_line(monkey
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(StageError, match="cannot start on Ray at local: The current node timed out during startup."):
-        engine.connect()
-    assert tries == ["local", "local"]
+    monkeypatch.setattr(ray_start, "_check_answers", lambda address: None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with pytest.raises(StageError, match="cannot start on Ray at 10.0.0.1:6379"):
+    with pytest.raises(StageError, match="cannot start on Ray at 10.0.0.1:6379 .The current node timed out during"):
         engine.connect()
-    assert tries[2:] == ["10.0.0.1:6379"]
+    assert tries == ["10.0.0.1:6379"]
 
 
 def test_a_task_that_fits_nowhere_is_said_at_once(ray_session):
