@@ -190,8 +190,13 @@ def _flat_schema(schema: Any) -> Any:
             fields.append((name, flat, dataclasses.field(default_factory=flat)))
         else:
             own = defaults[name]
-            kept = {"default": own.default} if own.default_factory is dataclasses.MISSING else {}
-            fields.append((name, kind, dataclasses.field(**(kept or {"default_factory": own.default_factory}))))
+            made = own.default_factory
+            kept = (
+                dataclasses.field(default=own.default)
+                if made is dataclasses.MISSING
+                else dataclasses.field(default_factory=made)
+            )
+            fields.append((name, kind, kept))
     return dataclasses.make_dataclass(schema.__name__, fields)
 
 

@@ -135,14 +135,11 @@ def _run_phases(config: WorkflowConfig, report: Callable[[str], None], started: 
     previous, status = "", 0
     for name in config.phases:
         report(f"phase {name}")
-        done = run(phase_config(config, name, previous), report=lambda line, name=name: report(f"{name}: {line}"))
+        done = run(phase_config(config, name, previous), report=report)
         previous, status = done.outputs.get("train", previous), max(status, done.exit_status)
-        for kept, new in (
-            (found.stages, done.stages),
-            (found.outputs, done.outputs),
-            (found.summaries, done.summaries),
-        ):
-            kept.update({f"{name}.{stage}": value for stage, value in new.items()})
+        found.stages.update({f"{name}.{stage}": state for stage, state in done.stages.items()})
+        found.outputs.update({f"{name}.{stage}": place for stage, place in done.outputs.items()})
+        found.summaries.update({f"{name}.{stage}": summary for stage, summary in done.summaries.items()})
     return dataclasses.replace(found, seconds=round(time.monotonic() - started, 2), exit_status=status)
 
 
