@@ -52,10 +52,12 @@ for (const block of document.querySelectorAll(".patches")) {
 // While the program runs the page is served, and is read again whenever it has changed; a file on disk stays as it is.
 if (document.body.dataset.live && location.protocol.startsWith("http")) {
   let known = "";
+  const loaded = performance.getEntriesByType("navigation")[0]?.decodedBodySize || 0;  // it may change before the first look
   setInterval(async () => {
     try {
       const answer = await fetch(location.href, { method: "HEAD", cache: "no-store" }), tag = answer.headers.get("ETag");
-      if (known && tag && tag !== known) location.reload();
+      const size = Number(answer.headers.get("Content-Length"));
+      if (tag && (known ? tag !== known : loaded && size && size !== loaded)) location.reload();
       known = tag || known;
     } catch { /* the program has ended; what is shown is what there is */ }
   }, 2000);
