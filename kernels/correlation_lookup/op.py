@@ -244,8 +244,8 @@ def _parts(fmap: Tensor) -> Map:
         CHANNELS=triton.next_power_of_2(C),
         num_warps=4,
     )
-    _, channel, row, column = parts.stride()[:4]
-    return Map(parts, channel, row, column, low=fmap.numel(), scales=scales)
+    _, b, y, x = parts.stride()[:4]
+    return Map(parts, b, y, x, low=fmap.numel(), scales=scales)
 
 
 def _coords(coords: Tensor) -> Coords:
