@@ -49,7 +49,10 @@ _WRONG_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISD
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    args = _parse(list(sys.argv[1:] if argv is None else argv))
+    try:
+        args = _parse(list(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:  # models of other packages that cannot be loaded
+        return _refuse("", error, USAGE)
     # Threads that wait by spinning make a shared machine many times slower; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _stdout_for_summary() as stdout:
@@ -247,7 +250,7 @@ def _verify(args: argparse.Namespace, stdout: TextIO) -> int:
 
 
 def _refuse(command: str, reason: object, status: int) -> int:
-    sys.stderr.write(f"kinema {command}: {' '.join(str(reason).split())}\n")
+    sys.stderr.write(f"{f'kinema {command}'.strip()}: {' '.join(str(reason).split())}\n")
     return status
 
 

@@ -39,7 +39,7 @@ def clip_frames(
     Returns: None if the video is too short, or has fewer frames a second than the clip.
     """
     last = times_s[-1] - (num_frames - 1) / fps
-    starts = np.flatnonzero(times_s <= last + 0.5 / fps)
+    starts = np.flatnonzero(times_s <= last + _TOLERANCE_S)
     if not len(starts):
         return None
     chosen = nearest_frames(times_s, times_s[rng.choice(starts)] + np.arange(num_frames) / fps)

@@ -168,7 +168,9 @@ class Loader:
     def _with_shards(self, stack: contextlib.ExitStack) -> ClipIndex:
         """The index; in stream mode with the folder of whole shards, a temporary one unless a cache is named."""
         if self.config.mode == "stream":
-            folder = self.config.cache_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="kinema-shards-"))
+            # A shard may still be on its way when an error ends the reading.
+            made = tempfile.TemporaryDirectory(prefix="kinema-shards-", ignore_cleanup_errors=True)
+            folder = self.config.cache_dir or stack.enter_context(made)
             self.index.shards = ShardCache(folder, int(self.config.cache_gb * 1e9))
         return self.index
 

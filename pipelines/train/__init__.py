@@ -125,8 +125,6 @@ def _run_in(config: TrainConfig, folder: Path, report: Callable[[dict[str, Any]]
             return _summary(_read_run(folder), newest, meta, meta["samples_per_second"], started)
         sys.stderr.write(f"train: resuming from step {meta['step']} of {config.steps} in {folder}\n")
     recipe.check()
-    for notice in notices_of(recipe):
-        sys.stderr.write(f"kinema train: {notice}\n")
     make_loader = ClipLoader(config, recipe)
     sys.stderr.write(f"train: {make_loader.index().describe()}\n")
     is_new = _make_folder(folder)
@@ -145,6 +143,8 @@ def _train(
     started: float,
 ) -> TrainSummary:
     tracker = _open_run(config, folder, identity, inputs, notices_of(recipe))
+    for notice in notices_of(recipe):
+        sys.stderr.write(f"kinema train: {notice}\n")
     job = TrainJob(config, recipe, make_loader, folder, identity, tracker.handle)
     total = {"stage": "train", "steps": config.steps}
     on_progress = (lambda step, loss: report(total | {"step": step, "loss": loss})) if report else None

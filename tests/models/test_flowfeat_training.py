@@ -276,7 +276,6 @@ def test_edge_loss_by_hand():
     torch.testing.assert_close(loss, torch.tensor([0.75 + 2.0]))
 
 
-@pytest.mark.parametrize("pixels", [1000, 112 * 112, 3 * 112 * 112], ids=["part", "sample", "batch"])
 def test_equal_confidence_changes_nothing_and_pixels_without_any_do_not_count(module, inputs):
     frame, teacher, params1, params2 = inputs
     with torch.no_grad():
@@ -295,6 +294,7 @@ def test_equal_confidence_changes_nothing_and_pixels_without_any_do_not_count(mo
     assert not student.grad[..., 3].any() and student.grad[..., :3].any()
 
 
+@pytest.mark.parametrize("pixels", [1000, 112 * 112, 3 * 112 * 112], ids=["part", "sample", "batch"])
 def test_step_does_not_depend_on_the_pieces(module, inputs, monkeypatch, pixels):
     """Pieces smaller than a sample, of a sample, and of several samples."""
     module.zero_grad()

@@ -161,7 +161,10 @@ def refused(made: Path, kinema, command: str, says: tuple[str, ...], status: int
         ("embed clips={m}/clips out={out} model=models:/no@champion", ("not in the registry", "kinema register")),
         ("embed clips={m}/run out={out} model=nonsense", ("it is a training run",)),
         ("run shard.videos={m}/nope workspace={out}", ("videos={m}/nope does not exist",)),
-        ("run shard.videos={m}/videos workspace={out} stages=[shard,tech]", ("Invalid element", "'teach'")),
+        (
+            "run shard.videos={m}/videos workspace={out} stages=[shard,tech]",
+            ("stages=[shard,tech] does not fit", "teach"),
+        ),
         ("run shard.videos={m}/videos workspace={m}/file/ws", ("cannot be created",)),
         ("verify {m}/nope", ("holds no artifact",)),
         ("inspect {m}/empty", ("neither an artifact",)),

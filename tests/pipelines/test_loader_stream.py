@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,7 @@ def test_from_a_bucket_workers_read_the_same_and_share_one_copy_of_each_shard(pa
     monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.01)
     alone, _ = batches(4, packed)
     with s3_server() as faults:
+        forkserver._forkserver._stop()  # one that an earlier test started does not know this server's credentials
         index = open_index(pack("s3://kinema"))
         for fault in ("500", "503", "cut"):
             faults.add(fault, 1, r"^GET .*\.tar")

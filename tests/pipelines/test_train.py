@@ -220,9 +220,9 @@ class Spy:
         self.clip, self.gaps = clip, set()
         self.flow_pairs, self.frames = clip.flow_pairs, clip.frames
 
-    def flow(self, t, gap):
+    def flow_pair(self, t, gap):
         self.gaps.add(gap)
-        return self.clip.flow(t, gap)
+        return self.clip.flow_pair(t, gap)
 
 
 @pytest.mark.parametrize(("flip", "gaps"), [(True, {1, -1}), (False, {1})])
