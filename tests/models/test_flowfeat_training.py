@@ -287,7 +287,7 @@ def test_equal_confidence_changes_nothing_and_pixels_without_any_do_not_count(mo
     assert even.total.item() == pytest.approx(plain.total.item(), rel=1e-4)
     difference = (half.student_flow - half.teacher_flow).abs().sum(1)
     assert half.flow.item() == pytest.approx(difference[..., :55].mean().item(), rel=0.03)
-    student, truth = torch.zeros(1, 2, 4, 4, requires_grad=True), torch.rand(1, 2, 4, 4)
+    student, truth = torch.rand(1, 2, 4, 4, requires_grad=True), torch.rand(1, 2, 4, 4)
     sure = torch.ones(1, 1, 4, 4)
     sure[..., 3] = 0
     edge_loss(student, truth, 0.1, sure)[0].sum().backward()

@@ -163,7 +163,7 @@ def refused(made: Path, kinema, command: str, says: tuple[str, ...], status: int
         ("run shard.videos={m}/nope workspace={out}", ("videos={m}/nope does not exist",)),
         (
             "run shard.videos={m}/videos workspace={out} stages=[shard,tech]",
-            ("stages=[shard,tech] does not fit", "teach"),
+            ("does not fit", "teach"),
         ),
         ("run shard.videos={m}/videos workspace={m}/file/ws", ("cannot be created",)),
         ("verify {m}/nope", ("holds no artifact",)),
