@@ -93,6 +93,7 @@ class Killed(ToyRecipe):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_replaced_and_nothing_changes(ray_session, two_ranks, tmp_path):
     cloudpickle.register_pickle_by_value(toy_training)
     try:
@@ -141,6 +142,7 @@ print("stopped by", finished.stopped, "at", finished.step)
 """
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_driver_saves_and_ends(tmp_path, two_ranks):
     """As `ray job stop` does it: SIGTERM, three seconds, SIGKILL. What is saved goes on to the same end."""
     settings = {
@@ -153,7 +155,7 @@ def test_sigterm_to_the_driver_saves_and_ends(tmp_path, two_ranks):
         [sys.executable, "-c", DRIVER, str(tmp_path), repr(settings)], env=environment, stdout=subprocess.PIPE
     )
     progress = tmp_path / "progress.json"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240  # Ray's start on a busy machine, nothing of ours
     while not progress.exists() or json.loads(progress.read_text())["step"] < 4:
         assert time.monotonic() < deadline and driver.poll() is None
         time.sleep(0.1)
