@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def write_davis(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, migrated_store):
     """The page's files and data, and what each of its commands printed, by command."""
     folder = tmp_path_factory.mktemp("toy")
     for name, code in blocks("python"):
@@ -47,6 +48,7 @@ def made(tmp_path_factory):
     clips = write_scene_clips(scenes, folder / "clips")
     write_scene_flow(scenes, clips, folder / "flow")
     write_davis(folder / "davis")
+    shutil.copyfile(migrated_store(), folder / "mlflow.db")
     environment = os.environ | {
         "KINEMA_ENGINE": "serial",
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
