@@ -116,7 +116,7 @@ def test_one_window_equals_the_published_network(name, num_frames, iters, networ
 
 
 @pytest.fixture
-def begins(network, monkeypatch):
+def begins(network):
     """What every window of the network starts from, once it was called."""
     kept, begin = [], network._begin
 
@@ -124,8 +124,9 @@ def begins(network, monkeypatch):
         kept.append(begin(*arguments))
         return kept[-1]
 
-    monkeypatch.setattr(network, "_begin", keeping)
-    return kept
+    network._begin = keeping
+    yield kept
+    del network._begin
 
 
 @pytest.mark.slow
