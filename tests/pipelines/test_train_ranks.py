@@ -26,9 +26,8 @@ from kinema.pipelines.train.stop import Stop
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_training
+from toy_training import SKIPPED_IN_RANKS as SKIPPED
 from toy_training import ToyRecipe, toy_job
-
-SKIPPED = (1, 2, 3, 5, 8, 13)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,20 +47,11 @@ def config(**changes) -> TrainConfig:
     return TrainConfig(**(defaults | changes))
 
 
-def one_rank(rank: int, folder: Path, cfg: TrainConfig) -> None:
-    """A rank without Ray."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "rendezvous"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    train_worker(toy_job(folder, cfg, ToyRecipe(noise=0), SKIPPED), Place(rank, 2), Stop())
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
     """An undisturbed run of two ranks."""
     folder = tmp_path_factory.mktemp("two")
-    mp.start_processes(one_rank, (folder, config()), nprocs=2, start_method="spawn")
+    mp.start_processes(toy_training.one_rank, (folder, config()), nprocs=2, start_method="spawn")
     return folder
 
 
@@ -170,6 +160,6 @@ def test_sigterm_to_the_driver_saves_and_ends(tmp_path, two_ranks):
         time.sleep(0.05)
     out, _ = driver.communicate(timeout=60)
     assert driver.returncode == 0 and b"stopped by SIGTERM" in out
-    mp.start_processes(one_rank, (tmp_path, config()), nprocs=2, start_method="spawn")
+    mp.start_processes(toy_training.one_rank, (tmp_path, config()), nprocs=2, start_method="spawn")
     same = [(checkpoint.latest_checkpoint(r) / "model.safetensors").read_bytes() for r in (tmp_path, two_ranks)]
     assert same[0] == same[1]
