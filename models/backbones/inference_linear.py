@@ -2,8 +2,8 @@
 
 PyTorch sends float32 matrix products to MKL, which leaves half of such a CPU idle; oneDNN, which PyTorch uses for
 convolutions, does not. Measured on an AMD EPYC, 514 x 384 tokens to 1536 channels, one thread: 6.1 ms through MKL,
-3.0 ms through oneDNN; results agree to rounding. On Intel's own (Xeon with AMX) MKL is the faster one: 128 x 768 to 4608
-channels 7.4 ms against 8.2, two rows 0.64 ms against 1.21.
+3.0 ms through oneDNN; results agree to rounding. On Intel's own (Xeon with AMX) MKL is the faster one: 128 x 768 to
+4608 channels 7.4 ms against 8.2, two rows 0.64 ms against 1.21.
 """
 
 import functools

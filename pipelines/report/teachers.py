@@ -104,7 +104,7 @@ def add_teachers(page: Page, targets: Sequence[str], clips_url: str, truth_url: 
 
 _EXPLANATION = (
     "Means over the pairs of a gap, forwards and backwards. Error: distance to the true motion where that is known. "
-    "To the others: distance from the median of the other teachers' flow (a consensus is none of them, it was made from "
+    "To the others: distance from the median of the other teachers' flow (a consensus is none of them, it was made of "
     "theirs). Photometric error, consistency and hidden share are the artifact's own signals. Seconds and memory: one "
     "pair, one direction, one thread of this machine's processor, with random weights; a consensus costs what its "
     "members do."
