@@ -192,9 +192,15 @@ class TransformerLayer(nn.Module):
         """An empty cache for `length` tokens, in the dtype of the image's keys."""
         k, v = image
         shape = (len(cond), self.num_heads, length, self.head_dim)
-        gains = (norm.gain(cond) for norm in (self.self_norm, self.cross_norm, self.ffn_norm))
-        ready = prepare(k, image_theta, self.cross_scale)
-        return LayerCache(*gains, k.new_empty(shape), k.new_empty(shape), ready, v)
+        return LayerCache(
+            self_gain=self.self_norm.gain(cond),
+            cross_gain=self.cross_norm.gain(cond),
+            ffn_gain=self.ffn_norm.gain(cond),
+            keys=k.new_empty(shape),
+            values=k.new_empty(shape),
+            image_keys=prepare(k, image_theta, self.cross_scale),
+            image_values=v,
+        )
 
     def step(
         self,
