@@ -33,7 +33,7 @@ COMMON: dict[str, tuple[str, ...]] = {
     "embed": tuple("model features dtype stride frame_stride short_side device".split()),
     "run": tuple(
         "name workspace stages experiment shard.videos shard.clip.seconds shard.clip.short_side teach.teacher "
-        "teach.gaps track.tracker train.model train.steps train.batch_size train.lr train.num_workers embed.features".split()
+        "teach.gaps track.tracker train.model train.steps train.batch_size train.lr train.num_workers".split()
     ),
 }
 """Keys that people set; all others stand below them in the help."""
