@@ -76,6 +76,16 @@ def test_every_packaged_config_loads_for_every_stage(name):
         assert isinstance(load_stage(stage, name), schema)
 
 
+def test_the_experiment_of_a_workflow_is_that_of_its_stages(tmp_path):
+    for stage in ("train", "evaluate"):
+        assert load_stage(stage, "demo.yaml").experiment == "kinema-demo"
+        assert load_stage(stage, "demo.yaml", ["experiment=mine"]).experiment == "mine"
+    own = tmp_path / "own.yaml"
+    own.write_text("experiment: all\ntrain: {experiment: own}\n")
+    assert load_stage("train", str(own)).experiment == "own", "what a section says itself stays"
+    assert load_stage("evaluate", str(own)).experiment == "all"
+
+
 def test_every_field_is_described():
     for schema in STAGES.values():
         text = describe(schema)
