@@ -209,9 +209,8 @@ def _at_hand(entry: PublishedWeights) -> str:
 
 def _without_entry(row: ModelRow) -> str:
     """Of a model without published weights that a program knows of."""
-    needs = (
-        row.teacher.needs_weights if row.teacher else row.tracker.needs_weights if row.tracker else bool(row.network)
-    )
+    facts = row.teacher or row.tracker
+    needs = facts.needs_weights if facts else bool(row.network)
     return "your own" if needs else "none needed"
 
 
