@@ -20,8 +20,8 @@ from kinema.pipelines.single import models_table, predict_features, predict_flow
 __all__ = [
     "embed",
     "evaluate",
+    "list_models",
     "load_model",
-    "models",
     "open",
     "predict_features",
     "predict_flow",
@@ -48,14 +48,14 @@ def open(url: str | Path, *, flow: str | Path = "", tracks: str | Path = "") -> 
 def load_model(name: str, weights: str = "", *, untrained: bool = False) -> nn.Module:
     """A network in eval mode on the CPU.
 
-    Args: name, of the table of models (`kinema.models()`), a run folder, a checkpoint, or models:/NAME@ALIAS; weights,
-        for a name: file, URL, or empty for the published ones; untrained, random weights instead.
+    Args: name, of the table of models (`kinema.list_models()`), a run folder, a checkpoint, or models:/NAME@ALIAS;
+        weights, for a name: file, URL, or empty for the published ones; untrained, random weights instead.
     Raises: ValueError if there is none, or weights do not fit or cannot be had.
     """
     return load_address(name, weights, kind=row_of(name).kind, user="load_model", untrained=untrained).network
 
 
-def models() -> list[dict[str, Any]]:
+def list_models() -> list[dict[str, Any]]:
     """The table of models: name, what it gives, parameters, licence, weights at hand, published figures."""
     return models_table()
 

@@ -24,7 +24,7 @@ from kinema.configs import STAGES, PageConfig, load_stage
 from kinema.configs.describe import describe, key_names
 from kinema.configs.models.row import resolve
 from kinema.configs.models.table import MODELS
-from kinema.configs.required import REQUIRED, check_required
+from kinema.configs.required import COMMON, REQUIRED, check_required
 from kinema.pipelines import stages
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.progress import never_silent
@@ -138,7 +138,7 @@ def make_parser(with_keys: bool = False) -> _Parser:
 
 def _keys_of(name: str) -> str | None:
     if name in STAGES:
-        return f"keys (key=value):\n{describe(STAGES[name], required=REQUIRED[name])}"
+        return f"keys (key=value):\n{describe(STAGES[name], REQUIRED[name], COMMON.get(name, ()))}"
     if name == "demo":
         return f"keys of fpt (key=value; those of flowfeat are `kinema run`'s):\n{describe(PageConfig)}"
     if name in ("flow", "features"):

@@ -256,7 +256,7 @@ def cotracker_weights(tmp_path_factory, fill, manifest) -> Path:
     return path
 
 
-def test_cotracker3_stores_what_the_network_gives(data, tmp_path, cotracker_weights):
+def test_cotracker3_stores_what_the_network_gives(data, tmp_path, cotracker_weights, capfd):
     from kinema.models.tracks.cotracker3.network import cotracker3
     from kinema.models.tracks.cotracker3.predictor import CoTracker3Predictor
 
@@ -276,6 +276,8 @@ def test_cotracker3_stores_what_the_network_gives(data, tmp_path, cotracker_weig
     assert np.abs(found.points_px - expected.tracks.numpy()).max() <= 1 / 128 + 1e-3
     np.testing.assert_array_equal(found.visible, expected.visible.numpy())
     row = Artifact.read(tmp_path / "tracks").samples().to_pylist()[0]
+    assert summary.notices == ("weights of cotracker3_offline: licence CC BY-NC 4.0; not for commercial use",)
+    assert summary.notices[0] in capfd.readouterr().err, "said by the process the user looks at"
     assert row["tracker"] == "cotracker3" and len(row["weights_hash"]) == 64
 
 
