@@ -148,8 +148,9 @@ def poison() -> None:
 
 def repeated() -> dict:
     """Of more rows and keys than one block holds."""
-    num_pokes = 40 if DEVICE == "cuda" else 20
-    case = inputs(("query-causal", num_pokes), 4 * num_pokes, 4 * num_pokes, 64, 32, "float32", "heads last")
+    num_pokes, batch = (40, 2) if DEVICE == "cuda" else (20, 1)
+    length = 4 * num_pokes
+    case = inputs(("query-causal", num_pokes), length, length, 64, 32, "float32", "heads last", batch)
     once, twice = results(case, "triton"), results(case, "triton")
     return {"case": "same bytes twice", "same": all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))}
 
