@@ -140,6 +140,7 @@ def test_windows_equal_the_published_network(network, begins, fill, golden):
     reference.check("visconf", found.visconf, **TOLERANCE)
 
 
+@pytest.mark.slow  # windows of 8 frames: test_parts_equal_the_published_ones
 def test_sliding_windows_equal_the_published_network(network, begins, fill, golden):
     reference = golden("alltracker__s0_t27_72x104")
     with torch.no_grad():

@@ -134,18 +134,6 @@ def test_raft_small_on_kitti(published, shared_data):
     assert published.padding == "sintel"
 
 
-def test_raft_small_on_a_sintel_pair(published, shared_data, tmp_path):
-    """One pair in both passes; the second is in the test of all pairs."""
-    for part in ("clean", "final", "flow", "invalid", "occlusions"):
-        folder = tmp_path / "training" / part
-        folder.mkdir(parents=True)
-        (folder / "alley_1").symlink_to(shared_data / "flow/sintel/training" / part / "alley_1")
-    scores = evaluate_flow(published, tmp_path)
-    assert scores["clean_epe"] == pytest.approx(0.274, abs=0.005)
-    assert scores["final_epe"] == pytest.approx(0.274, abs=0.005)
-    assert scores["clean_epe_matched"] < scores["clean_epe"] < scores["clean_epe_unmatched"]
-
-
 @pytest.mark.slow
 def test_raft_small_on_sintel(published, shared_data):
     seen, flows = [], []
