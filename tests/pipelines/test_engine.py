@@ -38,7 +38,7 @@ class Multiplier:
 def test_an_exception_is_a_failure_with_its_reason_and_place(backend, request):
     if backend == "ray":
         request.getfixturevalue("ray_session")
-    outcomes = dict(run_tasks(square_or_fail, range(5), engine=backend, num_cpus=0.5))
+    outcomes = dict(run_tasks(square_or_fail, range(5), engine=backend))
     failure = outcomes.pop(3)
     assert outcomes == {i: Result(i * i) for i in (0, 1, 2, 4)}
     assert (failure.kind, failure.error_class, failure.message) == ("error", "ValueError", "three is not allowed")
@@ -69,7 +69,7 @@ def test_what_concerns_the_run_stops_it(backend, request):
     if backend == "ray":
         request.getfixturevalue("ray_session")
     with pytest.raises(StageError, match="disk full while writing x"):
-        list(run_tasks(full_disk, [1, 2], engine=backend, num_cpus=0.5))
+        list(run_tasks(full_disk, [1, 2], engine=backend))
     with pytest.raises(ValueError, match="raft needs weights="):
         list(run_on_actors(no_weights, [1, 2], num_actors=2, num_cpus=0.5, engine=backend))
 
@@ -105,7 +105,7 @@ def sleep_if_odd(item: int) -> int:
 
 def test_a_task_that_takes_too_long_is_ended(ray_session):
     started = time.monotonic()
-    outcomes = dict(run_tasks(sleep_if_odd, [0, 1], num_cpus=0.5, retries=0, timeout_s=1.0))
+    outcomes = dict(run_tasks(sleep_if_odd, [0, 1], retries=0, timeout_s=1.0))
     assert outcomes[0] == Result(0)
     assert (outcomes[1].kind, outcomes[1].message) == ("timeout", "took longer than 1 s")
     assert time.monotonic() - started < 30

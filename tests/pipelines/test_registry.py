@@ -351,7 +351,9 @@ def test_a_version_says_what_it_is_and_belongs_to_its_run(store, first):
     assert [spec.name for spec in info.signature.params.params] == ["outputs", "pooled", "stride", "dtype"]
 
 
-@pytest.mark.parametrize("name", ["raft_small", "sea_raft_s", "cotracker3", "fpt_tiny"])
+@pytest.mark.parametrize(
+    "name", ["raft_small", "fpt_tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sea_raft_s", "cotracker3"))]
+)
 def test_networks_of_the_table_register_by_name(store, tmp_path, name):
     """Weights from a file; what comes back equals the network, code and all."""
     row = named_row(name)

@@ -96,6 +96,7 @@ def two_films(folder: Path) -> Path:
 
 
 @NO_NAMESPACE
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_shard_and_two_worker_training_as_jobs(tmp_path):
     """Results come back as of the stage itself; runs are logged beside out=; workers' warnings are the driver's."""

@@ -98,6 +98,7 @@ def test_two_runs_give_equal_bytes_and_a_third_computes_nothing(data, tmp_path, 
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
+@pytest.mark.slow  # actors at work are in the ordinary run with `teach`
 def test_ray_actors_write_the_same_bytes(data, tmp_path, monkeypatch, ray_session):
     track.run(config(data, tmp_path / "calm"))
     monkeypatch.setenv("KINEMA_ENGINE", "ray")
