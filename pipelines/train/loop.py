@@ -24,7 +24,7 @@ from kinema.configs.load import to_mapping
 from kinema.configs.models.table import MODELS
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.pictures.images import write_png
-from kinema.pipelines.tracking import RunHandle, Tracker
+from kinema.pipelines.tracking import PENDING_FILE, RunHandle, Tracker
 from kinema.pipelines.train import checkpoint as checkpoints
 from kinema.pipelines.train.meter import MetricsFile, ProgressFile, StepSums, Window, memory_mb
 from kinema.pipelines.train.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -255,7 +255,7 @@ class _Log:
         self.job = job
         self.metrics = MetricsFile(job.run, state.step)
         self.progress = ProgressFile(job.run)
-        self.tracker = Tracker.attach(job.tracking) if job.tracking else None
+        self.tracker = Tracker.attach(job.tracking, job.run / PENDING_FILE) if job.tracking else None
         state.window.started = time.perf_counter()
         self.batch_size = job.config.batch_size
         self.steps_before = state.window.steps
@@ -283,7 +283,7 @@ class _Log:
         return values
 
     def send(self, point: dict[str, float], step: int) -> None:
-        """A metric point to MLflow, which may take its time."""
+        """A metric point to MLflow; does not wait for it."""
         if self.tracker:
             self.tracker.log_metrics(point, step)
 
@@ -297,13 +297,13 @@ class _Log:
             path = self.job.run / "pictures" / f"{name}_{state.step:08d}.png"
             write_png(path, picture)
             if self.tracker:
-                self.tracker.log_artifact(path, "pictures")
+                self.tracker.log_file_later(path, "pictures")
 
     def close(self) -> None:
         """Flush everything; the driver ends the MLflow run."""
         self.metrics.close()
         if self.tracker:
-            self.tracker.flush()
+            self.tracker.close()
 
 
 def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:

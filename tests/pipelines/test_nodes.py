@@ -1,0 +1,95 @@
+"""The path from videos to features over Ray nodes that come and go and share nothing but an object store."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ray_nodes import Nodes, end_of, in_namespace, needs_namespace, num_commits, objects, start_stage
+from s3_server import s3_server
+
+BUCKET = "s3://kinema"
+NUM_FILMS = 12
+SMALL_MODEL = ["model=flowfeat", "flowfeat.variant=dino_vits16_yt", "flowfeat.resize=48", "flowfeat.crop=32"]
+
+
+def path_of_stages(root: str) -> dict[str, list[str]]:
+    """Each stage's arguments, in order; the clips of a film are a shard each."""
+    clips, flow, tracks = f"{root}/clips", f"{root}/flow", f"{root}/tracks"
+    shard = [f"videos={BUCKET}/videos", f"out={clips}", "clip.preset=ultrafast", "clip.seconds=0.5"]
+    return {
+        "shard": [*shard, f"min_shards={NUM_FILMS}"],
+        "teach": [f"clips={clips}", f"out={flow}", "teacher=dis", "gaps=[1]"],
+        "track": [f"clips={clips}", f"flow={flow}", f"out={tracks}", "tracker=chain", "grid=4"],
+        "embed": [f"clips={clips}", f"model={BUCKET}/run", f"out={root}/features", "frame_stride=6", "num_actors=2"],
+    }
+
+
+def put_films() -> None:
+    from kinema.pipelines.scenes import Scene
+    from kinema.pipelines.scenes.demo import write_scene
+
+    files = fsspec.filesystem("s3")
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(NUM_FILMS):
+            path = Path(folder) / f"{seed}.mp4"
+            write_scene(Scene(seed=seed, height=64, width=96, num_frames=12), path)
+            files.put_file(str(path), f"kinema/videos/{path.name}")
+
+
+def lose_a_node(stage: subprocess.Popen, out: str, nodes: Nodes, lost: str, brought: str) -> int:
+    """Kill one node between two commits and bring another. Returns: commits at that moment."""
+    deadline = time.monotonic() + 300
+    while (there := num_commits(out)) < 2:
+        if stage.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{there} commits: {stage.communicate()[1][-4000:]}")
+        time.sleep(0.05)
+    nodes.kill(lost)
+    nodes.add(brought)
+    return there
+
+
+def scene() -> dict[str, Any]:
+    """Serially, then on nodes of which one is lost while clips are made and one while flow is computed."""
+    with s3_server() as faults:
+        put_films()
+        for name, arguments in path_of_stages(f"{BUCKET}/calm").items():
+            if name == "embed":
+                train = [f"clips={BUCKET}/calm/clips", f"flow={BUCKET}/calm/flow", "steps=1", "batch_size=1"]
+                where = [f"out={BUCKET}/run", "loader.num_workers=0", "use_gpu=no"]
+                end_of(start_stage("train", *train, *where, *SMALL_MODEL, engine="serial"))
+            end_of(start_stage(name, *arguments, engine="serial"))
+        faults.latency_s = 0.03
+        found: dict[str, Any] = {"killed_at": {}, "summaries": {}}
+        with Nodes() as nodes:
+            nodes.add("a")
+            nodes.add("b")
+            for name, arguments in path_of_stages(f"{BUCKET}/nodes").items():
+                stage = start_stage(name, *arguments)
+                lost = {"shard": ("a", "c"), "teach": ("b", "d")}.get(name)
+                if lost:
+                    out = next(text for text in arguments if text.startswith("out=")).partition("=")[2]
+                    found["killed_at"][name] = lose_a_node(stage, out, nodes, *lost)
+                found["summaries"][name] = end_of(stage)
+        faults.latency_s = 0.0
+        return found | {"calm": objects(f"{BUCKET}/calm"), "nodes": objects(f"{BUCKET}/nodes")}
+
+
+@needs_namespace
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_nodes_that_are_lost_and_brought_change_no_byte():
+    found = in_namespace(scene, timeout=1400)
+    assert set(found["killed_at"]) == {"shard", "teach"}
+    assert all(2 <= commits < NUM_FILMS for commits in found["killed_at"].values()), "in the middle of the work"
+    assert found["summaries"]["shard"]["clips"] == found["summaries"]["embed"]["clips"] == NUM_FILMS
+    assert sum(name.endswith(".tar") for name in found["calm"]) == 4 * NUM_FILMS
+    assert found["nodes"] == found["calm"]
