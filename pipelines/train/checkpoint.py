@@ -30,9 +30,9 @@ META_FILE = "meta.json"
 _TEMPORARY = ".partial-"
 
 
-def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of this step lies."""
-    return run / "checkpoints" / f"step_{step:08d}"
+def checkpoint_folder(run: Path, step: int | str) -> Path:
+    """Where the checkpoint of this step, or of this name, lies."""
+    return run / "checkpoints" / (step if isinstance(step, str) else f"step_{step:08d}")
 
 
 def save_checkpoint(

@@ -57,6 +57,8 @@ class TrainJob:
     """What a checkpoint must agree on to be continued: settings and hashes of the data."""
     tracking: RunHandle | None = None
     """MLflow run that rank 0 logs to."""
+    url: str = ""
+    """Where the run is kept, when its ranks share no folder: each then has its own `run`."""
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,10 @@ class _State:
         state = cls(job, place, module, job.make_loader(place))
         if place.rank == 0:
             checkpoints.sweep_partial(job.run)
-        newest = same_on_all_ranks(checkpoints.latest_checkpoint(job.run), place)
-        if newest is not None:
-            state.restore(newest)
+        newest = checkpoints.latest_checkpoint(job.run)
+        name = same_on_all_ranks("" if newest is None else newest.name, place)
+        if name:
+            state.restore(checkpoints.checkpoint_folder(job.run, name))
         return state
 
     def restore(self, folder: Path) -> None:
