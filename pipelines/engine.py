@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import sys
 import time
 import traceback
 from collections import deque
@@ -27,6 +28,7 @@ Backend = Literal["ray", "serial"]
 
 _MAX_FAILED_STARTS = 3
 _TICK_S = 1.0
+_NODE_WAIT_VARIABLE, _NODE_WAIT_S = "KINEMA_NODE_WAIT_S", 600.0
 _END_S = 1.0  # killed processes hold what they were writing until they are gone, about 0.1 s later
 _log = logging.getLogger(__name__)
 
@@ -64,10 +66,15 @@ def backend(choice: str | None = None) -> Backend:
     raise ValueError(f"KINEMA_ENGINE={name} is not an engine; use ray or serial")
 
 
-def resources(engine: str | None = None) -> dict[str, float]:
-    """What there is to work with: of the cluster, or of this machine for the serial backend."""
+def resources(
+    engine: str | None = None, *, num_cpus: float = 1.0, num_gpus: float = 0.0, count: int = 1
+) -> dict[str, float]:
+    """What there is to work with: of the cluster, or of this machine for the serial backend.
+
+    A cluster that was joined is given time to grow until `count` tasks fit that need so much.
+    """
     if backend(engine) == "ray":
-        return connect()
+        return _with_a_place(num_cpus, num_gpus, count)
     import psutil
     import torch
 
@@ -77,10 +84,17 @@ def resources(engine: str | None = None) -> dict[str, float]:
 
 def num_nodes() -> int:
     """Nodes of the cluster that are alive."""
+    return len(resources_of_nodes("ray"))
+
+
+def resources_of_nodes(engine: str | None = None) -> list[dict[str, float]]:
+    """What each node has that is alive; this machine is the only one of the serial backend."""
+    if backend(engine) == "serial":
+        return [resources("serial")]
     connect()
     import ray
 
-    return sum(bool(node["Alive"]) for node in ray.nodes())
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 class Counter:
@@ -134,7 +148,8 @@ def run_tasks(
     on_tick: Callable[[], None] | None = None,
     engine: str | None = None,
 ) -> Iterator[tuple[Item, Result[Value] | Failure]]:
-    """`fn(item)` for every item, in order of completion, with at most `max_in_flight` submitted (0: two per slot).
+    """`fn(item)` for every item, in order of completion, with at most `max_in_flight` submitted (0: two per slot, as
+    many as there are at the moment: what waits for a place is what an autoscaler starts nodes for).
 
     A task whose process dies or takes longer than `timeout_s` is tried again `retries` times; one that raises is
     not, since the same input raises again. Leaving the iterator stops what is running. `on_tick` is called about
@@ -147,11 +162,9 @@ def run_tasks(
     queue = deque((item, 1) for item in items)
     if not queue:
         return
-    resources = connect()
+    limit = max_in_flight or 2 * _slots(_with_a_place(num_cpus, num_gpus), num_cpus, num_gpus)
     import ray
 
-    slots = _slots(resources, num_cpus, num_gpus)
-    limit = max_in_flight or 2 * slots
     remote = ray.remote(_guarded).options(
         num_cpus=num_cpus, num_gpus=num_gpus, max_retries=0, retry_exceptions=False, scheduling_strategy="SPREAD"
     )
@@ -166,6 +179,7 @@ def run_tasks(
                 on_tick()
             if not ready:
                 continue
+            limit = max_in_flight or max(limit, 2 * _slots(connect(), num_cpus, num_gpus, or_fail=False))
             item, attempt, started = running.pop(ready[0])
             outcome = _collect(ready[0], attempt, started, timeout_s)
             if isinstance(outcome, Failure) and outcome.kind != "error" and attempt <= retries:
@@ -204,10 +218,12 @@ def run_on_actors(
     if backend(engine) == "serial":
         yield from _serial(make(), (item for item, _ in queue), on_tick)
         return
-    slots = _slots(connect(), num_cpus, num_gpus)
+    fitting = _slots(_with_a_place(num_cpus, num_gpus), num_cpus, num_gpus)
+    if _has_joined():
+        fitting = num_actors  # those without a place wait, and an autoscaler starts nodes for them
     pool = _ActorPool(make, num_cpus=num_cpus, num_gpus=num_gpus, timeout_s=timeout_s)
     try:
-        for _ in range(max(1, min(num_actors, slots, len(queue)))):
+        for _ in range(max(1, min(num_actors, fitting, len(queue)))):
             pool.start()
         while queue or pool.num_busy:
             pool.feed(queue)
@@ -381,13 +397,49 @@ def _serial(
         )
 
 
-def _slots(resources: dict[str, float], num_cpus: float, num_gpus: float) -> int:
-    """How many such tasks run at once. Raises: StageError when not even one fits."""
+def _has_joined() -> bool:
+    """Whether the cluster is somebody else's, and may grow."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def _with_a_place(num_cpus: float, num_gpus: float, count: int = 1) -> dict[str, float]:
+    """The cluster's resources, as soon as so many such tasks fit; one that was joined is asked for nodes.
+
+    An autoscaler may have no worker running, and nodes that were just started need their time.
+    """
+    found = connect()
+    one = {name: amount for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount}
+    wanted = {name: amount * count for name, amount in one.items()}
+    if not _has_joined() or _fits(found, wanted):
+        return found
+    from ray.autoscaler.sdk import request_resources
+
+    _log_line(f"engine: waiting for nodes with {', '.join(f'{amount:g} {name}' for name, amount in wanted.items())}")
+    deadline = time.monotonic() + float(os.environ.get(_NODE_WAIT_VARIABLE, _NODE_WAIT_S))
+    request_resources(bundles=[one] * count)
+    while not _fits(found, wanted) and time.monotonic() < deadline:
+        time.sleep(_TICK_S)
+        found = connect()
+    request_resources(bundles=[])
+    return found
+
+
+def _fits(found: dict[str, float], wanted: dict[str, float]) -> bool:
+    return all(found.get(name, 0.0) >= amount for name, amount in wanted.items())
+
+
+def _log_line(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _slots(resources: dict[str, float], num_cpus: float, num_gpus: float, or_fail: bool = True) -> int:
+    """How many such tasks run at once. Raises: StageError when not even one fits, unless `or_fail` is off."""
     slots = []
     for name, needed in (("CPU", num_cpus), ("GPU", num_gpus)):
         if needed:
             available = resources.get(name, 0.0)
-            if available < needed:
+            if available < needed and or_fail:
                 raise StageError(f"a task needs {needed:g} {name}, the cluster has {available:g}")
             slots.append(int(available // needed))
     return max(1, min(slots, default=1))

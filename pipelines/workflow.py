@@ -18,10 +18,12 @@ from typing import Any, get_args
 
 import fsspec
 
-from kinema.configs import WorkflowConfig, config_hash
+from kinema.configs import PricesConfig, WorkflowConfig, config_hash
 from kinema.configs.load import to_mapping
 from kinema.configs.shard import FlowLayout, ShardConfig
-from kinema.pipelines import tracking
+from kinema.pipelines import engine, tracking
+from kinema.pipelines.cluster_status import price_of
+from kinema.pipelines.figures import Figures, Listener, export, told_to
 from kinema.pipelines.phases import phase_config
 from kinema.pipelines.registry import registered_name
 from kinema.pipelines.shard.sources import find_sources
@@ -118,7 +120,8 @@ def _run(
             same_place = stamp is not None and stamp["out"] == outputs[stage]
             if same_place and (stage == "embed" or (stage == "train" and reason != SETTINGS)):
                 _remove_output(outputs[stage], workspace, report)
-            summary = stage_module(stage).run(section)
+            with told_to(parent.listener(stage)):
+                summary = stage_module(stage).run(section)
             status = max(status, int(getattr(summary, "exit_status", 0)))
             summaries[stage] = summary_fields(summary)
             states[stage] = "done"
@@ -311,6 +314,27 @@ class _ParentRun:
         if self.run is None:
             self.run = tracking.start_workflow(self.config.name, to_mapping(self.config))
 
+    def listener(self, stage: str) -> Listener:
+        """Logs how far a stage is, and what its nodes have cost, as metrics over seconds since it began."""
+        started, hourly = time.monotonic(), _price_per_hour(self.config.prices)
+
+        def log(figures: Figures) -> None:
+            seconds = time.monotonic() - started
+            numbers = figures.numbers()
+            if hourly:
+                numbers["cost_dollars"] = seconds / 3600 * hourly
+                export(figures.stage, {"cost_dollars": numbers["cost_dollars"]})
+            self.run.log_metrics({f"progress.{stage}.{name}": value for name, value in numbers.items()}, int(seconds))
+
+        return log
+
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self.run is not None:
             self.run.end("FINISHED" if error is None else "FAILED")
+
+
+def _price_per_hour(prices: PricesConfig) -> float:
+    """Of the nodes that are there now; without Ray, this machine is one node with CPUs."""
+    if not any(dataclasses.astuple(prices)):
+        return 0.0
+    return sum(price_of(prices, resources) for resources in engine.resources_of_nodes())

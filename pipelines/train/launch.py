@@ -79,7 +79,9 @@ def _on_ray(job: TrainJob, exchange: Path, follower: _Follower) -> Finished:
     # Ray Train watches its ranks every 2 s by default; a lost one should be noticed sooner.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    resources = engine.connect(worker_logs=False)
+    config = job.config
+    needs = {"num_cpus": config.cpus_per_worker, "num_gpus": float(config.use_gpu == "yes")}
+    resources = engine.resources("ray", **needs, count=config.min_workers or config.num_workers)
     messages: Exchange = ActorExchange() if job.url else FolderExchange(exchange)
     trainer = _trainer(job, exchange, messages, resources)
     follower.read = lambda: _read(messages, PROGRESS_FILE) if job.url else follower.from_file()

@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,10 @@ class Nodes:
     def __init__(self) -> None:
         self.folder = Path(tempfile.gettempdir())
         self.running: dict[str, subprocess.Popen] = {}
+        self.starts: dict[str, int] = {}
+        self.lock = threading.Lock()
+        self.ending = threading.Event()
+        threading.Thread(target=self._start_again, daemon=True).start()
 
     def __enter__(self) -> Nodes:
         self._start("head", ["--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false"], private=False)
@@ -85,16 +90,19 @@ class Nodes:
         raise RuntimeError(f"the head has not started:\n{self.log('head')}")
 
     def __exit__(self, *_: object) -> None:
+        self.ending.set()
         for name in [*self.running]:
             self.kill(name)
 
-    def add(self, name: str, cpus: int = 1) -> None:
-        """Start a node; it counts as soon as Ray sees it."""
-        self._start(name, [f"--address={ADDRESS}", f"--num-cpus={cpus}"], private=True)
+    def add(self, name: str) -> None:
+        """Start a node with one CPU; it counts as soon as Ray sees it."""
+        with self.lock:
+            self._start(name, [f"--address={ADDRESS}", "--num-cpus=1"], private=True)
 
     def kill(self, name: str) -> None:
         """SIGKILL to everything that runs on a node, at once."""
-        process = self.running.pop(name)
+        with self.lock:
+            process = self.running.pop(name)
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
             try:
                 os.kill(one.pid, signal.SIGKILL)
@@ -102,12 +110,21 @@ class Nodes:
                 continue
         process.wait()
 
+    def _start_again(self) -> None:
+        """Nodes that Ray gave up while they started: on a machine with other work their agents are too slow for it."""
+        while not self.ending.wait(1.0):
+            with self.lock:
+                for name, process in [*self.running.items()]:
+                    if name != "head" and process.poll() is not None and self.starts[name] < 6:
+                        self._start(name, [f"--address={ADDRESS}", "--num-cpus=1"], private=True)
+
     def log(self, name: str) -> str:
         """What `ray start` said."""
-        return (self.folder / f"{name}.log").read_text()[-3000:]
+        return (self.folder / f"{name}.log").read_text()[-3000:] + f"\n(started {self.starts[name]} times)"
 
     def _start(self, name: str, options: list[str], private: bool) -> None:
-        folder = self.folder / name
+        self.starts[name] = self.starts.get(name, 0) + 1
+        folder = self.folder / f"{name}{self.starts[name]}"
         folder.mkdir()
         ray = [str(Path(sys.executable).with_name("ray")), "start", *options, "--block", "--disable-usage-stats"]
         ray += ["--object-store-memory=100000000", "--temp-dir", str(folder)]

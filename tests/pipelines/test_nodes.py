@@ -50,7 +50,8 @@ def lose_a_node(stage: subprocess.Popen, out: str, nodes: Nodes, lost: str, brou
     deadline = time.monotonic() + 300
     while (there := num_commits(out)) < 2:
         if stage.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"{there} commits: {stage.communicate()[1][-4000:]}")
+            stage.kill()
+            raise RuntimeError(f"{there} commits: {stage.communicate()[1][-4000:]}; {nodes.log(lost)}")
         time.sleep(0.05)
     nodes.kill(lost)
     nodes.add(brought)
