@@ -72,6 +72,8 @@ class TrainConfig:
     """Steps between checkpoints; one is also written at the end and at a stop signal."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_best: int = 0
+    """Checkpoints kept besides: those with the lowest mean loss since the one before them."""
     log_every: int = 10
     """Steps between metric points."""
     pictures_every: int = 500
@@ -99,6 +101,7 @@ class TrainConfig:
         require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "use a positive norm, or 0 for none")
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "use 1 or more steps")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "use 1 or more")
+        require(self.keep_best >= 0, "keep_best", self.keep_best, "use 0 or more")
         require(self.log_every >= 1, "log_every", self.log_every, "use 1 or more steps")
         rule = "it takes several teachers; name the others' flow: other_flow=[DIR]"
         require(self.flow_use == "choose" or bool(self.other_flow), "flow_use", self.flow_use, rule)

@@ -38,8 +38,8 @@ __all__ = ["Stopped", "TrainSummary", "build_model", "load_model", "run"]
 # Settings that change how a run is carried out or watched, not what it computes. `steps` may grow.
 _FREE = frozenset(
     "clips flow other_flow tracks out steps num_workers min_workers use_gpu cpus_per_worker checkpoint_every "
-    "keep_checkpoints log_every pictures_every max_failures experiment run_name loader.num_workers loader.prefetch "
-    "loader.lookahead loader.cache_dir loader.cache_gb".split()
+    "keep_checkpoints keep_best log_every pictures_every max_failures experiment run_name loader.num_workers "
+    "loader.prefetch loader.lookahead loader.cache_dir loader.cache_gb".split()
 )
 # Settings that runs of earlier versions do not know; at these values they decide nothing.
 _LATER = {"loader.mode": "random", "loader.lanes": 1}
@@ -103,7 +103,7 @@ def _run_in_bucket(config: TrainConfig, report: Callable[[dict[str, Any]], None]
     try:
         if spread:
             return _at_url(_run_in(config, folder, report, config.out), config.out)
-        with RunMirror(config.out, folder, config.keep_checkpoints):
+        with RunMirror(config.out, folder, config.keep_checkpoints, config.keep_best):
             return _at_url(_run_in(config, folder, report), config.out)
     except Stopped as stopped:
         raise Stopped(str(stopped), _at_url(stopped.summary, config.out)) from None
@@ -160,7 +160,7 @@ def _train(
     first_step = _newest_step(folder)
     job = TrainJob(config, recipe, make_loader, folder, identity, None if logs_here else tracker.handle, url)
     if url:
-        RunMirror(url, folder, config.keep_checkpoints).copy()  # run.json: rank 0 finds it there
+        RunMirror(url, folder, config.keep_checkpoints, config.keep_best).copy()  # run.json: rank 0 finds it there
     total = {"stage": "train", "steps": config.steps}
     on_progress = (lambda step, loss: report(total | {"step": step, "loss": loss})) if report else None
     status = "FAILED"

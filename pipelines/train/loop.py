@@ -168,6 +168,7 @@ class _State:
         self.lock = threading.Lock()
         self.started = time.perf_counter()
         self.steps_here = 0
+        self.losses_since: list[float] = []
 
     @classmethod
     def create(cls, job: TrainJob, place: Place) -> _State:
@@ -206,6 +207,7 @@ class _State:
         self.position = self.loader.state_dict()
         self.window.add(num_samples, means, wait_s)
         self.loss = means["loss"]
+        self.losses_since.append(self.loss)
         self.steps_here += 1
 
     def save(self) -> None:
@@ -222,15 +224,17 @@ class _State:
             }
             checkpoints.save_checkpoint(
                 self.job.run, self.step, module_tensors(self.module), state, self.meta(),
-                keep=self.job.config.keep_checkpoints,
+                keep=self.job.config.keep_checkpoints, best=self.job.config.keep_best,
             )  # fmt: skip
             self.saved_step = self.step
+            self.losses_since = []
 
     def meta(self) -> dict[str, Any]:
         """What a reader of the checkpoint wants to know without loading it."""
         rate = self.steps_here * self.job.config.batch_size / max(time.perf_counter() - self.started, 1e-9)
         return {
             "loss": self.loss,
+            "mean_loss": sum(self.losses_since) / len(self.losses_since) if self.losses_since else None,
             "samples_per_second": rate,
             "identity": self.job.identity,
             "train_config": to_mapping(self.job.config),

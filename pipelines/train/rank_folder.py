@@ -38,7 +38,8 @@ def rank_folder(job: TrainJob, place: Place, exchange: Exchange) -> Iterator[Tra
     here = checkpoint.latest_checkpoint(folder)
     fetch_run(job.url, folder, "" if here is None else here.name)
     folder.mkdir(parents=True, exist_ok=True)
-    with RunMirror(job.url, folder, job.config.keep_checkpoints, every_s=_MIRROR_EVERY_S) as mirror:
+    config = job.config
+    with RunMirror(job.url, folder, config.keep_checkpoints, config.keep_best, _MIRROR_EVERY_S) as mirror:
         mirror.copy()  # what this machine has beyond the bucket, before the others look there
         newest = checkpoint.latest_checkpoint(folder)
         same_on_all_ranks("" if newest is None else newest.name, place)
