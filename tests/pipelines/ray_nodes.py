@@ -110,6 +110,14 @@ class Nodes:
                 continue
         process.wait()
 
+    def holding(self, pattern: str) -> str:
+        """The running node in whose temporary folder there are files like this."""
+        for name, process in self.running.items():
+            folder = Path(f"/proc/{process.pid}/root{self.folder}/{name}{self.starts[name]}")
+            if name != "head" and any(folder.glob(pattern)):
+                return name
+        raise RuntimeError(f"no node holds {pattern}")
+
     def _start_again(self) -> None:
         """Nodes that Ray gave up while they started: on a machine with other work their agents are too slow for it."""
         while not self.ending.wait(1.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,13 @@ def path_of_stages(root: str) -> dict[str, list[str]]:
         "track": [f"clips={clips}", f"flow={flow}", f"out={tracks}", "tracker=chain", "grid=4"],
         "embed": [f"clips={clips}", f"model={BUCKET}/run", f"out={root}/features", "frame_stride=6", "num_actors=2"],
     }
+
+
+def train_in_bucket() -> None:
+    """A checkpoint at BUCKET/run, for embed."""
+    inputs = [f"clips={BUCKET}/calm/clips", f"flow={BUCKET}/calm/flow", "steps=1", "batch_size=1"]
+    where = [f"out={BUCKET}/run", "loader.num_workers=0", "use_gpu=no"]
+    end_of(start_stage("train", *inputs, *where, *SMALL_MODEL, engine="serial"))
 
 
 def put_films() -> None:
@@ -64,9 +72,7 @@ def scene() -> dict[str, Any]:
         put_films()
         for name, arguments in path_of_stages(f"{BUCKET}/calm").items():
             if name == "embed":
-                train = [f"clips={BUCKET}/calm/clips", f"flow={BUCKET}/calm/flow", "steps=1", "batch_size=1"]
-                where = [f"out={BUCKET}/run", "loader.num_workers=0", "use_gpu=no"]
-                end_of(start_stage("train", *train, *where, *SMALL_MODEL, engine="serial"))
+                train_in_bucket()
             end_of(start_stage(name, *arguments, engine="serial"))
         faults.latency_s = 0.03
         found: dict[str, Any] = {"killed_at": {}, "summaries": {}}
@@ -94,3 +100,63 @@ def test_nodes_that_are_lost_and_brought_change_no_byte():
     assert found["summaries"]["shard"]["clips"] == found["summaries"]["embed"]["clips"] == NUM_FILMS
     assert sum(name.endswith(".tar") for name in found["calm"]) == 4 * NUM_FILMS
     assert found["nodes"] == found["calm"]
+
+
+RANKS = ["num_workers=2", "cpus_per_worker=1", "steps=10", "batch_size=4", "checkpoint_every=1", "log_every=1"]
+RANKS += ["lr=1e-3", "pictures_every=0", "loader.num_workers=0", "use_gpu=no", "keep_checkpoints=3", *SMALL_MODEL]
+
+
+def checkpoints(run: str) -> list[str]:
+    """Names of the checkpoints that are whole in the bucket."""
+    from kinema.pipelines.train.bucket_run import run_store, whole_checkpoints
+
+    return whole_checkpoints(run_store(run))
+
+
+def lose_the_node_of_rank_0(stage: subprocess.Popen, run: str, nodes: Nodes) -> tuple[str, str]:
+    """Once a few checkpoints are in the bucket. Returns: the node, and the newest checkpoint at that moment."""
+    deadline = time.monotonic() + 400
+    while len(there := checkpoints(run)) < 3:
+        if stage.poll() is not None or time.monotonic() > deadline:
+            stage.kill()
+            raise RuntimeError(f"{there}: {stage.communicate()[1][-4000:]}")
+        time.sleep(0.2)
+    name = nodes.holding("kinema-run-*-rank0/checkpoints/*/meta.json")
+    nodes.kill(name)
+    nodes.add("another")
+    return name, there[-1]
+
+
+def training_scene() -> dict[str, Any]:
+    """Two ranks on two nodes without a shared folder: undisturbed, and with the node of rank 0 lost on the way."""
+    with s3_server():
+        put_films()
+        for name in ("shard", "teach"):
+            end_of(start_stage(name, *path_of_stages(f"{BUCKET}/calm")[name], engine="serial"))
+        inputs = [f"clips={BUCKET}/calm/clips", f"flow={BUCKET}/calm/flow"]
+        with Nodes() as nodes:
+            nodes.add("a")
+            nodes.add("b")
+            calm = end_of(start_stage("train", *inputs, f"out={BUCKET}/calm-run", *RANKS))
+            stage = start_stage("train", *inputs, f"out={BUCKET}/run", *RANKS)
+            lost, at = lose_the_node_of_rank_0(stage, f"{BUCKET}/run", nodes)
+            summary = end_of(stage)
+        found = {"lost": lost, "at": at, "calm": calm, "summary": summary}
+        for name in ("calm-run", "run"):
+            newest = checkpoints(f"{BUCKET}/{name}")[-1]
+            files = objects(f"{BUCKET}/{name}/checkpoints/{newest}")
+            lines = fsspec.filesystem("s3").cat_file(f"kinema/{name}/metrics.jsonl").decode().splitlines()
+            losses = [(point["step"], point["loss"]) for point in map(json.loads, lines)]
+            found[name] = {"newest": newest, "weights": files["model.safetensors"], "losses": losses}
+        return found
+
+
+@needs_namespace
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_node_of_rank_0_is_lost_and_the_weights_are_the_same():
+    found = in_namespace(training_scene, timeout=1400)
+    assert found["lost"] in ("a", "b") and found["at"] < "step_00000010"
+    assert found["run"]["newest"] == "step_00000010" and len(found["run"]["losses"]) == 10
+    assert found["run"] == found["calm-run"]
+    assert found["summary"]["step"] == 10 and found["summary"]["checkpoint"].startswith("s3://kinema/run/checkpoints/")
