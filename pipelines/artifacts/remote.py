@@ -51,6 +51,10 @@ _SECRET_FIELDS = re.compile(
 _USER_INFO = re.compile(r"(://)[^/@\s]*:[^/@\s]*@")
 
 
+class Refused(StageError):
+    """A store's final answer about one object: access denied, an address that it does not take."""
+
+
 class Unfinished(OSError):
     """A request that was cut, or whose end is not known: worth another try."""
 
@@ -131,8 +135,8 @@ def call(url: str, request: Callable[[], Value]) -> Value:
 
     Waits are drawn evenly from 0 to a bound that doubles from try to try (full jitter), so that many workers that
     were refused together do not come back together.
-    Raises: FileNotFoundError, FileExistsError as they come; StageError, one line, when the store refuses, or has not
-        answered within `total_seconds()`.
+    Raises: FileNotFoundError, FileExistsError as they come; Refused (a StageError), one line, when the store refuses;
+        StageError when it has not answered within `total_seconds()`.
     """
     bound_s, started = total_seconds(), time.monotonic()
     retrying = tenacity.Retrying(
@@ -147,7 +151,7 @@ def call(url: str, request: Callable[[], Value]) -> Value:
     except (FileNotFoundError, FileExistsError, StageError, ValueError):
         raise
     except PermissionError as error:
-        raise StageError(
+        raise Refused(
             f"{url}: access denied ({one_line(error)}); check the credentials in the environment and the bucket's rules"
         ) from None
     except Exception as error:  # noqa: BLE001  every store library has its own
@@ -158,8 +162,8 @@ def call(url: str, request: Callable[[], Value]) -> Value:
                 "set KINEMA_STORE_TIMEOUT_S higher"
             ) from None
         if "redential" in str(error):
-            raise StageError(f"{url}: {one_line(error)}; set the store's credentials in the environment") from None
-        raise StageError(f"{url}: {one_line(error)}") from None
+            raise Refused(f"{url}: {one_line(error)}; set the store's credentials in the environment") from None
+        raise Refused(f"{url}: {one_line(error)}") from None
 
 
 def one_line(error: BaseException) -> str:

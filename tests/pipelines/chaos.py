@@ -1,7 +1,8 @@
 """Faults for the chaos tests: a command in a forked child whose n-th file never becomes visible, and the table of all.
 
-Commands run through `cli.main` with the serial engine, in a fork of a process that has everything imported, so that a
-fault costs a fraction of a second. Every file of ours becomes visible by `os.replace`: that is where faults strike.
+Commands run through `cli.main` with the serial engine, in a fork of a server process that has everything imported and
+no threads (a fork of the test process itself hangs in native code), so that a fault costs a fraction of a second. Every
+file of ours becomes visible by `os.replace`: that is where faults strike.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -77,21 +80,49 @@ FAULTS: dict[str, Fault] = {
 
 
 @contextlib.contextmanager
-def struck(fault: Fault, at: int) -> Iterator[list[int]]:
-    """The fault at the `at`-th os.replace of this process; yields how many there were."""
+def struck(fault: str, at: int) -> Iterator[None]:
+    """The fault of that name at the `at`-th os.replace of this process."""
     real, seen = os.replace, [0]
 
     def replace(source, target, **options):
         seen[0] += 1
         if seen[0] == at:
-            fault(os.fspath(target))
+            FAULTS[fault](os.fspath(target))
         real(source, target, **options)
 
     os.replace = replace
-    try:
-        yield seen
-    finally:
-        os.replace = real
+    yield
+
+
+@contextlib.contextmanager
+def counted(file: str) -> Iterator[None]:
+    """Writes down how many os.replace there were."""
+    real, seen = os.replace, [0]
+
+    def replace(source, target, **options):
+        seen[0] += 1
+        real(source, target, **options)
+
+    os.replace = replace
+    yield
+    Path(file).write_text(str(seen[0]))
+
+
+@contextlib.contextmanager
+def poisoned(step: int) -> Iterator[None]:
+    """A gradient is NaN in that step of the training."""
+    from kinema.pipelines.train import loop
+
+    real, seen = loop.gradient_norm, [0]
+
+    def norm(module):
+        seen[0] += 1
+        if seen[0] == step:
+            next(p for p in module.parameters() if p.grad is not None).grad.fill_(float("nan"))
+        return real(module)
+
+    loop.gradient_norm = norm
+    yield
 
 
 @contextlib.contextmanager
@@ -112,46 +143,47 @@ def jumping_clock(seconds: float, every: int) -> Iterator[None]:
         time.time = real
 
 
-def command(arguments: list[str], folder: Path, around: contextlib.AbstractContextManager | None = None) -> Ended:
-    """`kinema ARGUMENTS` in a fork of this process. Raises: AssertionError for one that hangs or shows a traceback."""
+PRELOADED = ["kinema.pipelines.cli", "mlflow.tracking", "s3fs", "cv2", "webdataset"]
+PRELOADED += [f"kinema.pipelines.{name}" for name in ("shard", "teach", "track", "train", "embed", "tracking")]
+PRELOADED += ["kinema.pipelines.train.recipes.flowfeat", "kinema.models.flowfeat"]
+
+Around = Callable[[], contextlib.AbstractContextManager]
+
+
+def command(arguments: list[str], folder: Path, around: Around = contextlib.nullcontext) -> Ended:
+    """`kinema ARGUMENTS` in a process of its own.
+
+    Args: around, makes the context it runs in; pickled. Raises: AssertionError for a hang or a traceback.
+    """
     said = folder / "said.txt"
-    child = os.fork()
-    if child == 0:
-        _in_child(arguments, said, around)
-    deadline = time.monotonic() + CHILD_S
-    while True:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            break
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            raise AssertionError(f"{arguments} hangs: {said.read_text()[-2000:]}")
-        time.sleep(0.005)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_in_child, args=(arguments, str(said), around, dict(os.environ)))
+    process.start()
+    process.join(CHILD_S)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"{arguments} hangs: {said.read_text()[-2000:]}")
     text = said.read_text()
     assert "Traceback" not in text and "(details in" not in text, text[-3000:]
-    if os.WIFSIGNALED(status):
-        return Ended(KILLED, -os.WTERMSIG(status), text)
-    code = os.WEXITSTATUS(status)
-    return Ended(DONE if code == 0 else ERROR, code, text)
+    code = process.exitcode
+    return Ended(KILLED if code < 0 else DONE if code == 0 else ERROR, code, text)
 
 
-def _in_child(arguments: list[str], said: Path, around: contextlib.AbstractContextManager | None) -> None:
-    code = 99
-    try:
-        os.environ["KINEMA_ENGINE"] = "serial"
-        file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1), os.dup2(file, 2)
-        import sys
+def _in_child(arguments: list[str], said: str, around: Around, environment: dict[str, str]) -> None:
+    import torch
 
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        from kinema.pipelines import cli
+    os.environ.update(environment, KINEMA_ENGINE="serial")
+    torch.set_num_threads(1)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1), os.dup2(file, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    from kinema.pipelines import cli
 
-        with around or contextlib.nullcontext():
-            code = cli.main(arguments)
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
+    with around():
+        code = cli.main(arguments)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
 
 
 def tree(folder: Path) -> dict[str, str]:

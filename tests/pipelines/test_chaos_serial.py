@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import fsspec
 import pytest
-import torch
 
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.demo import write_scene
@@ -20,7 +19,7 @@ from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.meter import read_metrics
 
 sys.path.insert(0, str(Path(__file__).parent))
-from chaos import DONE, ERROR, FAULTS, KILLED, command, jumping_clock, note, struck, tree
+from chaos import DONE, ERROR, KILLED, command, counted, jumping_clock, note, poisoned, struck, tree
 from s3_server import s3_server
 
 STAGES = ("shard", "teach", "track", "train", "embed")
@@ -47,12 +46,7 @@ NAMES = dict(zip(STAGES, ("clips", "flow", "tracks", "train", "features"), stric
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory) -> Iterator[Path]:
     """Videos, and every stage's output, undisturbed; MLflow logs to a database that exists."""
-    import mlflow.tracking  # noqa: F401  forks do not import it again
-
-    from kinema.pipelines import cli, tracking  # noqa: F401
-
-    root, threads = tmp_path_factory.mktemp("calm"), torch.get_num_threads()
-    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("calm")
     (root / "videos").mkdir()
     for seed in range(3):
         write_scene(Scene(seed=seed, height=64, width=96, num_frames=12), root / "videos" / f"{seed}.mp4")
@@ -62,7 +56,6 @@ def calm(tmp_path_factory) -> Iterator[Path]:
             ended = command(arguments(stage, str(root), str(root / NAMES[stage])), root)
             assert ended.how == DONE, ended.said
         yield root
-    torch.set_num_threads(threads)
 
 
 def state(stage: str, out: Path) -> object:
@@ -76,17 +69,10 @@ def state(stage: str, out: Path) -> object:
 
 def num_replaced(stage: str, calm: Path, folder: Path) -> int:
     """Files that become visible in an undisturbed run."""
-    counted = folder / "counted"
-
-    @contextlib.contextmanager
-    def counting() -> Iterator[None]:
-        with struck(lambda path: None, 0) as seen:
-            yield
-        counted.write_text(str(seen[0]))
-
-    ended = command(arguments(stage, str(calm), str(folder / "count")), folder, counting())
+    file = folder / "counted"
+    ended = command(arguments(stage, str(calm), str(folder / "count")), folder, partial(counted, str(file)))
     assert ended.how == DONE, ended.said
-    return int(counted.read_text())
+    return int(file.read_text())
 
 
 def rng_of(stage: str) -> random.Random:
@@ -104,7 +90,7 @@ def test_faults_at_any_file_that_becomes_visible(calm, tmp_path, stage):
         for round_ in range(times):
             out = tmp_path / f"{name}-{round_}".replace(" ", "")
             call = arguments(stage, str(calm), str(out))
-            ended = command(call, tmp_path, struck(FAULTS[name], rng.randint(1, number)))
+            ended = command(call, tmp_path, partial(struck, name, rng.randint(1, number)))
             if ended.how == KILLED:
                 assert name == "kill -9", ended
             elif ended.how == ERROR:
@@ -122,7 +108,7 @@ def test_faults_at_any_file_that_becomes_visible(calm, tmp_path, stage):
 def test_a_clock_that_jumps_changes_nothing(calm, tmp_path, stage):
     for seconds, every in ((31_536_000.0, 3), (-86_400.0, 7)):
         out = tmp_path / f"{every}"
-        ended = command(arguments(stage, str(calm), str(out)), tmp_path, jumping_clock(seconds, every))
+        ended = command(arguments(stage, str(calm), str(out)), tmp_path, partial(jumping_clock, seconds, every))
         assert ended.how == DONE, ended.said
         assert state(stage, out) == state(stage, calm / NAMES[stage])
         note("serial", stage, "clock jumps", "identical")
@@ -230,26 +216,10 @@ def test_an_object_store_that_fails_now_and_then(calm, tmp_path, stage):
 
 def test_gradients_that_are_nan_end_the_training_and_spoil_nothing(calm, tmp_path):
     """From a step on every gradient is NaN; the checkpoint before it stays, and the run goes on from there."""
-
-    @contextlib.contextmanager
-    def poisoned(step: int) -> Iterator[None]:
-        from kinema.pipelines.train import loop
-
-        real, seen = loop.gradient_norm, [0]
-
-        def norm(module):
-            seen[0] += 1
-            if seen[0] == step:
-                next(p for p in module.parameters() if p.grad is not None).grad.fill_(float("nan"))
-            return real(module)
-
-        loop.gradient_norm = norm
-        yield
-
     for step in (1, 3, 4):
         out = tmp_path / str(step)
         call = arguments("train", str(calm), str(out))
-        ended = command(call, tmp_path, poisoned(step))
+        ended = command(call, tmp_path, partial(poisoned, step))
         assert ended.how == ERROR and f"gradient norm is nan at step {step - 1}" in ended.said, ended.said
         assert command(call, tmp_path).how == DONE
         assert state("train", out) == state("train", calm / "train")
