@@ -15,7 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -27,6 +27,8 @@ Value = TypeVar("Value")
 Backend = Literal["ray", "serial"]
 
 _MAX_FAILED_STARTS = 3
+_MAX_NODES_LOST = 8  # by one item, which then may be what takes them down
+_NODE_LOST = "NodeLost"
 _TICK_S = 1.0
 _NODE_WAIT_VARIABLE, _NODE_WAIT_S = "KINEMA_NODE_WAIT_S", 600.0
 _END_S = 1.0  # killed processes hold what they were writing until they are gone, about 0.1 s later
@@ -159,7 +161,7 @@ def run_tasks(
     if backend(engine) == "serial":
         yield from _serial(fn, items, on_tick)
         return
-    queue = deque((item, 1) for item in items)
+    queue = deque(_Try(item) for item in items)
     if not queue:
         return
     limit = max_in_flight or 2 * _slots(_with_a_place(num_cpus, num_gpus), num_cpus, num_gpus)
@@ -168,24 +170,25 @@ def run_tasks(
     remote = ray.remote(_guarded).options(
         num_cpus=num_cpus, num_gpus=num_gpus, max_retries=0, retry_exceptions=False, scheduling_strategy="SPREAD"
     )
-    running: dict[Any, tuple[Item, int, float]] = {}
+    running: dict[Any, tuple[_Try, float]] = {}
     try:
         while queue or running:
             while queue and len(running) < limit:
-                item, attempt = queue.popleft()
-                running[remote.remote(fn, item, timeout_s)] = (item, attempt, time.monotonic())
+                one = queue.popleft()
+                running[remote.remote(fn, one.item, timeout_s)] = (one, time.monotonic())
             ready, _ = ray.wait(list(running), num_returns=1, timeout=_TICK_S)
             if on_tick:
                 on_tick()
             if not ready:
                 continue
             limit = max_in_flight or max(limit, 2 * _slots(connect(), num_cpus, num_gpus, or_fail=False))
-            item, attempt, started = running.pop(ready[0])
-            outcome = _collect(ready[0], attempt, started, timeout_s)
-            if isinstance(outcome, Failure) and outcome.kind != "error" and attempt <= retries:
-                queue.appendleft((item, attempt + 1))
+            one, started = running.pop(ready[0])
+            outcome = _collect(ready[0], one.attempt, started, timeout_s)
+            again = one.after(outcome, retries)
+            if again is not None:
+                queue.appendleft(again)
                 continue
-            yield item, outcome
+            yield one.item, outcome
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
@@ -212,11 +215,11 @@ def run_on_actors(
     which actor computes it.
     Raises: what `make()` raised, if ValueError or StageError; StageError when actors cannot be started.
     """
-    queue = deque((item, 1) for item in items)
+    queue = deque(_Try(item) for item in items)
     if not queue:
         return
     if backend(engine) == "serial":
-        yield from _serial(make(), (item for item, _ in queue), on_tick)
+        yield from _serial(make(), (one.item for one in queue), on_tick)
         return
     fitting = _slots(_with_a_place(num_cpus, num_gpus), num_cpus, num_gpus)
     if _has_joined():
@@ -229,13 +232,31 @@ def run_on_actors(
             pool.feed(queue)
             if on_tick:
                 on_tick()
-            for item, attempt, outcome in pool.wait():
-                if isinstance(outcome, Failure) and outcome.kind != "error" and attempt <= retries:
-                    queue.appendleft((item, attempt + 1))
+            for one, outcome in pool.wait():
+                again = one.after(outcome, retries)
+                if again is not None:
+                    queue.appendleft(again)
                 else:
-                    yield item, outcome
+                    yield one.item, outcome
     finally:
         pool.close()
+
+
+@dataclass(frozen=True)
+class _Try:
+    """An item on its way, and how often it has been tried."""
+
+    item: Any
+    attempt: int = 1
+    nodes_lost: int = 0
+
+    def after(self, outcome: Result | Failure, retries: int) -> _Try | None:
+        """The next try; None when this outcome is the last. Losing a node is not held against the item."""
+        if isinstance(outcome, Result) or outcome.kind == "error":
+            return None
+        if outcome.error_class == _NODE_LOST and self.nodes_lost < _MAX_NODES_LOST:
+            return replace(self, nodes_lost=self.nodes_lost + 1)
+        return replace(self, attempt=self.attempt + 1) if self.attempt <= retries else None
 
 
 class _ActorPool:
@@ -249,7 +270,7 @@ class _ActorPool:
         self.make, self.timeout_s = make, timeout_s
         self.starting: dict[Any, Any] = {}
         self.idle: list[Any] = []
-        self.busy: dict[Any, tuple[Any, Any, int, float]] = {}
+        self.busy: dict[Any, tuple[Any, _Try, float]] = {}
         self.failed_starts = 0
 
     @property
@@ -263,11 +284,11 @@ class _ActorPool:
     def feed(self, queue: deque) -> None:
         while queue and self.idle:
             host = self.idle.pop()
-            item, attempt = queue.popleft()
-            reference = host.call.remote(item, self.timeout_s)
-            self.busy[reference] = (host, item, attempt, time.monotonic())
+            one = queue.popleft()
+            reference = host.call.remote(one.item, self.timeout_s)
+            self.busy[reference] = (host, one, time.monotonic())
 
-    def wait(self) -> list[tuple[Any, int, Result | Failure]]:
+    def wait(self) -> list[tuple[_Try, Result | Failure]]:
         """Wait a while for one actor to start or to finish; returns the finished item, or nothing."""
         ready, _ = self.ray.wait([*self.starting, *self.busy], num_returns=1, timeout=_TICK_S)
         if not ready:
@@ -275,14 +296,14 @@ class _ActorPool:
         if ready[0] in self.starting:
             self._started(ready[0])
             return []
-        host, item, attempt, started = self.busy.pop(ready[0])
-        outcome = _collect(ready[0], attempt, started, self.timeout_s)
+        host, one, started = self.busy.pop(ready[0])
+        outcome = _collect(ready[0], one.attempt, started, self.timeout_s)
         if isinstance(outcome, Failure) and outcome.kind != "error":
             self.ray.kill(host)
             self.start()
         else:
             self.idle.append(host)
-        return [(item, attempt, outcome)]
+        return [(one, outcome)]
 
     def _started(self, reference: Any) -> None:
         host = self.starting.pop(reference)
@@ -295,7 +316,7 @@ class _ActorPool:
         if outcome.kind == "error":
             wrong = outcome.error_class == "ValueError"
             raise ValueError(outcome.message) if wrong else StageError(_describe(outcome))
-        self.failed_starts += 1
+        self.failed_starts += outcome.error_class != _NODE_LOST
         if self.failed_starts >= _MAX_FAILED_STARTS:
             raise StageError(f"workers die while they start, {self.failed_starts} times: {outcome.message}")
         self.start()
@@ -371,6 +392,8 @@ def _collect(reference: Any, attempt: int, started: float, timeout_s: float | No
             return Failure("timeout", "Timeout", f"took longer than {timeout_s:g} s", attempt)
         if isinstance(error, exceptions.RuntimeEnvSetupError | exceptions.TaskUnschedulableError):
             raise StageError(f"workers cannot start: {one_line(error)}") from None
+        if isinstance(error, exceptions.NodeDiedError) or "node has died" in str(error):
+            return Failure("crash", _NODE_LOST, "its node was lost", attempt)
         reason = "its process died (killed, crashed or lost its node)"
         if "creation task" in str(error):  # the actor's code does not load there
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1][:500]

@@ -34,7 +34,7 @@ from kinema.pipelines.video.masks import parse_palette
 MAX_ATTEMPTS = 6
 """Times a source is tried, over all runs, whose decoder crashes or hangs."""
 _RETRIES = 2  # within one run
-_RETRIED = frozenset({"WorkerCrashed", "OutOfMemory", "Timeout"})
+_RETRIED = frozenset({"WorkerCrashed", "NodeLost", "OutOfMemory", "Timeout"})
 _HASH_THREADS = 8
 
 
