@@ -75,6 +75,7 @@ class Nodes:
         self.folder = Path(tempfile.gettempdir())
         self.running: dict[str, subprocess.Popen] = {}
         self.starts: dict[str, int] = {}
+        self.cores: dict[str, int | None] = {}
         self.lock = threading.Lock()
         self.ending = threading.Event()
         threading.Thread(target=self._start_again, daemon=True).start()
@@ -94,10 +95,21 @@ class Nodes:
         for name in [*self.running]:
             self.kill(name)
 
-    def add(self, name: str) -> None:
-        """Start a node with one CPU; it counts as soon as Ray sees it."""
+    def add(self, name: str, core: int | None = None) -> None:
+        """Start a node with one CPU, on one core of the machine if asked for; it counts as soon as Ray sees it."""
+        self.cores[name] = core
         with self.lock:
             self._start(name, [f"--address={ADDRESS}", "--num-cpus=1"], private=True)
+
+    def wait_for(self, number: int) -> None:
+        """Until so many nodes are there besides the head. Raises: RuntimeError."""
+        code = "import ray, sys; ray.init(sys.argv[1], logging_level=40); print(sum(n['Alive'] for n in ray.nodes()))"
+        deadline = time.monotonic() + _SOON_S
+        while time.monotonic() < deadline:
+            seen = subprocess.run([sys.executable, "-c", code, ADDRESS], capture_output=True, text=True)
+            if seen.stdout.strip().endswith(str(number + 1)):
+                return
+        raise RuntimeError(f"{number} nodes are not there: {seen.stdout[-500:]} {seen.stderr[-1000:]}")
 
     def kill(self, name: str) -> None:
         """SIGKILL to everything that runs on a node, at once."""
@@ -136,6 +148,8 @@ class Nodes:
         folder.mkdir()
         ray = [str(Path(sys.executable).with_name("ray")), "start", *options, "--block", "--disable-usage-stats"]
         ray += ["--object-store-memory=100000000", "--temp-dir", str(folder)]
+        if self.cores.get(name) is not None:
+            ray = ["taskset", "-c", str(self.cores[name]), *ray]
         if private:
             script = f'mount -t tmpfs none "{folder}" && exec "$@"'
             ray = ["unshare", "-m", "sh", "-c", script, "node", *ray]
