@@ -23,6 +23,7 @@ ENTRIES_PER_CALL = 500
 SEND_EVERY_S = 10.0
 _LONGEST_WAIT_S = 60.0
 _IMPATIENT_WAIT_S = 1.0
+_jitter = random.Random()  # its own: a thread that draws from the shared one changes the numbers of the step under way
 
 
 class Spool:
@@ -140,7 +141,7 @@ class Sender:
         except self.failures() as error:
             self.tries += 1
             self.on_trouble(error)
-            wait_s = random.uniform(0, min(_LONGEST_WAIT_S, 2.0**self.tries))
+            wait_s = _jitter.uniform(0, min(_LONGEST_WAIT_S, 2.0 ** min(self.tries, 20)))
             with self.changed:
                 self.changed.wait_for(lambda: self.hurry or self.closed, wait_s)
                 if self.hurry:

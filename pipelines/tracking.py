@@ -100,6 +100,8 @@ def open_client(uri: str) -> MlflowClient:
     # A server that is down should be noticed in seconds, not after the default of some minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    # Jitter would be drawn from Python's shared generator, in the middle of a training step.
+    os.environ["MLFLOW_HTTP_REQUEST_BACKOFF_JITTER"] = "0"
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
 

@@ -8,6 +8,7 @@ can be done, so that one policy decides.
 from __future__ import annotations
 
 import os
+import random
 import re
 import sys
 import threading
@@ -141,7 +142,7 @@ def call(url: str, request: Callable[[], Value]) -> Value:
     bound_s, started = total_seconds(), time.monotonic()
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_passing),
-        wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S),
+        wait=_full_jitter,
         stop=tenacity.stop_before_delay(bound_s),
         before_sleep=lambda state: _say(url, state),
         reraise=True,
@@ -164,6 +165,14 @@ def call(url: str, request: Callable[[], Value]) -> Value:
         if "redential" in str(error):
             raise Refused(f"{url}: {one_line(error)}; set the store's credentials in the environment") from None
         raise Refused(f"{url}: {one_line(error)}") from None
+
+
+# Its own: threads that copy a run or fetch shards would change the numbers of the training step under way.
+_jitter = random.Random()
+
+
+def _full_jitter(state: tenacity.RetryCallState) -> float:
+    return _jitter.uniform(0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(state.attempt_number - 1, 20)))
 
 
 def one_line(error: BaseException) -> str:

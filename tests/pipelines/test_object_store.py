@@ -1,6 +1,7 @@
 """Artifacts in a bucket, on a server that is slow, refuses, hangs up and cuts: same bytes, or one clear line."""
 
 import hashlib
+import random
 import sys
 import time
 from pathlib import Path
@@ -170,6 +171,16 @@ def test_secrets_are_taken_out_of_any_text(monkeypatch):
     text = f"GET https://h/x?X-Amz-Credential=a%2Fb&X-Amz-Signature=0ff&y=1 with {SECRET} by http://u:pw@host/"
     cleaned = remote.without_secrets(text)
     assert SECRET not in cleaned and "0ff" not in cleaned and "pw" not in cleaned and "&y=1" in cleaned
+
+
+def test_retries_draw_from_no_generator_that_training_uses(s3):
+    """Copies of a run and fetches of shards run beside training steps, whose numbers must not depend on the store."""
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    s3.add("500", 3)
+    open_store("s3://kinema/r").write("a", b"x")
+    assert s3.queue == [] and random.random() == expected
 
 
 def test_sources_in_a_bucket_are_asked_for_again_and_a_refused_one_is_quarantined(s3, tmp_path, monkeypatch):
