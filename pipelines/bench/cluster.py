@@ -162,8 +162,8 @@ def lines(config: ClusterBenchConfig) -> Iterator[str]:
 
 def one_core_each(config: ClusterBenchConfig, cpu_s: float, items: int) -> ClusterBenchConfig:
     """The settings of nodes with one slot that are there and stay, for a comparison with what was measured."""
-    still = {"node_start_s": 0.0, "lost_every_h": 0.0, "spread": 0.0}
-    return replace(config, items=items, cpu_s=cpu_s, slots=1, nodes=(1, 2), **still)
+    still = replace(config, node_start_s=0.0, lost_every_h=0.0, spread=0.0)
+    return replace(still, items=items, cpu_s=cpu_s, slots=1, nodes=(1, 2))
 
 
 if __name__ == "__main__":
