@@ -150,7 +150,7 @@ def _teach_scheme(url: str) -> None:
 
 
 def _open_url(url: str, mode: str = "rb", bufsize: int = 8192, **_: Any) -> BinaryIO:
-    folder, _, name = url.rpartition("/")
+    folder, name = url.rsplit("/", 1)
     return ObjectStore(folder).open(name)
 
 

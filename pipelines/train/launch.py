@@ -124,16 +124,13 @@ def _trainer(job: TrainJob, exchange: Path, messages: Exchange, resources: dict[
                 f"train.{setting}={fewest} with {each:g} {name} each needs {each * fewest:g} {name}, Ray has "
                 f"{resources.get(name, 0):g}; use fewer workers or set train.cpus_per_worker"
             )
+    ranks: Any = (fewest, config.num_workers) if config.min_workers else config.num_workers
     workers = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if gpu else {})
     return TorchTrainer(
         _rank_main,
         train_loop_config={"job": job, "messages": messages},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=(fewest, config.num_workers) if config.min_workers else config.num_workers,
-            use_gpu=gpu,
-            resources_per_worker=workers,
-        ),
+        scaling_config=ScalingConfig(num_workers=ranks, use_gpu=gpu, resources_per_worker=workers),
         run_config=RunConfig(
             # A name of its own: the run folder decides what is resumed, not Ray Train's memory of a name.
             name=f"{os.getpid()}-{time.time_ns()}",
