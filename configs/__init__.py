@@ -10,6 +10,7 @@ from kinema.configs.models.flow_network import FlowNetworkConfig
 from kinema.configs.models.flowfeat import FlowFeatConfig
 from kinema.configs.models.fpt import FPTConfig
 from kinema.configs.page import PageConfig
+from kinema.configs.prices import PricesConfig
 from kinema.configs.register import RegisterConfig
 from kinema.configs.rendered import EffectsConfig, RenderedConfig
 from kinema.configs.shard import ClipConfig, MasksConfig, ShardConfig
@@ -35,6 +36,7 @@ __all__ = [
     "PageConfig",
     "PairFilterConfig",
     "PokesConfig",
+    "PricesConfig",
     "RegisterConfig",
     "RenderedConfig",
     "ShardConfig",

@@ -61,6 +61,9 @@ class TrainConfig:
     """Seed of initialisation, order and every random choice."""
     num_workers: int = 1
     """Ray Train workers (ranks)."""
+    min_workers: int = 0
+    """Fewest ranks to go on with while nodes are missing: Ray Train then takes as many between this and num_workers as
+    there is room for, and the global batch stays; 0: wait for all."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """Whether each worker gets a GPU."""
     cpus_per_worker: float = 1.0
@@ -69,6 +72,8 @@ class TrainConfig:
     """Steps between checkpoints; one is also written at the end and at a stop signal."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_best: int = 0
+    """Checkpoints kept besides: those with the lowest mean loss since the one before them."""
     log_every: int = 10
     """Steps between metric points."""
     pictures_every: int = 500
@@ -96,9 +101,15 @@ class TrainConfig:
         require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "use a positive norm, or 0 for none")
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "use 1 or more steps")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "use 1 or more")
+        require(self.keep_best >= 0, "keep_best", self.keep_best, "use 0 or more")
         require(self.log_every >= 1, "log_every", self.log_every, "use 1 or more steps")
         rule = "it takes several teachers; name the others' flow: other_flow=[DIR]"
         require(self.flow_use == "choose" or bool(self.other_flow), "flow_use", self.flow_use, rule)
+        rule = f"use 1 to num_workers={self.num_workers}, or 0 to wait for all"
+        require(0 <= self.min_workers <= self.num_workers, "min_workers", self.min_workers, rule)
+        for ranks in range(self.min_workers or self.num_workers, self.num_workers):
+            rule = f"batch_size={self.batch_size} does not divide among {ranks} ranks * accumulate={self.accumulate}"
+            require(self.batch_size % (ranks * self.accumulate) == 0, "min_workers", self.min_workers, rule)
         world = self.num_workers * self.accumulate
         if self.batch_size % world:
             low, high = self.batch_size // world * world, -(-self.batch_size // world) * world

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from kinema.configs.embed import EmbedConfig
 from kinema.configs.evaluate import EvaluateConfig
+from kinema.configs.prices import PricesConfig
 from kinema.configs.register import RegisterConfig
 from kinema.configs.shard import ShardConfig
 from kinema.configs.teach import TeachConfig
@@ -46,6 +47,8 @@ class WorkflowConfig:
     """Section of `kinema register`."""
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     """Section of `kinema embed`."""
+    prices: PricesConfig = field(default_factory=PricesConfig)
+    """What nodes cost, for `kinema status` and the workflow's metrics."""
     phases: dict[str, Any] = field(default_factory=dict)
     """A curriculum: {name: what differs from this file}. Each is a workflow of its own, under workspace/NAME, whose
     training starts from the weights of the one before."""

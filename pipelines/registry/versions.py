@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 _MODELS = "models:/"
+_VERDICTS = ("Champion: ", "Candidate: ")
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
@@ -116,6 +117,12 @@ class Registry:
     def set_alias(self, alias: str, version: int) -> None:
         """Point an alias at a version."""
         self.client.set_registered_model_alias(self.name, alias, str(version))
+
+    def set_verdict(self, version: int, sentence: str) -> None:
+        """Put the sentence on the champion in the version's description, in place of an earlier one."""
+        text = self.client.get_model_version(self.name, str(version)).description or ""
+        parts = [part for part in text.split("\n\n") if not part.startswith(_VERDICTS)]
+        self.client.update_model_version(self.name, str(version), "\n\n".join([*parts[:1], sentence, *parts[1:]]))
 
     def champion(self) -> int | None:
         """Version with alias `champion`, if there is one."""

@@ -17,11 +17,12 @@ import pyarrow as pa
 from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact, ShardWriter
 from kinema.pipelines.artifacts.tables import canonical_json
+from kinema.pipelines.shard.limits import memory_limited
 from kinema.pipelines.shard.media import AnyVideo, Source, open_source, read_all
 from kinema.pipelines.shard.scan import THUMBNAIL_SIDE, FrameScan, load_scan, stall_watch
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.encode import ClipEncoder
-from kinema.pipelines.video.errors import Corrupt, Missing, SourceError
+from kinema.pipelines.video.errors import Corrupt, Missing, SourceError, TooMuchMemory
 from kinema.pipelines.video.masks import masks_npz, parse_palette, read_masks
 from kinema.pipelines.video.motion import MOTION
 from kinema.pipelines.video.packets import packet_table
@@ -82,6 +83,8 @@ class BuildTask:
     """Index of the video stream to take; -1 chooses."""
     palette: tuple[str, ...] = ()
     """Labels of masks' colours."""
+    memory_bytes: int = 0
+    """What decoding and encoding may allocate; 0: anything."""
     excluded: dict[str, tuple[str, str, int]] = field(default_factory=dict)
     """Sources that stopped earlier attempts -> (error class, message, attempts)."""
 
@@ -130,11 +133,16 @@ def _build_source(task: BuildTask, source_id: str, rows: list[dict[str, Any]], w
         return False
     written = 0
     try:
-        for key, members, row in _clips_of(task, source_id, rows):
-            writer.add(key, members, row)
-            written += 1
+        with memory_limited(task.memory_bytes):
+            for key, members, row in _clips_of(task, source_id, rows):
+                writer.add(key, members, row)
+                written += 1
     except SourceError as error:
         _quarantine(writer, rows[written:], type(error).__name__, str(error), 1)
+        return False
+    except MemoryError:
+        why = f"making its clips needs more than source_memory_gb={task.memory_bytes / 2**30:g}"
+        _quarantine(writer, rows[written:], TooMuchMemory.__name__, why, 1)
         return False
     return True
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.shard.limits import memory_limited
 from kinema.pipelines.shard.media import AnyVideo, Source, content_hash, fingerprint, open_source, read_all
 from kinema.pipelines.shard.size_trial import SizeTrial
 from kinema.pipelines.shard.stretches import SourceStretch, with_groups
@@ -34,7 +35,7 @@ from kinema.pipelines.video.clock import measure_clocks
 from kinema.pipelines.video.cuts import CutDetector
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.decoded import Decoded
-from kinema.pipelines.video.errors import Empty, SourceError, TooShort, Undecodable
+from kinema.pipelines.video.errors import Empty, SourceError, TooMuchMemory, TooShort, Undecodable
 from kinema.pipelines.video.frame_folder import FrameFolder
 from kinema.pipelines.video.look import Look
 from kinema.pipelines.video.masks import check_masks, parse_palette
@@ -173,11 +174,19 @@ class ScanTask:
     """Index of the video stream to take; -1 chooses."""
     palette: tuple[str, ...] = ()
     """Labels of masks' colours."""
+    memory_bytes: int = 0
+    """What decoding it may allocate; 0: anything."""
 
 
 def scan_task(task: ScanTask) -> tuple[str, str]:
     """Scan one source and save its record. Returns: (error class, message), both empty for a good source."""
-    scan = scan_source(task.source, task.clip, task.frames_fps, stall_watch(task.stall_s), task.stream, task.palette)
+    settings = (task.clip, task.frames_fps, stall_watch(task.stall_s), task.stream, task.palette)
+    try:
+        with memory_limited(task.memory_bytes):
+            scan = scan_source(task.source, *settings)
+    except MemoryError:
+        why = f"decoding it needs more than source_memory_gb={task.memory_bytes / 2**30:g}"
+        scan = Scan(task.source.id, content_hash(task.source), fingerprint(task.source), TooMuchMemory.__name__, why)
     save_scan(task.artifact, scan)
     return scan.error_class, scan.message
 

@@ -151,15 +151,17 @@ def place_actors(device: str, num_actors: int, threads: int, *, uses_gpu: bool, 
     Args: uses_gpu, whether the work can run on one; actor_bytes, memory of an actor on a CPU, 0 where it is small.
     Raises: ValueError when a device or that many CPUs are not there.
     """
-    resources = engine.resources()
+    resources = engine.resources(num_gpus=1.0 if device == "cuda" else 0.0)
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     if device == "cuda" and not gpus:
         raise ValueError("device=cuda, but there is no GPU; use device=auto or device=cpu")
     if uses_gpu and gpus and device != "cpu":
         return Place("cuda", num_actors or gpus, threads)
-    if threads > cpus:
-        raise ValueError(f"threads_per_actor={threads}, but there are {cpus} CPUs; use at most {cpus}")
-    fitting = cpus // threads
+    nodes = [int(node.get("CPU", 0)) for node in engine.resources_of_nodes()]
+    largest = max(nodes, default=cpus)
+    if threads > largest:
+        raise ValueError(f"threads_per_actor={threads}, but there are {largest} CPUs; use at most {largest}")
+    fitting = sum(number // threads for number in nodes)
     if actor_bytes:
         fitting = min(fitting, int(resources.get("memory", actor_bytes)) // actor_bytes)
     return Place("cpu", num_actors or max(1, fitting), threads)

@@ -24,7 +24,7 @@ from kinema.configs.load import to_mapping
 from kinema.configs.models.table import MODELS
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.pictures.images import write_png
-from kinema.pipelines.tracking import RunHandle, Tracker
+from kinema.pipelines.tracking import PENDING_FILE, RunHandle, Tracker
 from kinema.pipelines.train import checkpoint as checkpoints
 from kinema.pipelines.train.meter import MetricsFile, ProgressFile, StepSums, Window, memory_mb
 from kinema.pipelines.train.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -57,6 +57,8 @@ class TrainJob:
     """What a checkpoint must agree on to be continued: settings and hashes of the data."""
     tracking: RunHandle | None = None
     """MLflow run that rank 0 logs to."""
+    url: str = ""
+    """Where the run is kept, when its ranks share no folder: each then has its own `run`."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ class _State:
         self.lock = threading.Lock()
         self.started = time.perf_counter()
         self.steps_here = 0
+        self.losses_since: list[float] = []
 
     @classmethod
     def create(cls, job: TrainJob, place: Place) -> _State:
@@ -175,9 +178,10 @@ class _State:
         state = cls(job, place, module, job.make_loader(place))
         if place.rank == 0:
             checkpoints.sweep_partial(job.run)
-        newest = same_on_all_ranks(checkpoints.latest_checkpoint(job.run), place)
-        if newest is not None:
-            state.restore(newest)
+        newest = checkpoints.latest_checkpoint(job.run)
+        name = same_on_all_ranks("" if newest is None else newest.name, place)
+        if name:
+            state.restore(checkpoints.checkpoint_folder(job.run, name))
         return state
 
     def restore(self, folder: Path) -> None:
@@ -203,6 +207,7 @@ class _State:
         self.position = self.loader.state_dict()
         self.window.add(num_samples, means, wait_s)
         self.loss = means["loss"]
+        self.losses_since.append(self.loss)
         self.steps_here += 1
 
     def save(self) -> None:
@@ -219,15 +224,17 @@ class _State:
             }
             checkpoints.save_checkpoint(
                 self.job.run, self.step, module_tensors(self.module), state, self.meta(),
-                keep=self.job.config.keep_checkpoints,
+                keep=self.job.config.keep_checkpoints, best=self.job.config.keep_best,
             )  # fmt: skip
             self.saved_step = self.step
+            self.losses_since = []
 
     def meta(self) -> dict[str, Any]:
         """What a reader of the checkpoint wants to know without loading it."""
         rate = self.steps_here * self.job.config.batch_size / max(time.perf_counter() - self.started, 1e-9)
         return {
             "loss": self.loss,
+            "mean_loss": sum(self.losses_since) / len(self.losses_since) if self.losses_since else None,
             "samples_per_second": rate,
             "identity": self.job.identity,
             "train_config": to_mapping(self.job.config),
@@ -255,7 +262,7 @@ class _Log:
         self.job = job
         self.metrics = MetricsFile(job.run, state.step)
         self.progress = ProgressFile(job.run)
-        self.tracker = Tracker.attach(job.tracking) if job.tracking else None
+        self.tracker = Tracker.attach(job.tracking, job.run / PENDING_FILE) if job.tracking else None
         state.window.started = time.perf_counter()
         self.batch_size = job.config.batch_size
         self.steps_before = state.window.steps
@@ -283,7 +290,7 @@ class _Log:
         return values
 
     def send(self, point: dict[str, float], step: int) -> None:
-        """A metric point to MLflow, which may take its time."""
+        """A metric point to MLflow; does not wait for it."""
         if self.tracker:
             self.tracker.log_metrics(point, step)
 
@@ -297,13 +304,13 @@ class _Log:
             path = self.job.run / "pictures" / f"{name}_{state.step:08d}.png"
             write_png(path, picture)
             if self.tracker:
-                self.tracker.log_artifact(path, "pictures")
+                self.tracker.log_file_later(path, "pictures")
 
     def close(self) -> None:
         """Flush everything; the driver ends the MLflow run."""
         self.metrics.close()
         if self.tracker:
-            self.tracker.flush()
+            self.tracker.close()
 
 
 def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:

@@ -200,3 +200,16 @@ def test_a_local_ray_that_does_not_start_is_tried_again_and_leaves_nothing(monke
     with pytest.raises(StageError, match="is the machine overloaded.*timed out during startup"):
         ray_start._init("local", {}, num_cpus=1)
     assert not psutil.pid_exists(left[-1].pid)
+
+
+def test_a_lost_node_is_not_held_against_the_item():
+    """It is tried again beyond its retries, but not for ever: it may be what takes the nodes down."""
+    lost, crash = (Failure("crash", name, "m") for name in ("NodeLost", "WorkerCrashed"))
+    one, tries = engine._Try("item"), 0
+    while (again := one.after(lost, retries=0)) is not None:
+        one, tries = again, tries + 1
+    assert tries == 8 and one.attempt == 1
+    assert engine._Try("item").after(crash, retries=1) == engine._Try("item", attempt=2)
+    assert engine._Try("item", attempt=2).after(crash, retries=1) is None
+    assert engine._Try("item").after(Failure("error", "ValueError", "m"), 3) is None
+    assert engine._Try("item").after(Result(1), 3) is None
