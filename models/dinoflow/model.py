@@ -314,4 +314,6 @@ def _taps(depth: int) -> tuple[int, ...]:
 
 def _factors(patch_size: int) -> tuple[int, int]:
     """Factors of the head's two stages: from the patch grid to image size, or just above."""
-    return (4, 4) if patch_size > 8 else (4, 2)
+    if patch_size > 8:
+        return 4, 4
+    return (4, 2) if patch_size > 4 else (2, 2)
