@@ -60,7 +60,7 @@ class Layer:
 
     @cached_property
     def hull(self) -> Float[np.ndarray, "N 2"]:
-        """Corners around all that the mask covers, a texel beyond the covered ones: bilinear sampling reaches that far."""
+        """Corners around all that the mask covers, and a texel more, as far as sampling reaches."""
         assert self.mask is not None
         outlines, _ = cv2.findContours(self.mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         outer = cv2.convexHull(np.concatenate(outlines))[:, 0].astype(np.float64) if outlines else np.zeros((1, 2))
