@@ -2,7 +2,8 @@
 
 `python -m kinema.pipelines.bench.flow_learning [dinoflow|raft_small] [FOLDER [STEPS]]` trains with
 configs/NAME_nano.yaml, which renders its pairs as it goes, and prints mean end-point errors in pixels over pairs of
-another seed, none of which it saw. Same pairs for all three methods; hidden pixels count. Given a FOLDER, it goes on from what is there.
+another seed, none of which it saw. Same pairs for all three methods; hidden pixels count. Given a FOLDER, it goes on
+from what is there.
 """
 
 from __future__ import annotations
