@@ -81,7 +81,7 @@ def share_found(backbone: str, shift: int) -> float:
     """Cells whose best correlation, before any training, lies within a patch of where they went."""
     torch.manual_seed(0)
     model = FlowModel(FlowModelConfig(backbone, width=32)).eval()
-    noise = F.interpolate(torch.rand(2, 3, 24, 36), size=(72, 108), mode="bicubic").clamp(0, 1)
+    noise = F.interpolate(torch.rand(2, 3, 12, 18), size=(72, 108), mode="bicubic").clamp(0, 1)
     images = [noise[..., 4 : 4 + 64, shift : shift + 96], noise[..., 4 : 4 + 64, :96]]  # all moves to the right
     with torch.no_grad():
         best = local_correlation(*(model.encode(image).fused for image in images), 4).argmax(dim=1)
@@ -92,4 +92,4 @@ def share_found(backbone: str, shift: int) -> float:
 
 
 def test_untrained_cells_are_found_again_where_patches_are_not():
-    assert share_found("nano_conv4", 6) > 0.5 > 2 * share_found("nano_vit8", 6)
+    assert share_found("nano_conv4", 5) > 0.8 and share_found("nano_vit8", 5) < 0.4
