@@ -90,10 +90,12 @@ def choices(hint: Any, metadata: Any) -> tuple[str, ...]:
 
 @functools.cache
 def field_docs(schema: Any) -> dict[str, str]:
-    """{field: docstring} of a dataclass, read from its source."""
+    """{field: docstring} of a dataclass, read from its source and its parents'."""
     body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
+    for parent in filter(dataclasses.is_dataclass, schema.__bases__):
+        docs |= field_docs(parent)
     for node, after in zip(body.body, body.body[1:], strict=False):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
             if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):

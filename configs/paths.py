@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kinema.configs.models.table import MODELS
+from kinema.configs.rendered import RENDERED
 
 ROOT_VARIABLE = "KINEMA_ROOT"
 PATH_KEYS = frozenset(
@@ -22,6 +23,7 @@ PATH_KEYS = frozenset(
 """Settings that name a file or folder, in every stage."""
 _CACHE_FOLDER = "runtime_resources"
 _WORDS = {
+    "clips": (RENDERED,),
     "weights": ("published", "auto"),
     "backbone_weights": ("published", "auto"),
     "encoder_weights": ("published",),

@@ -8,6 +8,7 @@ from typing import Any
 from kinema.configs.describe import field_docs
 from kinema.configs.models.benchmarks import BENCHMARKS
 from kinema.configs.models.table import MODELS
+from kinema.configs.rendered import RENDERED
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "shard": ("videos", "out"),
@@ -45,6 +46,8 @@ def required(stage: str, config: Any = None) -> tuple[str, ...]:
     if config is None:
         return keys
     if stage == "train":
+        if config.clips == RENDERED:
+            return keys
         return (*keys, *MODELS[config.model].needs)
     if stage == "track":
         facts = MODELS[config.tracker].tracker

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from kinema.configs.checks import require, require_choice
 from kinema.configs.loader import LoaderConfig
 from kinema.configs.models.table import MODELS
+from kinema.configs.rendered import RenderedSourceConfig
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,10 @@ class TrainConfig:
     """`kinema train`: clips/ + sidecars in, a run out."""
 
     clips: str = ""
-    """The clips artifact."""
+    """The clips artifact; or the word `rendered`: pairs with exact flow, rendered when they are needed (`rendered.*`),
+    without clips and flow artifacts."""
+    rendered: RenderedSourceConfig = field(default_factory=RenderedSourceConfig)
+    """What `clips=rendered` renders."""
     flow: str = ""
     """The flow artifact of one teacher."""
     other_flow: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ import fsspec
 
 from kinema.configs import PricesConfig, WorkflowConfig, config_hash
 from kinema.configs.load import to_mapping
+from kinema.configs.rendered import RENDERED
 from kinema.configs.shard import FlowLayout, ShardConfig
 from kinema.pipelines import engine, tracking
 from kinema.pipelines.artifacts import remote
@@ -176,7 +177,10 @@ def resolve_stage(config: WorkflowConfig, stage: str, workspace: Path, outputs: 
         return dataclasses.replace(section, clips=section.clips or clips, flow=needed, out=out)
     if stage == "train":
         tracks = section.tracks or outputs.get("track", "")
-        section = dataclasses.replace(section, clips=section.clips or clips, flow=section.flow or flow, tracks=tracks)
+        if section.clips != RENDERED:
+            section = dataclasses.replace(
+                section, clips=section.clips or clips, flow=section.flow or flow, tracks=tracks
+            )
         return dataclasses.replace(section, out=section.out or str(_run_folder(section, workspace)))
     run_folder = outputs.get("train", "")
     if stage == "evaluate":

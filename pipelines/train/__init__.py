@@ -18,22 +18,22 @@ from typing import Any
 import kinema
 from kinema.configs import TrainConfig
 from kinema.configs.load import config_hash, to_mapping
+from kinema.configs.rendered import RENDERED
 from kinema.pipelines import engine, tracking
-from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts.layout import MANIFEST, RUN_FILE
 from kinema.pipelines.errors import StageError
-from kinema.pipelines.loader import ClipIndex, Loader
 from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.bucket_run import fetch_run, is_url, local_folder
 from kinema.pipelines.train.launch import launch
 from kinema.pipelines.train.loop import Finished, TrainJob, rank_batch_size, refuse_other_identity
 from kinema.pipelines.train.meter import read_metrics
 from kinema.pipelines.train.mirror import RunMirror
-from kinema.pipelines.train.parallel import Place, seed_step
+from kinema.pipelines.train.parallel import seed_step
 from kinema.pipelines.train.recipes.choose import make_recipe
+from kinema.pipelines.train.source import ClipLoader, check_source, source_inputs
 from kinema.pipelines.train.trained import load_model
 
-__all__ = ["Stopped", "TrainSummary", "build_model", "load_model", "run"]
+__all__ = ["ClipLoader", "Stopped", "TrainSummary", "build_model", "load_model", "run"]
 
 # Settings that change how a run is carried out or watched, not what it computes. `steps` may grow.
 _FREE = frozenset(
@@ -124,7 +124,7 @@ def _run_in(
     """Args: url, of the run, where its ranks share no folder."""
     started = time.monotonic()
     recipe = make_recipe(config)
-    inputs = _inputs(config, recipe.needs)
+    inputs = source_inputs(config, recipe.needs)
     identity = run_identity(config, inputs)
     newest = checkpoint.latest_checkpoint(folder)
     if newest is not None:
@@ -195,54 +195,12 @@ def build_model(config: TrainConfig) -> Any:
     return recipe.published_model(recipe.build().state_dict())
 
 
-@dataclass(frozen=True)
-class ClipLoader:
-    """Makes each rank's loader; pickled to the ranks."""
-
-    config: TrainConfig
-    recipe: Any
-
-    def __call__(self, place: Place) -> Any:
-        config = self.config
-        return Loader(
-            self.index(),
-            self.recipe.read_sample,
-            config.loader,
-            batch_size=rank_batch_size(config, place.world_size),
-            seed=config.seed,
-            rank=place.rank,
-            world_size=place.world_size,
-            pin_memory=place.device.type == "cuda",
-            read_samples=getattr(self.recipe, "read_samples", None),
-        )
-
-    def index(self) -> ClipIndex:
-        """The clips to train on; ValueError with reasons and counts if there are none."""
-        return self.all_clips().split(self.config.loader.hold_out)[0]
-
-    def held_out(self) -> ClipIndex:
-        """The clips that were kept out of training; all of them if none were."""
-        return self.all_clips().split(self.config.loader.hold_out)[1]
-
-    def all_clips(self) -> ClipIndex:
-        """Every usable clip."""
-        config, with_flow = self.config, "flow" in self.recipe.needs
-        return ClipIndex.open(
-            config.clips,
-            config.flow if with_flow else None,
-            config.tracks if "tracks" in self.recipe.needs else None,
-            min_motion=config.loader.min_motion,
-            skip_duplicates=config.loader.skip_duplicates,
-            other_flows=config.other_flow if with_flow else (),
-            flow_use=config.flow_use,
-            pairs=config.loader.pairs,
-        )
-
-
 def run_identity(config: TrainConfig, inputs: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """What decides the run's numbers: settings (flattened) and the content of its data."""
     settings = tracking.flatten(to_mapping(config))
     kept = {n: value for n, value in settings.items() if n not in _FREE and (n not in _LATER or value != _LATER[n])}
+    # What is rendered is data, and known by its hash.
+    kept = {name: value for name, value in kept.items() if not name.startswith(f"{RENDERED}.")}
     found = kept | {f"data.{name}": digest for name, (_, digest) in inputs.items()}
     return json.loads(json.dumps(found))
 
@@ -251,12 +209,12 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
     """The config with local paths that do not depend on the working folder: ranks run in another one."""
 
     def absolute(path: str) -> str:
-        return path if not path or "://" in path else str(Path(path).expanduser().resolve())
+        return path if path in ("", RENDERED) or "://" in path else str(Path(path).expanduser().resolve())
 
-    settings = config.settings
-    if settings is not None:
+    def with_absolute_files(settings: Any) -> Any:
         files = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata.get("file")}
-        settings = replace(settings, **{name: absolute(path) for name, path in files.items() if path != "published"})
+        return replace(settings, **{name: absolute(path) for name, path in files.items() if path != "published"})
+
     return replace(
         config,
         clips=absolute(config.clips),
@@ -265,7 +223,8 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
         tracks=absolute(config.tracks),
         out=absolute(config.out),
         weights=absolute(config.weights),
-        settings=settings,
+        settings=None if config.settings is None else with_absolute_files(config.settings),
+        rendered=with_absolute_files(config.rendered),
         loader=replace(config.loader, cache_dir=absolute(config.loader.cache_dir)),
     )
 
@@ -273,20 +232,8 @@ def absolute_paths(config: TrainConfig) -> TrainConfig:
 def _check(config: TrainConfig, recipe: Any) -> None:
     if not config.out:
         raise ValueError("train.out is empty; name the run's folder: out=DIR")
-    if not config.clips:
-        raise ValueError("train.clips is empty; name the clips artifact: clips=DIR (made by `kinema shard`)")
-    for need in recipe.needs:
-        if not getattr(config, need):
-            raise ValueError(f"train.{need} is empty and {config.model} needs it; name the artifact: {need}=DIR")
+    check_source(config, recipe.needs)
     rank_batch_size(config, config.num_workers)
-
-
-def _inputs(config: TrainConfig, needs: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    """{name: (url, hash of the content)} of the artifacts that training reads."""
-    urls = {name: getattr(config, name) for name in ("clips", *needs)}
-    if "flow" in needs:
-        urls |= {f"flow_{number}": url for number, url in enumerate(config.other_flow, start=1)}
-    return {name: (url, Artifact.read(url).manifest_hash()) for name, url in urls.items()}
 
 
 @contextlib.contextmanager

@@ -125,6 +125,8 @@ def content_config(config: ShardConfig, clip: ClipConfig) -> dict[str, Any]:
     """What decides the content of the clips."""
     chosen = asdict(config.dataset)
     del chosen["partial"]
+    if not chosen["trusted_only"]:
+        del chosen["trusted_only"]  # it came later, and artifacts made before have the same content
     return {
         "dataset": {"layout": config.layout, **chosen},
         "clip": {"codec": clip.codec, "gop": clip.gop, "preset": clip.preset},
@@ -135,7 +137,9 @@ def content_config(config: ShardConfig, clip: ClipConfig) -> dict[str, Any]:
 
 def _open(config: ShardConfig) -> FlowDataset:
     chosen = config.dataset
-    selection = Selection(chosen.split, chosen.passes, chosen.cameras, chosen.directions)
+    if chosen.trusted_only and config.layout != "sintel":
+        raise ValueError(f"dataset.trusted_only is for layout=sintel, {config.layout} has no such masks; leave it out")
+    selection = Selection(chosen.split, chosen.passes, chosen.cameras, chosen.directions, chosen.trusted_only)
     return open_dataset(config.layout, config.videos, selection, partial=chosen.partial, fix="dataset.partial=true")
 
 
