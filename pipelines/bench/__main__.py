@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import platform
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kinema.pipelines.artifacts.tables import finite
+from kinema.configs.json_text import json_text
 
 BENCHMARKS = {
     "shard": "clips artifact against plain copying of the source bytes",
@@ -48,7 +47,7 @@ def main(names: Sequence[str]) -> int:
         print(f"\n{name}: {BENCHMARKS[name]} ({time.monotonic() - started:.0f} s)")
         print_rows(rows)
         everything[name] = rows
-    print("\n" + json.dumps(finite(everything)))
+    print("\n" + json_text(everything))
     return 0
 
 

@@ -26,6 +26,7 @@ import av
 import numpy as np
 
 from kinema.configs import ClipConfig
+from kinema.configs.json_text import json_text
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.shard.media import AnyVideo, Source, content_hash, fingerprint, open_source, read_all
 from kinema.pipelines.shard.size_trial import SizeTrial
@@ -74,7 +75,7 @@ class Scan:
     def to_bytes(self) -> bytes:
         """The same record gives the same bytes."""
         plain = {f.name: getattr(self, f.name) for f in fields(Scan)}
-        header = json.dumps({**plain, "facts": self.facts or None, "version": _VERSION}, sort_keys=True).encode()
+        header = json_text({**plain, "facts": self.facts or None, "version": _VERSION}, sort_keys=True).encode()
         buffer = io.BytesIO()
         np.savez_compressed(buffer, header=np.frombuffer(header, np.uint8), **self._arrays())
         return buffer.getvalue()

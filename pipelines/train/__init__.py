@@ -16,6 +16,7 @@ from typing import Any
 
 import kinema
 from kinema.configs import TrainConfig
+from kinema.configs.json_text import json_text
 from kinema.configs.load import config_hash, to_mapping
 from kinema.pipelines import engine, tracking
 from kinema.pipelines.artifacts import Artifact
@@ -218,7 +219,7 @@ def run_identity(config: TrainConfig, inputs: dict[str, tuple[str, str]]) -> dic
     settings = tracking.flatten(to_mapping(config))
     kept = {n: value for n, value in settings.items() if n not in _FREE and (n not in _LATER or value != _LATER[n])}
     found = kept | {f"data.{name}": digest for name, (_, digest) in inputs.items()}
-    return json.loads(json.dumps(found))
+    return json.loads(json_text(found))
 
 
 def absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -322,7 +323,7 @@ def _open_run(
         "code_version": kinema.__version__,
     }
     temporary = folder / f".{RUN_FILE}.partial"
-    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    temporary.write_text(json_text(record, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, folder / RUN_FILE)
     return tracker
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+from kinema.configs.json_text import json_text
 from kinema.pipelines.artifacts.layout import RUN_FILE
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.train import checkpoint
@@ -85,7 +85,7 @@ class RunMirror:
                 self._sent[path.name] = state
 
     def _list(self, listed: dict[str, dict[str, int]]) -> None:
-        self.store.write(WHOLE, json.dumps(listed, indent=2, sort_keys=True).encode())
+        self.store.write(WHOLE, json_text(listed, indent=2, sort_keys=True).encode())
 
 
 def _state(path: Path) -> tuple[int, int]:
