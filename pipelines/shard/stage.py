@@ -129,8 +129,17 @@ def scan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig)
     scans = {source.id: scan for source, scan in zip(sources, states, strict=True) if scan is not None}
     wanted = [source for source in sources if source.id not in scans]
     tasks = [
-        ScanTask(artifact, s, config.clip, config.frames_fps, _stall_s(config), config.stream, config.masks.palette)
-        for s in wanted
+        ScanTask(
+            artifact,
+            source,
+            config.clip,
+            config.frames_fps,
+            _stall_s(config),
+            config.stream,
+            config.masks.palette,
+            config.motion,
+        )
+        for source in wanted
     ]
     progress = Progress("scan", len(tasks), "videos")
     for done, (task, outcome) in enumerate(_run_tasks(scan_task, tasks, config), start=1):

@@ -25,7 +25,7 @@ from jaxtyping import UInt8
 from kinema.configs.json_text import json_text
 from kinema.configs.shard import ClipConfig
 from kinema.pipelines.shard.build import ROWS
-from kinema.pipelines.shard.scan import THUMBNAIL_SIDE
+from kinema.pipelines.shard.runs import THUMBNAIL_SIDE
 from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair, encode_clip_flow
 from kinema.pipelines.sidecars.sidecar import Sample
 from kinema.pipelines.teach import quality
