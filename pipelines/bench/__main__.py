@@ -15,7 +15,7 @@ import torch
 from kinema.configs.json_text import json_text
 
 BENCHMARKS = {
-    "shard": "clips artifact against plain copying of the source bytes",
+    "shard": "clips artifact against plain copying and a plain re-encode of the sources; clip.codec=copy",
     "flow_codec": "flow sidecar against fp16 npz",
     "rendered_flow": "rendered pairs with exact flow, pairs per second of one core against the 50 asked for",
     "loader": "groups of pictures by ranged reads against decoding each clip from its start",

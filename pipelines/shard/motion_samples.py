@@ -12,7 +12,7 @@ _FRAMES = 3  # of a sample
 
 
 class MotionSamples:
-    """Feed every frame in order. A sample begins with every group of pictures and every other second or so inside of one.
+    """Feed every frame in order. A sample begins with every group of pictures and about every other second within.
 
     Args: motion, value of `shard.motion`; starts, timestamps of the groups, since clips begin there.
     """

@@ -86,17 +86,10 @@ def _resets(codec: str, data: bytes, prefix: int) -> bool:
 
 
 class PacketCopier:
-    """Cuts clips out of a file, which stays open in between. Use as a context manager."""
+    """Cuts clips out of an open container, which nobody else reads in the meantime."""
 
-    def __init__(self, file: str | SeekableReader, stream_index: int):
-        self._container = av.open(own_position(file), "r", metadata_errors="replace")
-        self._stream = next(s for s in self._container.streams.video if s.index == stream_index)
-
-    def __enter__(self) -> PacketCopier:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._container.close()
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream):
+        self._container, self._stream = container, stream
 
     def clip(self, pts: Sequence[int], fps: Fraction) -> bytes:
         """An mp4 of the packets whose frames have these timestamps, at a constant rate.

@@ -52,6 +52,7 @@ class VideoFile:
         self._stack = ExitStack()
         self._file, self._cut, self._wanted, self._deinterlace = file, cut, stream, deinterlace
         self._skips_loop_filter = False
+        self._for_packets = ExitStack()
         self._copier: PacketCopier | None = None
         self._open()
         self._formats = self._container.format.name.split(",")
@@ -85,17 +86,19 @@ class VideoFile:
         self._stream = next(s for s in self._container.streams.video if s.index == self._wanted)
         need_codec(self._stream)
         self._stream.thread_count = 1
+        self._set_loop_filter()
+        self._used = self._moved = False
+
+    def _set_loop_filter(self) -> None:
         if self._skips_loop_filter:
             self._stream.codec_context.options = {"skip_loop_filter": "all"}
-        self._used = False
 
     def __enter__(self) -> VideoFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        if self._copier is not None:
-            self._copier.__exit__()
+        self._for_packets.close()
 
     @property
     def format_name(self) -> str:
@@ -142,7 +145,7 @@ class VideoFile:
                 self._container.seek(from_pts, stream=self._stream, backward=True)
             except av.FFmpegError as error:
                 raise Corrupt(f"seeking to tick {from_pts} fails: {error.strerror}") from None
-        elif self._used:
+        elif self._used or self._moved:
             self._open()  # seeking back to the start is not exact in every container
         self._used = True
         decoded = self._with_pts(self._decoded(check_end=from_pts is None))
@@ -153,7 +156,10 @@ class VideoFile:
     def skip_loop_filter(self, skips: bool) -> None:
         """Frames from now on lack what smoothes the borders of blocks: good for small pictures, a quarter cheaper."""
         self._skips_loop_filter = skips
-        self._open()
+        if self._used or not skips:
+            self._open()
+        else:
+            self._set_loop_filter()
 
     def closed_groups(self) -> ClosedGroups | None:
         """Where closed groups of pictures begin; None where packets cannot be taken over."""
@@ -161,9 +167,13 @@ class VideoFile:
 
     def copy(self, pts: Sequence[int], fps: Fraction) -> bytes:
         """An mp4 of the packets with these timestamps. Raises: Corrupt."""
-        if self._copier is None:
-            self._copier = PacketCopier(self._file, self.stream_index)
-        return self._copier.clip(pts, fps)
+        if self._copier is None and self._used:  # frames are read from this container: another one for packets
+            file = own_position(self._file)
+            container = self._for_packets.enter_context(av.open(file, "r", metadata_errors="replace"))
+            stream = next(s for s in container.streams.video if s.index == self.stream_index)
+            self._copier = PacketCopier(container, stream)
+        self._moved = True
+        return (self._copier or PacketCopier(self._container, self._stream)).clip(pts, fps)
 
     def _decoded(self, check_end: bool) -> Iterator[Decoded]:
         num_packets = num_frames = 0
