@@ -1,8 +1,8 @@
 """`python -m kinema.pipelines.bench.presets FOLDER [FRAMES]`: what x264's presets cost and give on real videos.
 
-For each file of the folder: bytes, PSNR and SSIM of luma and processor time of the stage's own encode (crf 18, groups of
-12), each against `medium`. The default is the fastest preset that keeps within 2 % of medium's bytes and 0.1 dB of its
-PSNR on every file.
+For each file of the folder: bytes, PSNR and SSIM of luma and processor time of the stage's own encode (crf 18, groups
+of 12), each against `medium`. The default is the fastest preset that keeps within 2 % of medium's bytes and 0.1 dB of
+its PSNR on every file.
 """
 
 from __future__ import annotations

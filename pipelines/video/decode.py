@@ -19,6 +19,7 @@ from kinema.pipelines.video.copy import ClosedGroups, PacketCopier, closed_group
 from kinema.pipelines.video.decoded import Decoded
 from kinema.pipelines.video.deinterlace import deinterlaced
 from kinema.pipelines.video.errors import Corrupt, SourceError, Truncated, Undecodable
+from kinema.pipelines.video.joints import JointDecoder
 from kinema.pipelines.video.look import look_of
 from kinema.pipelines.video.order import in_order
 from kinema.pipelines.video.streams import choose_stream, need_codec
@@ -180,6 +181,10 @@ class VideoFile:
         end_s = 0.0
         packets = self._container.demux()
         aspects = _PixelAspects(self)
+        decoder = JointDecoder(
+            self._stream.codec_context, self.time_base, self._nominal_step(), watches=self._starts_anywhere
+        )
+        part = good_in_part = 0
         flushed = False
         while not flushed:
             try:
@@ -193,21 +198,25 @@ class VideoFile:
                     if packet.stream_index != self._stream.index:
                         continue
                     num_packets += 1
-                frames = self._stream.codec_context.decode(packet)
+                frames = decoder.decode(packet)
             except av.FFmpegError as error:
                 raise self._damage(num_frames, num_packets, error) from None
             aspects.note(packet)
-            for frame in frames:
-                if frame.is_corrupt and num_frames == 0 and (self._starts_anywhere or not frame.key_frame):
+            for number, frame in frames:
+                if number != part:
+                    part, good_in_part = number, 0
+                if frame.is_corrupt and good_in_part == 0 and (self._starts_anywhere or not frame.key_frame):
                     self.num_dropped += check_end
                     continue
                 if frame.is_corrupt and self._cut:
                     raise Truncated(f"{self._cut}; {num_frames} good frames")
                 if frame.is_corrupt:
                     raise Corrupt(f"frame {num_frames} comes out damaged, after {num_frames} good frames")
-                num_frames += 1
-                yield Decoded(frame, look_of(frame, aspects.of_frame(frame.pts)), bool(frame.interlaced_frame))
+                num_frames, good_in_part = num_frames + 1, good_in_part + 1
+                look, restarted = look_of(frame, aspects.of_frame(frame.pts)), part > 0 and good_in_part == 1
+                yield Decoded(frame, look, bool(frame.interlaced_frame), restarted)
         if check_end:
+            self.num_dropped += decoder.num_lost
             self._check_end(num_packets, num_frames, end_s)
 
     def _damage(self, num_frames: int, num_packets: int, error: av.FFmpegError) -> SourceError:
