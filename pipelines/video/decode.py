@@ -228,7 +228,9 @@ class VideoFile:
         return Corrupt(f"{num_frames} good frames{declared}, then packet {num_packets - 1}: {error.strerror}")
 
     def _check_end(self, num_packets: int, num_frames: int, end_s: float) -> None:
-        indexed = self._indexed_end()
+        indexed = self._indexed_end() if num_packets <= self._stream.frames else None  # fragments have no index
+        if self._cut and self._cut.startswith("the moof box"):
+            indexed = None
         lacks_bytes = indexed is not None and indexed > self._container.size
         if self._cut and (lacks_bytes or indexed is None):
             raise Truncated(f"{self._cut}; {num_frames} good frames")
