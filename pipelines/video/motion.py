@@ -8,8 +8,6 @@ and the vectors of other people's encoders are not comparable. `flow` takes it f
 
 from __future__ import annotations
 
-import gc
-import itertools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -18,8 +16,8 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-_COLLECT_EVERY = 64  # frames: PyAV's frames and their side data refer to each other, and only a collection frees them
-_decoded = itertools.count(1)
+from kinema.pipelines.video.side_data import side_data
+
 _BLOCK = 16  # macroblock: sizes are cropped to multiples so that no vector describes padding
 
 
@@ -52,11 +50,9 @@ class VectorMotion:
     def _read(self, packets: Sequence[av.Packet | None]) -> None:
         for packet in packets:
             for frame in self._decoder.decode(packet):
-                vectors = frame.side_data.get("MOTION_VECTORS")
+                vectors = side_data(frame).get("MOTION_VECTORS")
                 if vectors is not None:
                     self._shares.append(_mean_length(vectors.to_ndarray()) / self._diagonal)
-                if next(_decoded) % _COLLECT_EVERY == 0:
-                    gc.collect(1)  # they are young; a whole collection costs as much as a hundred frames
 
     def score(self) -> float:
         """Of the frames so far; 0 for fewer than two."""
