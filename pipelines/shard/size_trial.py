@@ -13,7 +13,7 @@ from kinema.pipelines.video.picture import PictureMaker, PictureSpec
 
 _TRIAL_EVERY, _TRIAL_FRAMES = 240, 12  # frames: part of the video that is encoded to estimate sizes
 _SLOWER = ("veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
-_QUICK = "superfast"  # its bytes are within some 6 % of medium's in a sixth of the time (docs/INPUTS.md)
+_QUICK = "superfast"  # 0.97 to 1.36 times medium's bytes in a fourth of the time (docs/PRESETS.md)
 
 
 class SizeTrial:
