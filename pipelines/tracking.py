@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import json
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kinema.configs.json_text import json_text
 from kinema.configs.paths import in_package_cache
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.metric_spool import Entry, Sender, Spool
@@ -277,7 +277,7 @@ class Tracker:
         from mlflow.entities import Dataset, DatasetInput
 
         sets = [
-            DatasetInput(Dataset(name, digest[:36], "kinema", json.dumps({"url": url})))
+            DatasetInput(Dataset(name, digest[:36], "kinema", json_text({"url": url})))
             for name, (url, digest) in inputs.items()
         ]
         if sets:
@@ -386,7 +386,7 @@ def _safe_name(name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else json_text(value, default=str)
     return text if len(text) <= MAX_PARAM_LENGTH else text[: MAX_PARAM_LENGTH - 3] + "..."
 
 

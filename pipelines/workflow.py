@@ -19,6 +19,7 @@ from typing import Any, TypeVar, get_args
 import fsspec
 
 from kinema.configs import PricesConfig, WorkflowConfig, config_hash
+from kinema.configs.json_text import json_text
 from kinema.configs.load import to_mapping
 from kinema.configs.rendered import RENDERED
 from kinema.configs.shard import FlowLayout, ShardConfig
@@ -234,7 +235,7 @@ def _fingerprint(stage: str, section: Any, outputs: Mapping[str, str]) -> str:
     for upstream in STAGES[stage].upstream:
         if outputs.get(upstream):
             parts[upstream] = content_hash(outputs[upstream])
-    return config_hash(json.loads(json.dumps(parts, default=str)))
+    return config_hash(json.loads(json_text(parts, default=str)))
 
 
 def source_listing(videos: str) -> list[Any]:
@@ -293,7 +294,7 @@ def _hash_of_listing(filesystem: Any, path: str) -> str:
     if not filesystem.exists(path):
         return ""
     files = sorted((name[len(path) :], info["size"]) for name, info in filesystem.find(path, detail=True).items())
-    return hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json_text(files).encode(), digest_size=16).hexdigest()
 
 
 def _remove_output(out: str, workspace: Path, report: Callable[[str], None]) -> None:
@@ -315,7 +316,7 @@ def _read_stamp(path: Path) -> dict[str, Any] | None:
 def _write_stamp(path: Path, fingerprint: str, out: str, summary: Mapping[str, Any]) -> None:
     stamp = {"fingerprint": fingerprint, "out": out, "files": _output_state(out), "summary": summary}
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(stamp, indent=1, default=str))
+    temporary.write_text(json_text(stamp, indent=1, default=str))
     os.replace(temporary, path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import platform
 import sys
@@ -13,10 +12,10 @@ from typing import Any
 
 import torch
 
-from kinema.pipelines.artifacts.tables import finite
+from kinema.configs.json_text import json_text
 
 BENCHMARKS = {
-    "shard": "clips artifact against plain copying of the source bytes",
+    "shard": "clips artifact against plain copying and a plain re-encode of the sources; clip.codec=copy",
     "flow_codec": "flow sidecar against fp16 npz",
     "rendered_flow": "rendered pairs with exact flow, pairs per second of one core against the 50 asked for",
     "loader": "groups of pictures by ranged reads against decoding each clip from its start",
@@ -48,7 +47,7 @@ def main(names: Sequence[str]) -> int:
         print(f"\n{name}: {BENCHMARKS[name]} ({time.monotonic() - started:.0f} s)")
         print_rows(rows)
         everything[name] = rows
-    print("\n" + json.dumps(finite(everything)))
+    print("\n" + json_text(everything))
     return 0
 
 

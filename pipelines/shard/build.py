@@ -19,7 +19,8 @@ from kinema.pipelines.artifacts import Artifact, ShardWriter
 from kinema.pipelines.artifacts.tables import canonical_json
 from kinema.pipelines.shard.limits import memory_limited
 from kinema.pipelines.shard.media import AnyVideo, Source, open_source, read_all
-from kinema.pipelines.shard.scan import THUMBNAIL_SIDE, FrameScan, load_scan, stall_watch
+from kinema.pipelines.shard.runs import THUMBNAIL_SIDE
+from kinema.pipelines.shard.scan import FrameScan, load_scan, stall_watch
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.encode import ClipEncoder
 from kinema.pipelines.video.errors import Corrupt, Missing, SourceError, TooMuchMemory
@@ -283,9 +284,16 @@ def _encode_once(
 
 
 def measure_motion(cursor: FrameCursor, scan: FrameScan, span: ClipSpan, motion: str) -> float | None:
-    """Motion score of a clip whose packets were taken over. Raises: SourceError."""
+    """Motion score of a clip whose packets were taken over: from samples, where the scan took some.
+
+    Raises: SourceError.
+    """
     if motion == "none":
         return None
+    if len(scan.motion_shares):
+        shares = scan.motion_shares[span.frames[1:]]
+        if not np.isnan(shares).all():
+            return float(np.nanmean(shares))
     spec = scan.stretches[span.stretch].spec
     while True:
         thumbnails, measure = Thumbnails(spec.orientation, THUMBNAIL_SIDE, spec), MOTION[motion]()

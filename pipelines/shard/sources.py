@@ -20,7 +20,7 @@ from kinema.pipelines.shard.tars import is_tar, read_tar
 
 VIDEO_EXTENSIONS = frozenset(
     "mp4 m4v mov qt mkv webm avi mpg mpeg mpe m1v m2v mpv ts m2ts mts vob flv f4v wmv asf ogv ogm 3gp 3g2 mxf gif "
-    "y4m ivf nut dv divx h264 264 h265 hevc 265 rm rmvb amv mjpeg mjpg".split()
+    "y4m ivf nut dv apng divx h264 264 h265 hevc 265 rm rmvb amv mjpeg mjpg".split()
 )
 PICTURE_EXTENSIONS = frozenset("jpg jpeg png bmp webp tif tiff".split())
 LIST_EXTENSIONS = frozenset("csv tsv parquet jsonl ndjson json txt list lst".split())
@@ -347,7 +347,10 @@ def _resolve(entry: str, base: _Place) -> str:
         return entry
     if posixpath.isabs(entry) and not base.remote:
         return posixpath.normpath(entry)
-    return base.url(entry)
+    url = base.url(entry)
+    if "\\" in entry and not _is_file(url):
+        return base.url(entry.replace("\\", "/"))  # written on Windows
+    return url
 
 
 def _is_file(url: str) -> bool:

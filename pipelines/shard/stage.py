@@ -131,15 +131,16 @@ def scan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig)
     tasks = [
         ScanTask(
             artifact,
-            s,
+            source,
             config.clip,
             config.frames_fps,
             _stall_s(config),
             config.stream,
             config.masks.palette,
             _memory_bytes(config),
+            config.motion,
         )
-        for s in wanted
+        for source in wanted
     ]
     progress = Progress("scan", len(tasks), "videos")
     for done, (task, outcome) in enumerate(_run_tasks(scan_task, tasks, config), start=1):

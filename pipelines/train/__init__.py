@@ -17,6 +17,7 @@ from typing import Any
 
 import kinema
 from kinema.configs import TrainConfig
+from kinema.configs.json_text import json_text
 from kinema.configs.load import config_hash, to_mapping
 from kinema.configs.rendered import RENDERED
 from kinema.pipelines import engine, tracking
@@ -202,7 +203,7 @@ def run_identity(config: TrainConfig, inputs: dict[str, tuple[str, str]]) -> dic
     # What is rendered is data, and known by its hash.
     kept = {name: value for name, value in kept.items() if not name.startswith(f"{RENDERED}.")}
     found = kept | {f"data.{name}": digest for name, (_, digest) in inputs.items()}
-    return json.loads(json.dumps(found))
+    return json.loads(json_text(found))
 
 
 def absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -295,7 +296,7 @@ def _open_run(
         "code_version": kinema.__version__,
     }
     temporary = folder / f".{RUN_FILE}.partial"
-    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    temporary.write_text(json_text(record, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, folder / RUN_FILE)
     return tracker
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kinema.configs.json_text import json_text
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.train.bucket_run import fetched_checkpoint, is_url
 
@@ -53,7 +54,7 @@ def save_checkpoint(
         save_file(stored, temporary / MODEL_FILE)
         torch.save(state, temporary / STATE_FILE)
         sizes = {name: (temporary / name).stat().st_size for name in (MODEL_FILE, STATE_FILE)}
-        text = json.dumps({"step": step, **meta, "files": sizes, "aliases": aliases}, indent=2, sort_keys=True)
+        text = json_text({"step": step, **meta, "files": sizes, "aliases": aliases}, indent=2, sort_keys=True)
         (temporary / META_FILE).write_text(text + "\n")
         for name in (MODEL_FILE, STATE_FILE, META_FILE):
             _fsync(temporary / name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from kinema.configs.json_text import json_text
 from kinema.pipelines import engine
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.progress import Progress
@@ -165,14 +167,14 @@ def _rank_main(settings: dict[str, Any]) -> None:
         _report_failure(messages, error)
         raise
     if place.rank == 0:
-        messages.put("finished.json", json.dumps(dataclasses.asdict(finished)))
+        messages.put("finished.json", json_text(dataclasses.asdict(finished)))
 
 
 def _report_failure(messages: Exchange, error: Exception) -> None:
     known = isinstance(error, ValueError | StageError)
     message = str(error) if known else f"{type(error).__name__}: {error}"
     kind = "ValueError" if isinstance(error, ValueError) else "StageError"
-    messages.put("failed.json", json.dumps({"kind": kind, "message": message}))
+    messages.put("failed.json", json_text({"kind": kind, "message": message}))
 
 
 class _Follower:
@@ -206,9 +208,10 @@ class _Follower:
         if self.shown < 0:
             self.progress.start_at(found["step"])
         self.shown = found["step"]
-        self.progress.update(self.shown, f"loss {found['loss']:.4g}")
+        loss = math.nan if found["loss"] is None else found["loss"]  # null stands for what is no number
+        self.progress.update(self.shown, f"loss {loss:.4g}")
         if self.on_progress:
-            self.on_progress(self.shown, found["loss"])
+            self.on_progress(self.shown, loss)
 
     def close(self) -> None:
         """Show the last state and end."""

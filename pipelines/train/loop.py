@@ -194,7 +194,8 @@ class _State:
         self.window.load_state_dict(saved["window"])
         self.loader.load_state_dict(saved["loader"])
         self.position = saved["loader"]
-        self.step, self.loss, self.saved_step = meta["step"], meta["loss"], meta["step"]
+        self.step, self.saved_step = meta["step"], meta["step"]
+        self.loss = math.nan if meta["loss"] is None else meta["loss"]
 
     def update(self, means: dict[str, float], num_samples: float, wait_s: float) -> None:
         """One optimizer step and everything that moves with it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -14,6 +13,8 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from kinema.configs.json_text import json_text
 
 METRICS_FILE = "metrics.jsonl"
 PROGRESS_FILE = "progress.json"
@@ -100,7 +101,7 @@ class MetricsFile:
     def __init__(self, run: Path, step: int):
         self.path = run / METRICS_FILE
         kept = [line for line in read_metrics(run) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        text = "".join(json_text(line) + "\n" for line in kept)
         temporary = self.path.with_suffix(".jsonl.partial")
         temporary.write_text(text)
         os.replace(temporary, self.path)
@@ -108,8 +109,7 @@ class MetricsFile:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one point; a value that is not finite is written as null."""
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.file.write(json_text({"step": step, **values}) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -141,5 +141,5 @@ class ProgressFile:
             return
         self.written = now
         temporary = self.path.with_suffix(".partial")
-        temporary.write_text(json.dumps({"step": step, "loss": loss}))
+        temporary.write_text(json_text({"step": step, "loss": loss}))
         os.replace(temporary, self.path)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kinema.configs.json_text import json_text
 from kinema.pipelines.artifacts.layout import RUN_FILE
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.train import checkpoint
@@ -95,7 +95,7 @@ class RunMirror:
         return self._losses
 
     def _list(self, listed: dict[str, dict[str, int]]) -> None:
-        self.store.write(WHOLE, json.dumps(listed, indent=2, sort_keys=True).encode())
+        self.store.write(WHOLE, json_text(listed, indent=2, sort_keys=True).encode())
 
 
 def _state(path: Path) -> tuple[int, int]:
