@@ -21,6 +21,7 @@ GIVES = {
     "pokes": "motion from pokes",
     "tracks": "tracks",
     "motion": "motion embeddings",
+    "video": "video",
 }
 
 
