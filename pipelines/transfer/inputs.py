@@ -48,6 +48,7 @@ def read_motion(config: TransferConfig) -> UInt8[np.ndarray, "T H W 3"]:
 
 def _too_short(config: TransferConfig, available: int) -> str:
     fits = (available - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+    found = f"has {available} frames at {config.fps:g} a second"
     if fits < 1 + FRAMES_PER_LATENT:
-        return f"has {available} frames at {config.fps:g} a second, motion needs at least 5; give a longer video or raise fps"
-    return f"has {available} frames at {config.fps:g} a second; use num_frames={fits}, or a longer video"
+        return f"{found}, motion needs at least {1 + FRAMES_PER_LATENT}; give a longer video, or raise fps"
+    return f"{found}; use num_frames={fits}, or a longer video"

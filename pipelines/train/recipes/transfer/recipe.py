@@ -156,7 +156,6 @@ def _by_step(loss: Tensor, steps: Tensor, num_steps: int) -> dict[str, Tensor]:
     for number in range(NUM_BINS):
         members = (steps * NUM_BINS // num_steps == number).float()
         count = members.sum()
-        metrics[f"loss_s{number + 1}"] = torch.where(
-            count > 0, (loss * members).sum() / count.clamp(min=1), loss.mean()
-        )
+        mean = (loss * members).sum() / count.clamp(min=1)
+        metrics[f"loss_s{number + 1}"] = torch.where(count > 0, mean, loss.mean())
     return metrics
