@@ -61,6 +61,8 @@ class TrainConfig:
     """Seed of initialisation, order and every random choice."""
     num_workers: int = 1
     """Ray Train workers (ranks)."""
+    sharding: Literal["none", "full"] = "none"
+    """Several ranks: each holds the whole model, or its share of weights, gradients and optimizer state (FSDP2)."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """Whether each worker gets a GPU."""
     cpus_per_worker: float = 1.0

@@ -1,8 +1,16 @@
-"""A CogVideoX of a few thousand weights from diffusers' own classes, with a text encoder and a tokenizer made here."""
+"""A CogVideoX of a few thousand weights from diffusers' own classes, with a text encoder and a tokenizer made here.
+
+Also a DisMo run whose motion extractor answers, without a training.
+"""
 
 from pathlib import Path
 
 import torch
+
+from kinema.configs import DisMoConfig, TrainConfig
+from kinema.configs.load import to_mapping
+from kinema.pipelines.train import checkpoint
+from kinema.pipelines.train.recipes.choose import make_recipe
 
 HEIGHT, WIDTH, MAX_TOKENS = 64, 96, 12
 LETTERS = "abcdefghijklmnopqrstuvwxyz,."
@@ -40,4 +48,19 @@ def write_base(folder: Path, seed: int = 0, **transformer) -> Path:
             ),
         )  # fmt: skip
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def write_dismo_run(folder: Path) -> Path:
+    """A run with one checkpoint of the tiny DisMo, its weights random."""
+    settings = DisMoConfig(preset="dismo_tiny", autoencoder="pixels", pixels_per_latent=4, frame_px=32)
+    config = TrainConfig(model="dismo", settings=settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = make_recipe(config).build()
+        with torch.no_grad():
+            for value in module.average.ema_model.motion_extractor.parameters():
+                value.add_(0.05 * torch.randn_like(value))
+    meta = {"identity": {}, "train_config": to_mapping(config), "loss": 1.0, "samples_per_second": 1.0}
+    checkpoint.save_checkpoint(folder, 1, module.state_dict(), {}, meta, keep=1)
     return folder

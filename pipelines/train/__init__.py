@@ -29,6 +29,7 @@ from kinema.pipelines.train.loop import Finished, TrainJob, rank_batch_size, ref
 from kinema.pipelines.train.mirror import RunMirror
 from kinema.pipelines.train.parallel import Place, seed_step
 from kinema.pipelines.train.recipes.choose import make_recipe
+from kinema.pipelines.train.sharded import shard_units
 from kinema.pipelines.train.trained import load_model
 
 __all__ = ["Stopped", "TrainSummary", "build_model", "load_model", "run"]
@@ -40,7 +41,7 @@ _FREE = frozenset(
     "loader.lookahead loader.cache_dir loader.cache_gb".split()
 )
 # Settings that runs of earlier versions do not know; at these values they decide nothing.
-_LATER = {"loader.mode": "random", "loader.lanes": 1}
+_LATER = {"loader.mode": "random", "loader.lanes": 1, "sharding": "none"}
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,8 @@ def _check(config: TrainConfig, recipe: Any) -> None:
         if not getattr(config, need):
             raise ValueError(f"train.{need} is empty and {config.model} needs it; name the artifact: {need}=DIR")
     rank_batch_size(config, config.num_workers)
+    if config.sharding == "full":
+        shard_units(recipe)
 
 
 def _inputs(config: TrainConfig, needs: tuple[str, ...]) -> dict[str, tuple[str, str]]:

@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kinema.configs import DisMoConfig, LoaderConfig, TrainConfig, TransferConfig, TransferTrainingConfig
-from kinema.configs.load import to_mapping
+from kinema.configs import LoaderConfig, TrainConfig, TransferConfig, TransferTrainingConfig
 from kinema.configs.models.table import MODELS
 from kinema.models.dismo.transfer.base import load_base
 from kinema.models.dismo.transfer.model import MotionTransfer
@@ -28,9 +27,9 @@ from kinema.pipelines.scenes.packed import write_scene_clips
 from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.recipes.choose import make_recipe
 from kinema.pipelines.transfer.extractor import load_extractor
+from tests.tiny_video_model import HEIGHT, WIDTH, write_dismo_run
 
 pytest.importorskip("diffusers", reason="the extra `transfer` is not installed")
-HEIGHT, WIDTH = 64, 96
 
 
 def moving(count: int, fps: float, path) -> None:
@@ -47,16 +46,9 @@ def folder(tmp_path_factory, tiny_video_base):
     folder = tmp_path_factory.mktemp("transfer")
     moving(40, 24.0, folder / "motion.mp4")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(folder / "image.png")
-    settings = DisMoConfig(preset="dismo_tiny", autoencoder="pixels", pixels_per_latent=4, frame_px=32)
-    config = TrainConfig(model="dismo", settings=settings)
-    torch.manual_seed(0)
-    module = make_recipe(config).build()
-    with torch.no_grad():
-        for value in module.average.ema_model.motion_extractor.parameters():
-            value.add_(0.05 * torch.randn_like(value))
-    meta = {"identity": {}, "train_config": to_mapping(config), "loss": 1.0, "samples_per_second": 1.0}
-    checkpoint.save_checkpoint(folder / "dismo", 1, module.state_dict(), {}, meta, keep=1)
+    write_dismo_run(folder / "dismo")
     model = MotionTransfer(load_base(str(tiny_video_base)), load_extractor(str(folder / "dismo")), rank=4, d_cond=16)
+    torch.manual_seed(0)
     torch.save({name: torch.randn_like(value) * 0.2 for name, value in model.adapter_state().items()}, folder / "a.pt")
     return folder
 
