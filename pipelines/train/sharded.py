@@ -6,6 +6,7 @@ all, puts together what it needs. `parallel.py` and the loop know only what is h
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -24,6 +26,12 @@ from kinema.pipelines.errors import StageError
 INDEX_FILE = ".metadata"
 """Of torch.distributed.checkpoint; it is there when all parts are."""
 _MODEL, _OPTIMIZER = "model.", "optimizer."
+_STORED = "Metadata TensorStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
+_ADMITTED = {("torch.distributed.checkpoint.metadata", name) for name in _STORED.split()} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+}
+_TORCH_NAMES = frozenset({"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"})
 _OTHER_FORWARDS = ("sample", "forward_sliding")
 
 
@@ -90,14 +98,42 @@ def read_parts(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix(_MODEL): value for name, value in found.items()}
 
 
+class _IndexNames(pickle.Unpickler):
+    """Unpickler for which no names exist but those of an index."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ADMITTED and not (module == "torch" and name in _TORCH_NAMES):
+            raise pickle.UnpicklingError(f"holds {module}.{name}")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the index, which is a pickle, without running what else a pickle may hold."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        """The index. Raises: ValueError."""
+        path = Path(self.path) / INDEX_FILE
+        try:
+            with path.open("rb") as file:
+                found = _IndexNames(file).load()
+            entries = list(found.state_dict_metadata.values())
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not an index of parts ({error}); take another checkpoint") from None
+        if not all(isinstance(entry, metadata.TensorStorageMetadata) for entry in entries):
+            raise ValueError(f"{path} is not an index of parts (of other things than tensors); take another checkpoint")
+        found.storage_meta = found.storage_meta or metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
 def _index(folder: Path) -> Mapping[str, Any]:
-    return dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return _Reader(str(folder)).read_metadata().state_dict_metadata
 
 
 def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no_dist.*")
-        dcp.load(tensors, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=_Reader(str(folder)), no_dist=not dist.is_initialized())
 
 
 def _model_tensors(module: nn.Module) -> dict[str, Tensor]:
