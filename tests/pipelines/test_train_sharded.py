@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from kinema.configs import DisMoConfig, TrainConfig
-from kinema.configs.load import to_mapping
 from kinema.pipelines import train
 from kinema.pipelines.train import checkpoint, load_model
 from kinema.pipelines.train.loop import TrainJob, rank_batch_size, train_worker
@@ -22,7 +21,7 @@ from kinema.pipelines.train.sharded import INDEX_FILE, read_parts
 from kinema.pipelines.train.stop import Stop
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_training import MakeLoader, ToyRecipe, toy_job
+from toy_training import ToyRecipe, toy_job
 
 SKIPPED = (1, 2, 3, 5, 8, 13)
 
@@ -57,9 +56,8 @@ class Frames:
             count = self.size * self.place.world_size
             mine = slice(self.place.rank, None, self.place.world_size)
             drawn = {"motion": (count, 8, 32, 32, 3), "source": (count, 4, 32, 32, 3), "target": (count, 4, 32, 32, 3)}
-            batch = {
-                k: torch.randint(0, 256, v, generator=generator, dtype=torch.uint8)[mine] for k, v in drawn.items()
-            }
+            pixels = {"generator": generator, "dtype": torch.uint8}
+            batch = {name: torch.randint(0, 256, size, **pixels)[mine] for name, size in drawn.items()}
             self.consumed += count
             yield {**batch, "delta_time": torch.ones(self.size, 4), "key": [""] * self.size}
 
@@ -172,4 +170,3 @@ def test_a_model_without_units_is_refused(tmp_path, monkeypatch):
     given = dict(model="raft_small", clips=str(tmp_path), flow=str(tmp_path), out=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="sharding=full is not for FlowRecipe's model; use sharding=none"):
         train.run(TrainConfig(**given, sharding="full"))
-    assert to_mapping(TrainConfig())["sharding"] == "none" and MakeLoader
