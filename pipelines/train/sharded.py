@@ -26,8 +26,9 @@ from kinema.pipelines.errors import StageError
 INDEX_FILE = ".metadata"
 """Of torch.distributed.checkpoint; it is there when all parts are."""
 _MODEL, _OPTIMIZER = "model.", "optimizer."
-_STORED = "Metadata TensorStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
+_STORED = "Metadata TensorStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex StorageMeta"
 _ADMITTED = {("torch.distributed.checkpoint.metadata", name) for name in _STORED.split()} | {
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
 }
