@@ -69,21 +69,24 @@ def save_sharded_checkpoint(
     meta: Mapping[str, Any],
     keep: int,
 ) -> None:
-    """As `save_checkpoint`, by all ranks together: each writes its part, the first one the rest.
+    """As `save_checkpoint`, by all ranks together (or one alone): each writes its part, the first one the rest.
 
     Raises: StageError on every rank if one of them cannot write.
     """
     final = checkpoint_folder(run, step)
     temporary = final.parent / f"{_TEMPORARY}{final.name}-sharded"
-    first = dist.get_rank() == 0
+    several = dist.is_initialized()
+    first = not several or dist.get_rank() == 0
     if first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    dist.barrier()
+    if several:
+        dist.barrier()
     aliases = save_parts(temporary, module, optimizer)
     if first:
         _finish(run, final, temporary, state, {"step": step, **meta, "aliases": aliases}, keep)
-    dist.barrier()
+    if several:
+        dist.barrier()
 
 
 def _finish(run: Path, final: Path, temporary: Path, state: Any, meta: dict[str, Any], keep: int) -> Path:

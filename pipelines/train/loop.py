@@ -163,7 +163,9 @@ class _State:
 
     def __init__(self, job: TrainJob, place: Place, module: nn.Module, loader: Any):
         self.job, self.place, self.module, self.loader = job, place, module, loader
-        self.sharded = job.config.sharding == "full" and place.world_size > 1
+        # One rank alone holds everything, but writes what several can go on from.
+        self.in_parts = job.config.sharding == "full"
+        self.sharded = self.in_parts and place.world_size > 1
         if self.sharded:
             shard(job.recipe, module, place.device)
         self.optimizer = make_optimizer(module, job.config)
@@ -192,10 +194,8 @@ class _State:
         meta = checkpoints.read_meta(folder)
         refuse_other_identity(meta["identity"], self.job.identity, self.job.run)
         saved = checkpoints.read_state(folder)
-        if checkpoints.is_sharded(folder):
+        if self.in_parts:
             load_parts(folder, self.module, self.optimizer)
-        elif self.sharded:
-            raise ValueError(f"{folder} is of one rank alone, which sharded ranks cannot go on from; use num_workers=1")
         else:
             self.module.load_state_dict(checkpoints.read_tensors(folder))
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -229,7 +229,7 @@ class _State:
                 "random": {"seed": self.job.config.seed, "step": self.step},
             }
             run, meta, keep = self.job.run, self.meta(), self.job.config.keep_checkpoints
-            if self.sharded:
+            if self.in_parts:
                 checkpoints.save_sharded_checkpoint(run, self.step, self.module, self.optimizer, state, meta, keep)
             else:
                 state["optimizer"] = self.optimizer.state_dict()

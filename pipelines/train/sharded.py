@@ -72,7 +72,8 @@ def save_parts(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
     Raises: StageError, on every rank, if one of them cannot write.
     """
     try:
-        dcp.save({**_model_tensors(module), **_optimizer_tensors(module, optimizer)}, checkpoint_id=str(folder))
+        tensors = {**_model_tensors(module), **_optimizer_tensors(module, optimizer)}
+        dcp.save(tensors, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
     except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
         full = "No space left" in str(error)
         reason = "disk full: free space or set out= to another disk" if full else " ".join(str(error).split())[:300]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from kinema.configs import LoaderConfig, TrainConfig, TransferConfig, TransferTrainingConfig
 from kinema.configs.models.table import MODELS
-from kinema.models.dismo.transfer.base import load_base
+from kinema.models.dismo.transfer.base import DEFAULT_BASE, load_base
 from kinema.models.dismo.transfer.model import MotionTransfer
 from kinema.models.weights import LEDGER, licence_notice
 from kinema.pipelines import train, transfer
@@ -231,6 +231,7 @@ def test_pictures_and_export(folder, tiny_video_base, clips):
 
 def test_the_row_and_its_licence():
     row = MODELS["cogvideox5b_i2v_large"]
+    assert TransferConfig().base == TransferTrainingConfig().base == DEFAULT_BASE
     assert row.kind == "video" and row.section == "transfer" and LEDGER[row.weights].non_commercial
     assert "not for commercial use" in licence_notice(row.weights)
     with pytest.raises(ValueError, match="which has no form in the registry"):

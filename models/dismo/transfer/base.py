@@ -18,9 +18,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from kinema.configs.models.transfer import DEFAULT_BASE
 from kinema.models.dismo.autoencoder import EXTRA
 
+DEFAULT_BASE = "THUDM/CogVideoX-5b-I2V"
+"""As in kinema.configs.models.transfer, which needs more than a hub entry may ask for."""
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 _PIPELINE = "CogVideoXImageToVideoPipeline"
 _SHOWN_CHARACTERS = 60
