@@ -6,9 +6,10 @@ all, puts together what it needs. `parallel.py` and the loop know only what is h
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ _ADMITTED = {("torch.distributed.checkpoint.metadata", name) for name in _STORED
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
 }
 _TORCH_NAMES = frozenset({"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"})
 _OTHER_FORWARDS = ("sample", "forward_sliding")
@@ -73,7 +75,8 @@ def save_parts(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
     """
     try:
         tensors = {**_model_tensors(module), **_optimizer_tensors(module, optimizer)}
-        dcp.save(tensors, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+        with _quietly_alone():
+            dcp.save(tensors, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
     except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
         full = "No space left" in str(error)
         reason = "disk full: free space or set out= to another disk" if full else " ".join(str(error).split())[:300]
@@ -128,13 +131,20 @@ class _Reader(dcp.FileSystemReader):
         return found
 
 
+@contextlib.contextmanager
+def _quietly_alone() -> Iterator[None]:
+    """Without being told, each time, that a process without ranks is on its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def _index(folder: Path) -> Mapping[str, Any]:
     return _Reader(str(folder)).read_metadata().state_dict_metadata
 
 
 def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no_dist.*")
+    with _quietly_alone():
         dcp.load(tensors, storage_reader=_Reader(str(folder)), no_dist=not dist.is_initialized())
 
 

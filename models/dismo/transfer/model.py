@@ -10,7 +10,7 @@ Shape legend: B batch, T frames, F latent frames, H W pixels, c h w latent, C co
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,7 @@ class MotionTransfer(MotionVideoTransformer):
             self.vae.enable_tiling()
         self.eval()
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "MotionTransfer":
         """Frozen parts stay in eval mode."""
         super().train(mode)
         for frozen in (self.motion_extractor, self.vae, self.text_encoder):
