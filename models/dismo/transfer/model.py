@@ -152,8 +152,8 @@ class MotionTransfer(MotionVideoTransformer):
         pictures = self._pictures(images, motion_videos, prompts, height, width)
         num_frames = self._num_frames(motion_videos, num_frames)
         guidance = text_guidance_scale if prompts is not None else 1.0
-        negative = negative_prompt or NEGATIVE_PROMPT
-        self.base.check_prompts([*(prompts or ()), *([negative] if guidance > 1 else ())])
+        # The default is cut where a base reads less than that; what was asked for is not.
+        self.base.check_prompts([*(prompts or ()), *filter(None, [negative_prompt])])
         if n_steps < 1:
             raise ValueError(f"n_steps={n_steps}: at least one step is needed")
         generators = _for_each(generator, len(pictures))
@@ -167,7 +167,7 @@ class MotionTransfer(MotionVideoTransformer):
                 made = pipeline(
                     image=picture[None],
                     prompt=prompts[number] if prompts is not None else "",
-                    negative_prompt=negative,
+                    negative_prompt=negative_prompt or NEGATIVE_PROMPT,
                     height=height,
                     width=width,
                     num_frames=num_frames,
@@ -297,7 +297,7 @@ def assemble(
     """
     adapter = {} if tensors is None else {k: v for k, v in tensors.items() if not k.startswith(EXTRACTOR)}
     rank = next((int(value.shape[0]) for key, value in adapter.items() if ".lora_A." in key), RANK)
-    d_cond = int(adapter["init_gru_state"].shape[0]) if "init_gru_state" in adapter else D_COND
+    d_cond = next((int(value.shape[1]) for key, value in adapter.items() if ".lora_emb_gamma." in key), D_COND)
     extractor = extractor or _large_extractor(tensors or {}, source, pretrained)
     if "gru.weight_ih" in adapter and adapter["gru.weight_ih"].shape[1] != extractor.d_motion:
         raise ValueError(
