@@ -18,6 +18,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "evaluate": ("model",),
     "register": ("model",),
     "embed": ("clips", "out"),
+    "transfer": ("motion", "image", "out"),
     "run": (),
 }
 

@@ -68,6 +68,8 @@ class TrainConfig:
     min_workers: int = 0
     """Fewest ranks to go on with while nodes are missing: Ray Train then takes as many between this and num_workers as
     there is room for, and the global batch stays; 0: wait for all."""
+    sharding: Literal["none", "full"] = "none"
+    """Several ranks: each holds the whole model, or its share of weights, gradients and optimizer state (FSDP2)."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """Whether each worker gets a GPU."""
     cpus_per_worker: float = 1.0

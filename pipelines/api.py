@@ -31,6 +31,7 @@ __all__ = [
     "teach",
     "track",
     "train",
+    "transfer",
 ]
 
 
@@ -96,6 +97,11 @@ def register(**settings: Any) -> Any:
 def embed(**settings: Any) -> Any:
     """`kinema embed`: features of every clip. Settings as in `EmbedConfig`; raises as `shard`."""
     return _run("embed", settings)
+
+
+def transfer(**settings: Any) -> Any:
+    """`kinema transfer`: a video that moves as another does. Settings as in `TransferConfig`; raises as `shard`."""
+    return _run("transfer", settings)
 
 
 def run(**settings: Any) -> Any:

@@ -23,6 +23,7 @@ GIVES = {
     "pokes": "motion from pokes",
     "tracks": "tracks",
     "motion": "motion embeddings",
+    "video": "video",
 }
 
 

@@ -83,6 +83,15 @@ def normalised_image(fill):
 
 
 @pytest.fixture(scope="session")
+def tiny_video_base(tmp_path_factory) -> Path:
+    """Folder of a tiny CogVideoX with random weights, as diffusers writes it."""
+    pytest.importorskip("diffusers", reason="the extra `transfer` is not installed")
+    from tests.tiny_video_model import write_base
+
+    return write_base(tmp_path_factory.mktemp("video_base") / "base")
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with real videos, flow ground truth, DAVIS samples and weights, beside the checkout."""
     folder = REPO_ROOT.parent / "shared" / "data"

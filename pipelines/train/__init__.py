@@ -32,6 +32,7 @@ from kinema.pipelines.train.mirror import RunMirror
 from kinema.pipelines.train.parallel import seed_step
 from kinema.pipelines.train.recipes.choose import make_recipe
 from kinema.pipelines.train.source import ClipLoader, check_source, source_inputs
+from kinema.pipelines.train.sharded import shard_units
 from kinema.pipelines.train.trained import load_model
 
 __all__ = ["ClipLoader", "Stopped", "TrainSummary", "build_model", "load_model", "run"]
@@ -43,7 +44,7 @@ _FREE = frozenset(
     "loader.prefetch loader.lookahead loader.cache_dir loader.cache_gb".split()
 )
 # Settings that runs of earlier versions do not know; at these values they decide nothing.
-_LATER = {"loader.mode": "random", "loader.lanes": 1}
+_LATER = {"loader.mode": "random", "loader.lanes": 1, "sharding": "none"}
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,8 @@ def _check(config: TrainConfig, recipe: Any) -> None:
         raise ValueError("train.out is empty; name the run's folder: out=DIR")
     check_source(config, recipe.needs)
     rank_batch_size(config, config.num_workers)
+    if config.sharding == "full":
+        shard_units(recipe)
 
 
 @contextlib.contextmanager

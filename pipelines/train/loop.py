@@ -39,6 +39,7 @@ from kinema.pipelines.train.parallel import (
     without_sync,
 )
 from kinema.pipelines.train.recipes.protocol import Batch, Recipe, to_device
+from kinema.pipelines.train.sharded import load_parts, shard
 from kinema.pipelines.train.stop import Stop
 
 MAX_EMPTY_STEPS = 10
@@ -96,19 +97,22 @@ def train_worker(job: TrainJob, place: Place, stop: Stop) -> Finished:
     """
     config, recipe = job.config, job.recipe
     state = _State.create(job, place)
-    parallel = replicate(recipe, state.module, place)
+    parallel = replicate(recipe, state.module, place, state.sharded)
     log = _Log(job, state) if place.rank == 0 else None
     # A stop is saved by a thread, at once, while the step that is under way goes on; see stop.py.
-    stop.watch(state.save if place.rank == 0 else lambda: None)
+    # A sharded one takes all ranks, and waits for the end of the step.
+    stop.watch(state.save if place.rank == 0 and not state.sharded else lambda: None)
     batches, batch = iter(state.loader), None
     started, first_step, empty_steps = time.perf_counter(), state.step, 0
     stopped = False
     try:
         while True:
             last = state.step >= config.steps
-            if log and batch is not None and (last or _due(state.step, config.pictures_every)):
-                log.pictures(state, batch)
-            if log and (last or stopped or _due(state.step, config.checkpoint_every)):
+            if batch is not None and (last or _due(state.step, config.pictures_every)) and (log or state.sharded):
+                made = state.pictures(batch)
+                if log:
+                    log.pictures(state, made)
+            if (last or stopped or _due(state.step, config.checkpoint_every)) and (log or state.sharded):
                 state.save()
             if last or stopped:
                 break
@@ -161,6 +165,11 @@ class _State:
 
     def __init__(self, job: TrainJob, place: Place, module: nn.Module, loader: Any):
         self.job, self.place, self.module, self.loader = job, place, module, loader
+        # One rank alone holds everything, but writes what several can go on from.
+        self.in_parts = job.config.sharding == "full"
+        self.sharded = self.in_parts and place.world_size > 1
+        if self.sharded:
+            shard(job.recipe, module, place.device)
         self.optimizer = make_optimizer(module, job.config)
         self.window = Window()
         self.step, self.loss, self.saved_step = 0, math.nan, -1
@@ -189,8 +198,11 @@ class _State:
         meta = checkpoints.read_meta(folder)
         refuse_other_identity(meta["identity"], self.job.identity, self.job.run)
         saved = checkpoints.read_state(folder)
-        self.module.load_state_dict(checkpoints.read_tensors(folder))
-        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.in_parts:
+            load_parts(folder, self.module, self.optimizer)
+        else:
+            self.module.load_state_dict(checkpoints.read_tensors(folder))
+            self.optimizer.load_state_dict(saved["optimizer"])
         self.window.load_state_dict(saved["window"])
         self.loader.load_state_dict(saved["loader"])
         self.position = saved["loader"]
@@ -217,18 +229,28 @@ class _State:
             if self.saved_step == self.step:
                 return
             state = {
-                "optimizer": self.optimizer.state_dict(),
                 "loader": self.position,
                 "window": self.window.state_dict(),
                 # Every step seeds its own generators from these two; there is no other state to keep.
                 "random": {"seed": self.job.config.seed, "step": self.step},
             }
-            checkpoints.save_checkpoint(
-                self.job.run, self.step, module_tensors(self.module), state, self.meta(),
-                keep=self.job.config.keep_checkpoints, best=self.job.config.keep_best,
-            )  # fmt: skip
+            run, meta, config = self.job.run, self.meta(), self.job.config
+            kept = {"keep": config.keep_checkpoints, "best": config.keep_best}
+            if self.in_parts:
+                checkpoints.save_sharded_checkpoint(run, self.step, self.module, self.optimizer, state, meta, **kept)
+            else:
+                state["optimizer"] = self.optimizer.state_dict()
+                checkpoints.save_checkpoint(run, self.step, module_tensors(self.module), state, meta, **kept)
             self.saved_step = self.step
             self.losses_since = []
+
+    def pictures(self, batch: Batch) -> dict[str, Any]:
+        """What the model sees and says."""
+        self.module.eval()
+        with torch.no_grad(), _autocast(self.job.config, self.place):
+            made = self.job.recipe.pictures(self.module, batch)
+        self.module.train()
+        return made
 
     def meta(self) -> dict[str, Any]:
         """What a reader of the checkpoint wants to know without loading it."""
@@ -295,12 +317,8 @@ class _Log:
         if self.tracker:
             self.tracker.log_metrics(point, step)
 
-    def pictures(self, state: _State, batch: Batch) -> None:
-        """What the model sees and says, as PNG in the run folder and in MLflow."""
-        state.module.eval()
-        with torch.no_grad(), _autocast(self.job.config, state.place):
-            made = self.job.recipe.pictures(state.module, batch)
-        state.module.train()
+    def pictures(self, state: _State, made: dict[str, Any]) -> None:
+        """Pictures as PNG in the run folder and in MLflow."""
         for name, picture in made.items():
             path = self.job.run / "pictures" / f"{name}_{state.step:08d}.png"
             write_png(path, picture)

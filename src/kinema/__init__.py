@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         teach,
         track,
         train,
+        transfer,
     )
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "teach",
     "track",
     "train",
+    "transfer",
 ]
 
 

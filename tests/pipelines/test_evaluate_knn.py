@@ -12,10 +12,11 @@ from kinema.configs.load import to_mapping
 from kinema.pipelines.evaluate import stage
 from kinema.pipelines.evaluate.knn.embedders import flow_histogram
 from kinema.pipelines.evaluate.knn.neighbours import knn_accuracy
-from kinema.pipelines.evaluate.knn.videos import find_labelled, read_video
+from kinema.pipelines.evaluate.knn.videos import find_labelled
 from kinema.pipelines.scenes.motion_classes import LABELS, MOTIONS, MotionClip, motion_clips
 from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.recipes.choose import make_recipe
+from kinema.pipelines.video.at_rate import read_video
 
 
 def clip(motion="right", seed=3, **options):

@@ -83,6 +83,15 @@ class DisMoRecipe:
                 layer.compile()
         return module
 
+    def shard_units(self, module: nn.Module) -> list[nn.Module]:
+        """The transformers' layers, then what is around them, of the model and of its average."""
+        assert isinstance(module, DisMoTraining)
+        units: list[nn.Module] = []
+        for model in (module.model, module.chosen()):
+            extractor, generator = model.motion_extractor, model.frame_generator
+            units += [*extractor.layers, *generator.transformer.layers, extractor, generator]
+        return units
+
     def read_sample(self, clip: Clip, rng: np.random.Generator) -> Sample | Skip:
         """See `samples.read_samples`."""
         return self.read_samples(clip, [rng])[0]
