@@ -12,6 +12,7 @@ from kinema.configs.models.fpt import FPTConfig
 from kinema.configs.page import PageConfig
 from kinema.configs.register import RegisterConfig
 from kinema.configs.rendered import EffectsConfig, RenderedConfig
+from kinema.configs.search import SearchConfig
 from kinema.configs.shard import ClipConfig, MasksConfig, ShardConfig
 from kinema.configs.teach import TeachConfig
 from kinema.configs.track import TrackConfig
@@ -37,6 +38,7 @@ __all__ = [
     "PokesConfig",
     "RegisterConfig",
     "RenderedConfig",
+    "SearchConfig",
     "ShardConfig",
     "TeachConfig",
     "TrackConfig",

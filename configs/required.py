@@ -16,6 +16,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "evaluate": ("model",),
     "register": ("model",),
     "embed": ("clips", "out"),
+    "search": ("clips", "features", "query", "out"),
     "run": (),
 }
 

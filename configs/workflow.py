@@ -8,6 +8,7 @@ from typing import Any, Literal
 from kinema.configs.embed import EmbedConfig
 from kinema.configs.evaluate import EvaluateConfig
 from kinema.configs.register import RegisterConfig
+from kinema.configs.search import SearchConfig
 from kinema.configs.shard import ShardConfig
 from kinema.configs.teach import TeachConfig
 from kinema.configs.track import TrackConfig
@@ -59,5 +60,6 @@ STAGES: dict[str, Any] = {
     "evaluate": EvaluateConfig,
     "register": RegisterConfig,
     "embed": EmbedConfig,
+    "search": SearchConfig,
     "run": WorkflowConfig,
 }

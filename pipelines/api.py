@@ -27,6 +27,7 @@ __all__ = [
     "predict_flow",
     "register",
     "run",
+    "search",
     "shard",
     "teach",
     "track",
@@ -96,6 +97,11 @@ def register(**settings: Any) -> Any:
 def embed(**settings: Any) -> Any:
     """`kinema embed`: features of every clip. Settings as in `EmbedConfig`; raises as `shard`."""
     return _run("embed", settings)
+
+
+def search(**settings: Any) -> Any:
+    """`kinema search`: the clips that move alike. Settings as in `SearchConfig`; raises as `shard`."""
+    return _run("search", settings)
 
 
 def run(**settings: Any) -> Any:

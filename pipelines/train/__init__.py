@@ -36,7 +36,7 @@ __all__ = ["Stopped", "TrainSummary", "build_model", "load_model", "run"]
 # Settings that change how a run is carried out or watched, not what it computes. `steps` may grow.
 _FREE = frozenset(
     "clips flow other_flow tracks out steps num_workers use_gpu cpus_per_worker checkpoint_every keep_checkpoints "
-    "log_every pictures_every max_failures experiment run_name loader.num_workers loader.prefetch "
+    "log_every pictures_every measure_every max_failures experiment run_name loader.num_workers loader.prefetch "
     "loader.lookahead loader.cache_dir loader.cache_gb".split()
 )
 # Settings that runs of earlier versions do not know; at these values they decide nothing.
@@ -145,7 +145,7 @@ def _train(
     tracker = _open_run(config, folder, identity, inputs, notices_of(recipe))
     for notice in notices_of(recipe):
         sys.stderr.write(f"kinema train: {notice}\n")
-    job = TrainJob(config, recipe, make_loader, folder, identity, tracker.handle)
+    job = TrainJob(config, recipe, make_loader, folder, identity, tracker.handle, make_loader.held_out)
     total = {"stage": "train", "steps": config.steps}
     on_progress = (lambda step, loss: report(total | {"step": step, "loss": loss})) if report else None
     status = "FAILED"
@@ -252,6 +252,11 @@ def _check(config: TrainConfig, recipe: Any) -> None:
     for need in recipe.needs:
         if not getattr(config, need):
             raise ValueError(f"train.{need} is empty and {config.model} needs it; name the artifact: {need}=DIR")
+    if config.measure_every and not hasattr(recipe, "measure"):
+        raise ValueError(
+            f"train.measure_every={config.measure_every}, but {config.model} has nothing to measure while it trains; "
+            "use measure_every=0, and `kinema evaluate` afterwards"
+        )
     rank_batch_size(config, config.num_workers)
 
 

@@ -26,7 +26,7 @@ from kinema.pipelines.errors import StageError
 from kinema.pipelines.pictures.images import write_png
 from kinema.pipelines.tracking import RunHandle, Tracker
 from kinema.pipelines.train import checkpoint as checkpoints
-from kinema.pipelines.train.meter import MetricsFile, ProgressFile, StepSums, Window, memory_mb
+from kinema.pipelines.train.meter import MEASURES_FILE, MetricsFile, ProgressFile, StepSums, Window, memory_mb
 from kinema.pipelines.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from kinema.pipelines.train.parallel import (
     Place,
@@ -57,6 +57,8 @@ class TrainJob:
     """What a checkpoint must agree on to be continued: settings and hashes of the data."""
     tracking: RunHandle | None = None
     """MLflow run that rank 0 logs to."""
+    held_out: Callable[[], Any] | None = None
+    """Called on rank 0 for the clips that `recipe.measure` looks at, where `config.measure_every` asks for it."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def train_worker(job: TrainJob, place: Place, stop: Stop) -> Finished:
             last = state.step >= config.steps
             if log and batch is not None and (last or _due(state.step, config.pictures_every)):
                 log.pictures(state, batch)
+            if log and batch is not None and (last or _due(state.step, config.measure_every)):
+                log.measure(state)
             if log and (last or stopped or _due(state.step, config.checkpoint_every)):
                 state.save()
             if last or stopped:
@@ -254,6 +258,7 @@ class _Log:
     def __init__(self, job: TrainJob, state: _State):
         self.job = job
         self.metrics = MetricsFile(job.run, state.step)
+        self.measures = MetricsFile(job.run, state.step, MEASURES_FILE) if job.config.measure_every else None
         self.progress = ProgressFile(job.run)
         self.tracker = Tracker.attach(job.tracking) if job.tracking else None
         state.window.started = time.perf_counter()
@@ -299,9 +304,23 @@ class _Log:
             if self.tracker:
                 self.tracker.log_artifact(path, "pictures")
 
+    def measure(self, state: _State) -> None:
+        """What held-out clips say of the model, in measures.jsonl and in MLflow."""
+        if self.measures is None or self.job.held_out is None:
+            return
+        state.module.eval()
+        with torch.no_grad(), _autocast(self.job.config, state.place):
+            values = self.job.recipe.measure(state.module, self.job.held_out())
+        state.module.train()
+        self.measures.write(state.step, values)
+        if self.tracker:
+            self.tracker.log_metrics(values, state.step)
+
     def close(self) -> None:
         """Flush everything; the driver ends the MLflow run."""
         self.metrics.close()
+        if self.measures:
+            self.measures.close()
         if self.tracker:
             self.tracker.flush()
 

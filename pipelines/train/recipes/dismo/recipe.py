@@ -23,7 +23,8 @@ from kinema.models.dismo import DisMo, FrameGenerator, MotionExtractor
 from kinema.models.dismo.autoencoder import Autoencoder, load_autoencoder
 from kinema.models.dismo.presets import PRESETS
 from kinema.models.weights import LEDGER, load_weights, published_file
-from kinema.pipelines.loader import Clip, Skip
+from kinema.pipelines.loader import Clip, ClipIndex, Skip
+from kinema.pipelines.train.recipes.dismo.measures import label_accuracies
 from kinema.pipelines.train.recipes.dismo.metrics import draw_noise_shares, spread, step_metrics
 from kinema.pipelines.train.recipes.dismo.module import DisMoTraining
 from kinema.pipelines.train.recipes.dismo.pictures import generated_pictures
@@ -124,6 +125,11 @@ class DisMoRecipe:
         steps = self.config.sample_steps
         picture = generated_pictures(model, autoencoder, motion, source, target, batch["delta_time"], steps)
         return {"source_target_latent_generated": picture}
+
+    def measure(self, module: nn.Module, clips: ClipIndex) -> dict[str, float]:
+        """How well the averaged embeddings of held-out clips tell their labels; see `measures.label_accuracies`."""
+        assert isinstance(module, DisMoTraining)
+        return label_accuracies(module.chosen().motion_extractor, clips, self.config.fps)
 
     def published_model(self, tensors: Mapping[str, Tensor], ema: bool = True) -> MotionExtractor:
         """The motion extractor with a checkpoint's tensors."""
