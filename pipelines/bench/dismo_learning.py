@@ -37,7 +37,6 @@ TRAINING_SEED, HELD_OUT_SEED = 1, 2
 SIDE_PX, NUM_FRAMES = 32, 12
 ENCODED = ClipConfig(preset="veryfast", gop=4, crf=12)
 SEARCHED, BLOCK_WINDOWS = 10, 2048
-_SEARCH = ("hit", "same")
 PICTURE_ROWS, PICTURE_STEPS = 4, 40
 MIDDLE = 2
 """First frame of the eight that the pictures are made from."""
@@ -108,10 +107,7 @@ def moved_objects(model: DisMo, pixels_per_latent: int) -> np.ndarray:
     videos = torch.from_numpy(np.stack([clip.frames()[MIDDLE : MIDDLE + window] for clip in drivers]))
     motion = model.motion_extractor(videos)[:, 0]
     shown: list[np.ndarray] = []
-    for clip in motion_clips(ENCODED = ClipConfig(preset="veryfast", gop=4, crf=12)
-SEARCHED, BLOCK_WINDOWS = 10, 2048
-_SEARCH = ("hit", "same")
-PICTURE_ROWS, 8_000_009, side=SIDE_PX):
+    for clip in motion_clips(PICTURE_ROWS, 8_000_009, side=SIDE_PX):
         frame = clip.frame(MIDDLE)
         source = (torch.from_numpy(frame).float() / 127.5 - 1).expand(len(MOTIONS), -1, -1, -1)
         side = SIDE_PX // pixels_per_latent
@@ -136,7 +132,10 @@ def lines(metrics: dict[str, float]) -> list[str]:
             shown = f"{100 * accuracy:.1f} (x {metrics[f'knn_{label}{suffix}_over_chance']:.2f})"
             row += f"{shown:>28}"
         table.append(row)
-    hit, same = (f"{100 * metrics[f'search_{n}']:.1f} (chance {100 * metrics[f'search_{n}_chance']:.1f})" for n in _SEARCH)
+    hit, same = (
+        f"{100 * metrics[f'search_{name}']:.1f} (chance {100 * metrics[f'search_{name}_chance']:.1f})"
+        for name in ("hit", "same")
+    )
     return [
         *table,
         f"search: one of the same motion in the first {SEARCHED} for {hit} % of the clips, {same} % of all found; "
