@@ -12,8 +12,8 @@ from kinema.configs.checks import require
 class DisMoConfig:
     """DisMo: what it is shown, and its size (NeurIPS 2025, section 3 and appendix)."""
 
-    preset: Literal["dismo_large", "dismo_tiny"] = "dismo_large"
-    """The paper's model, or one that trains on a CPU."""
+    preset: Literal["dismo_large", "dismo_tiny", "dismo_nano"] = "dismo_large"
+    """The paper's model, or one that trains on a CPU within an hour, or within minutes."""
     encoder_weights: str = field(default="", metadata={"file": True})
     """Checkpoint both image encoders start from: file, URL, `published` (ledger) or empty (untrained, said aloud)."""
     autoencoder: str = "madebyollin/taesd"
@@ -22,6 +22,8 @@ class DisMoConfig:
     """Side of the square of pixels that a latent of `pixels` stands for."""
     fps: float = 6.0
     """Frames a second of a clip; chosen by time, whatever the video's rate."""
+    offset_rate_per_s: float = 12.0
+    """Targets lie Gamma(3, this) seconds behind their sources, 3 / this before it is cut off: lower is further."""
     frame_px: int = 256
     """Side of the frames after augmentation."""
     motion_scale: tuple[float, float] = (0.25, 1.0)
@@ -53,6 +55,7 @@ class DisMoConfig:
 
     def __post_init__(self) -> None:
         require(self.fps > 0, "dismo.fps", self.fps, "use a positive number of frames a second")
+        require(self.offset_rate_per_s > 0, "dismo.offset_rate_per_s", self.offset_rate_per_s, "use a positive rate")
         require(self.frame_px >= 16, "dismo.frame_px", self.frame_px, "use 16 or more pixels")
         require(self.pixels_per_latent >= 1, "dismo.pixels_per_latent", self.pixels_per_latent, "use 1 or more pixels")
         require(0 <= self.motion_angle_deg <= 180, "dismo.motion_angle_deg", self.motion_angle_deg, "use 0 to 180")

@@ -80,7 +80,8 @@ def _draw(
         return None
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
     sources = motion[: window - max_offset]
-    targets = [draw_target(times, int(source), max_offset / config.fps, generator) for source in sources]
+    reach_s, rate = max_offset / config.fps, config.offset_rate_per_s
+    targets = [draw_target(times, int(source), reach_s, generator, rate) for source in sources]
     return _Drawn(motion.tolist(), targets, generator)
 
 
