@@ -21,7 +21,7 @@ from kinema.pipelines.search.approximate import ApproximateIndex, load_faiss, re
 from kinema.pipelines.search.exact import Match, Nearest, search
 from kinema.pipelines.search.page import Found, facts_of, write_page
 from kinema.pipelines.search.query import Query, copies_of, read_query
-from kinema.pipelines.search.registered import fetch_index, register_index
+from kinema.pipelines.search.registered import fetch_index, register_index, registered_model
 from kinema.pipelines.search.windows import MotionWindows
 from kinema.pipelines.sidecars.sidecar import open_input
 
@@ -67,7 +67,9 @@ def run(config: SearchConfig, *, report: Callable[[str], None] | None = None) ->
         config.method == "auto" and windows.num_windows > config.exact_up_to
     )
     if approximate:
-        load_faiss()  # refused before the work
+        load_faiss()  # what cannot be is refused before the work
+        if config.register:
+            registered_model(windows)
     elif config.register or config.index:
         named = "register=true" if config.register else f"index={config.index}"
         raise ValueError(
@@ -114,7 +116,7 @@ def _index(config: SearchConfig, windows: MotionWindows, say: Callable[[str], No
         with tempfile.TemporaryDirectory(prefix="kinema-index-") as folder:
             return ApproximateIndex.load(fetch_index(config.index, windows, Path(folder)), windows), ""
     folder = Path(config.index or Path(config.out) / "index")
-    if folder.is_dir():
+    if folder.is_dir() and (config.index or ApproximateIndex.fits(folder, windows)):
         index = ApproximateIndex.load(folder, windows)
     else:
         say(f"search: indexing {windows.num_windows:,} windows in {folder}")

@@ -73,6 +73,15 @@ class ApproximateIndex:
                  "width": windows.width, "groups": groups}  # fmt: skip
         return cls(index, tuple(keys), np.concatenate(firsts), facts)
 
+    @staticmethod
+    def fits(folder: Path, windows: MotionWindows) -> bool:
+        """Whether a folder says that its index is of these features."""
+        try:
+            facts = json.loads((folder / "index.json").read_text())
+            return (facts["format"], facts["features"]) == (FORMAT, windows.features.manifest_hash())
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+
     @classmethod
     def load(cls, folder: Path, windows: MotionWindows) -> ApproximateIndex:
         """From disk. Raises: ValueError for a damaged index, or one of other features."""

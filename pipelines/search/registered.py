@@ -18,19 +18,25 @@ TAG = "kinema.search_index."
 FOLDER = "search_index"
 
 
-def register_index(folder: Path, windows: MotionWindows, facts: dict[str, Any]) -> str:
-    """Put an index's files into a run, and its address on the model's version; returns the version's address.
-
-    Raises: ValueError if the model that made the features is not registered.
-    """
+def registered_model(windows: MotionWindows) -> str:
+    """Address of the model version that made the features. Raises: ValueError if it is not registered."""
     uri = tracking.tracking_uri()
     made_by = windows.features.manifest["config"]["model_hash"]
     address = version_of_content(uri, made_by)
     if not address:
         raise ValueError(
             f"register=true, but the model that made features={windows.features.url} (content {made_by[:12]}) is not "
-            f"in the registry at {uri}; register it first (`kinema register`), or leave register= out"
+            f"in the registry at {uri}; register it first (`kinema register`) and embed with models:/NAME@ALIAS"
         )
+    return address
+
+
+def register_index(folder: Path, windows: MotionWindows, facts: dict[str, Any]) -> str:
+    """Put an index's files into a run, and its address on the model's version; returns the version's address.
+
+    Raises: ValueError if the model that made the features is not registered.
+    """
+    address = registered_model(windows)
     tracker = tracking.start_run(
         "",
         "search-index",
@@ -43,7 +49,7 @@ def register_index(folder: Path, windows: MotionWindows, facts: dict[str, Any]) 
     if isinstance(facts.get("recall"), float):
         tracker.log_metrics({"recall": facts["recall"]})
     tracker.end()
-    registry = Registry.at(uri, address)
+    registry = Registry.at(tracking.tracking_uri(), address)
     version, _ = registry.resolve(address)
     registry.set_tag(version, f"{TAG}{windows.features.plan8}", f"runs:/{tracker.run_id}/{FOLDER}")
     return address

@@ -82,19 +82,19 @@ def test_of_copies_the_best_is_listed():
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """64,000 windows of width 64 are 16 MB; a block of 1,000 is 0.26 MB."""
-    clips = keys_only(tmp_path / "clips", made_keys(1600), 50)
-    block = np.random.default_rng(0).normal(size=(40, 64))
-    write_motion(tmp_path / "features", clips, (np.roll(block, n, axis=0) + n % 7 for n in range(1600)))
+    """32,000 windows of width 128 are 16 MB; a block of 500 is 0.26 MB."""
+    clips = keys_only(tmp_path / "clips", made_keys(400), 25)
+    block = np.random.default_rng(0).normal(size=(80, 128))
+    write_motion(tmp_path / "features", clips, (np.roll(block, n, axis=0) + n % 7 for n in range(400)))
     windows = MotionWindows.open(str(tmp_path / "features"), clips)
-    query = windows.of_key(made_keys(1600)[5])
+    query = windows.of_key(made_keys(400)[5])
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    found = search_exactly(windows.blocks(1000), [query], [Nearest(10, {})])[0]
+    found = search_exactly(windows.blocks(500), [query], [Nearest(10, {})])[0]
     peak = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     assert len(found) == 10 and found[0].score == pytest.approx(1, abs=1e-5)
-    assert peak < 0.15 * 64_000 * 64 * 4
+    assert peak < 0.15 * 32_000 * 128 * 4
 
 
 def test_an_index_finds_nearly_what_exact_search_does(corpus, tmp_path):
@@ -156,11 +156,11 @@ def settings(embedded, folder, **changes):
     return SearchConfig(**(defaults | changes))
 
 
-def test_by_key_with_a_page_of_films(embedded, tmp_path, capsys):
+def test_by_key_with_a_page_of_films(embedded, tmp_path, capfd):
     config = settings(embedded, tmp_path)
     arguments = [f"{name}={getattr(config, name)}" for name in ("clips", "features", "query", "out", "k")]
     assert main(["search", *arguments, "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shown = json.loads(capfd.readouterr().out.splitlines()[-1])
     keys = [match["key"] for match in shown["results"]]
     scores = [match["score"] for match in shown["results"]]
     assert len(set(keys)) == 5 and config.query not in keys and scores == sorted(scores, reverse=True)
