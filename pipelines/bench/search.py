@@ -25,7 +25,7 @@ from kinema.pipelines.search.exact import Nearest, search
 from kinema.pipelines.search.windows import MotionWindows
 
 NUM_WINDOWS, WIDTH = 1_000_000, 128
-WINDOWS_PER_CLIP, CLIPS_PER_SHARD = 20, 1000
+WINDOWS_PER_CLIP, CLIPS_PER_SHARD = 50, 500
 CENTRES, SPREAD = 2000, 0.7
 BLOCK_WINDOWS = 16_384
 K, PROBES, CANDIDATES, RECALL_QUERIES = 10, 16, 200, 20

@@ -60,7 +60,7 @@ class ApproximateIndex:
     def build(cls, windows: MotionWindows, block_windows: int) -> ApproximateIndex:
         """Two passes over the corpus: a sample of windows gives the centres, then all are added."""
         faiss = load_faiss()
-        groups = max(1, min(round(4 * windows.num_windows**0.5), windows.num_windows // LEAST_WINDOWS_PER_GROUP))
+        groups = max(1, min(round(windows.num_windows**0.5), windows.num_windows // LEAST_WINDOWS_PER_GROUP))
         index = faiss.index_factory(windows.width, f"IVF{groups},SQ8", faiss.METRIC_INNER_PRODUCT)
         index.train(_sample(windows, groups * TRAINING_WINDOWS_PER_GROUP, block_windows))
         keys: list[str] = []

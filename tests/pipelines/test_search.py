@@ -212,7 +212,7 @@ def test_a_registered_index_answers(embedded, run, tmp_path, monkeypatch):
     embed.run(EmbedConfig(model=version, clips=clips.url, out=str(tmp_path / "features"), num_actors=1))
     config = dict(features=str(tmp_path / "features"), method="approximate")
     made = search.run(settings(embedded, tmp_path, register=True, **config))
-    assert made.registered == version and made.recall is not None
+    assert made.registered == "models:/kinema-dismo/1" and made.recall is not None
     again = search.run(settings(embedded, tmp_path / "other", index=version, **config))
     assert [m.key for m in again.results] == [m.key for m in made.results]
     exact = search.run(settings(embedded, tmp_path, features=config["features"]))

@@ -28,7 +28,7 @@ def test_films_play(tmp_path):
 
     async def look():
         async with browser_tab(chromium) as tab:
-            await tab.open(f"file://{found.page}", 1100, 900)
+            await tab.open(f"file://{found.page}", 1100, 1600)  # a film out of sight does not play
             await tab.wait(f"{FILMS}.every(v => v.readyState >= 2 && v.videoWidth === 64)")
             assert await tab.js("document.querySelectorAll('video').length") == 7
             await tab.wait(f"{FILMS}.every(v => v.currentTime > 0 && !v.paused)")
