@@ -20,6 +20,8 @@ class DisMoConfig:
     """Between frames and latents: folder or hub name of diffusers' AutoencoderTiny (extra `transfer`), or `pixels`."""
     pixels_per_latent: int = 8
     """Side of the square of pixels that a latent of `pixels` stands for."""
+    pixel_gain: float = 1.0
+    """Factor of the latents of `pixels`; TAESD's vary about as much as the noise, plain pixels about half as much."""
     fps: float = 6.0
     """Frames a second of a clip; chosen by time, whatever the video's rate."""
     offset_rate_per_s: float = 12.0
@@ -54,6 +56,7 @@ class DisMoConfig:
     """Steps of the generated frames in the logged pictures."""
 
     def __post_init__(self) -> None:
+        require(self.pixel_gain > 0, "dismo.pixel_gain", self.pixel_gain, "use a positive factor")
         require(self.fps > 0, "dismo.fps", self.fps, "use a positive number of frames a second")
         require(self.offset_rate_per_s > 0, "dismo.offset_rate_per_s", self.offset_rate_per_s, "use a positive rate")
         require(self.frame_px >= 16, "dismo.frame_px", self.frame_px, "use 16 or more pixels")

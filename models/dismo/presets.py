@@ -45,6 +45,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "d_head": 16,
             "d_motion": 16,
             "source_encoder_params": _NANO_ENCODER,
+            "patch_size": (1, 1),
             "mapping_width": 64,
             "latent_channels": 3,
         },

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kinema.configs import ClipConfig, EmbedConfig, EvaluateConfig, KNNConfig, load_stage
+from kinema.configs import ClipConfig, DisMoConfig, EmbedConfig, EvaluateConfig, KNNConfig, load_stage
 from kinema.models.dismo import DisMo
 from kinema.models.dismo.autoencoder import load_autoencoder
 from kinema.pipelines import embed, train
@@ -57,7 +57,7 @@ def learn(folder: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     recipe = make_recipe(config)
     assert isinstance(recipe, DisMoRecipe)
     model = recipe.whole_model(read_tensors(resolve_checkpoint(folder / "run")))
-    write_png(folder / "moved_objects.png", moved_objects(model, recipe.config.pixels_per_latent))
+    write_png(folder / "moved_objects.png", moved_objects(model, recipe.config))
     return metrics | {"train_seconds": seconds}
 
 
@@ -96,13 +96,13 @@ def _processor_seconds() -> float:
 
 
 @torch.no_grad()
-def moved_objects(model: DisMo, pixels_per_latent: int) -> np.ndarray:
+def moved_objects(model: DisMo, config: DisMoConfig) -> np.ndarray:
     """A row per held-out object: its frame, and that frame moved by a held-out clip of every motion class.
 
     The clips that give the motion show other objects.
     """
     window, reach = model.motion_extractor.window, model.motion_extractor.max_delta_time
-    autoencoder = load_autoencoder("pixels", pixels_per_latent)
+    autoencoder = load_autoencoder("pixels", config.pixels_per_latent, pixel_gain=config.pixel_gain)
     drivers = [MotionClip(7_000_003 + i, m, "disc", "checks", "cyan", SIDE_PX) for i, m in enumerate(MOTIONS)]
     videos = torch.from_numpy(np.stack([clip.frames()[MIDDLE : MIDDLE + window] for clip in drivers]))
     motion = model.motion_extractor(videos)[:, 0]
@@ -110,7 +110,7 @@ def moved_objects(model: DisMo, pixels_per_latent: int) -> np.ndarray:
     for clip in motion_clips(PICTURE_ROWS, 8_000_009, side=SIDE_PX):
         frame = clip.frame(MIDDLE)
         source = (torch.from_numpy(frame).float() / 127.5 - 1).expand(len(MOTIONS), -1, -1, -1)
-        side = SIDE_PX // pixels_per_latent
+        side = SIDE_PX // config.pixels_per_latent
         noise = torch.randn(1, side, side, 3, generator=torch.Generator().manual_seed(0))
         delta = torch.full((len(MOTIONS),), float(reach))
         latents = model.frame_generator.sample(

@@ -48,7 +48,7 @@ def test_labels_that_the_embeddings_tell_are_told(clips):
 
 def test_the_loop_measures_every_few_steps(clips, tmp_path):
     """At the steps asked for and at the end; a run that goes on does not measure a step twice."""
-    settings = DisMoConfig(preset="dismo_nano", autoencoder="pixels", pixels_per_latent=4, frame_px=32, sample_steps=1)
+    settings = DisMoConfig(preset="dismo_nano", autoencoder="pixels", pixels_per_latent=8, frame_px=32, sample_steps=1)
     config = TrainConfig(
         model="dismo", settings=settings, clips=clips.url, out=str(tmp_path), steps=3, batch_size=2, measure_every=2,
         pictures_every=0, loader=LoaderConfig(hold_out=5, num_workers=0),

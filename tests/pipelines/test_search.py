@@ -24,7 +24,7 @@ from kinema.pipelines.train.recipes.choose import make_recipe
 
 from .motion_features import keys_only, moving_clips, write_motion
 
-SETTINGS = DisMoConfig(preset="dismo_nano", autoencoder="pixels", pixels_per_latent=4, frame_px=32)
+SETTINGS = DisMoConfig(preset="dismo_nano", autoencoder="pixels", pixels_per_latent=8, frame_px=32)
 
 
 def made_keys(count):

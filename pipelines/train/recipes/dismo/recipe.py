@@ -168,7 +168,8 @@ class DisMoRecipe:
         return _without_weights(self.config.preset)
 
     def _autoencoder(self, device: torch.device) -> Autoencoder:
-        return _cached_autoencoder(self.config.autoencoder, self.config.pixels_per_latent, str(device))
+        config = self.config
+        return _cached_autoencoder(config.autoencoder, config.pixels_per_latent, str(device), config.pixel_gain)
 
     def _load_start(self, model: DisMo) -> None:
         params = PRESETS[self.config.preset]["motion_extractor_params"]
@@ -201,9 +202,9 @@ def _without_weights(preset: str) -> tuple[MotionExtractor, FrameGenerator]:
 
 
 @cache
-def _cached_autoencoder(name: str, pixels_per_latent: int, device: str) -> Autoencoder:
+def _cached_autoencoder(name: str, pixels_per_latent: int, device: str, pixel_gain: float) -> Autoencoder:
     """One per process and device; it is frozen, and no part of the model."""
-    return load_autoencoder(name, pixels_per_latent, device)
+    return load_autoencoder(name, pixels_per_latent, device, pixel_gain)
 
 
 def _unit_range(frames: Tensor) -> Tensor:
