@@ -42,6 +42,9 @@ class DisMoConfig:
     """Factors of brightness and saturation of a source and its target."""
     aspect_limits: tuple[float, float] = (0.75, 1.333)
     """Width over height that frames are trimmed to first."""
+    initial_spread: float = 0.0
+    """Size at the start, relative to usual ones, of the weights that end the motion extractor's blocks. 0, as
+    published: embeddings are all alike at first, and small models leave them so."""
     ema_decay: float = 0.9999
     """Largest decay of the averaged weights."""
     ema_every: int = 10
@@ -68,6 +71,7 @@ class DisMoConfig:
         for name in ("motion_aspect", "aspect_limits", "motion_colours", "content_colours"):
             low, high = getattr(self, name)
             require(0 < low <= high, f"dismo.{name}", [low, high], "use an increasing range of positive numbers")
+        require(self.initial_spread >= 0, "dismo.initial_spread", self.initial_spread, "use 0 or more")
         require(0 <= self.ema_decay < 1, "dismo.ema_decay", self.ema_decay, "use 0 up to, but not, 1")
         require(self.ema_every >= 1, "dismo.ema_every", self.ema_every, "use 1 or more steps")
         require(self.collapse_spread >= 0, "dismo.collapse_spread", self.collapse_spread, "use 0 or more")

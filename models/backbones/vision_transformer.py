@@ -106,7 +106,7 @@ ENCODERS: dict[str, ViTConfig] = {
     "tiny_vit8": ViTConfig(
         patch_size=8, width=128, depth=4, num_heads=4, positions="antialias_table", table_side=12, floor_grid=False
     ),
-    "nano_vit8": ViTConfig(
+    "micro_vit8": ViTConfig(
         patch_size=8, width=64, depth=1, num_heads=2, positions="antialias_table", table_side=12, floor_grid=False
     ),
 }

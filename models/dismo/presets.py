@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _TINY_ENCODER = {"model_version": "tiny_vit8", "image_size": 32, "gradient_last_blocks": None}
-_NANO_ENCODER = _TINY_ENCODER | {"model_version": "nano_vit8"}
+_MICRO_ENCODER = _TINY_ENCODER | {"model_version": "micro_vit8"}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "dismo_large": {
@@ -36,7 +36,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "depth": 2,
             "d_head": 16,
             "d_motion": 16,
-            "frame_encoder_params": _NANO_ENCODER,
+            "frame_encoder_params": _MICRO_ENCODER,
             "train_resolution": (8, 32, 32),
         },
         "frame_generator_params": {
@@ -44,7 +44,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "depth": 2,
             "d_head": 16,
             "d_motion": 16,
-            "source_encoder_params": _NANO_ENCODER,
+            "source_encoder_params": _MICRO_ENCODER,
             "patch_size": (1, 1),
             "mapping_width": 64,
             "latent_channels": 3,

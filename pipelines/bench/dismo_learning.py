@@ -1,7 +1,7 @@
 """What the embeddings of a small DisMo, trained on rendered objects on the CPU, tell of motion and of appearance.
 
 `python -m kinema.pipelines.bench.dismo_learning [FOLDER [STEPS]]` renders clips in which motion and appearance vary
-independently, trains with configs/dismo_demo.yaml, prints kNN accuracies on clips it never saw beside two baselines,
+independently, trains with configs/dismo_nano.yaml, prints kNN accuracies on clips it never saw beside two baselines,
 and draws objects it never saw moved by motions of other clips (FOLDER/moved_objects.png).
 """
 
@@ -47,7 +47,7 @@ def learn(folder: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     clips = list(motion_clips(NUM_CLIPS, TRAINING_SEED, side=SIDE_PX, num_frames=NUM_FRAMES))
     write_scene_clips(clips, folder / "clips", ENCODED, clips_per_shard=100)
     named = [f"clips={folder / 'clips'}", f"out={folder / 'run'}"]
-    config = load_stage("train", "dismo_demo.yaml", [*named, *overrides])
+    config = load_stage("train", "dismo_nano.yaml", [*named, *overrides])
     before = _processor_seconds()
     train.run(config)
     seconds = _processor_seconds() - before

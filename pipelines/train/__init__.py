@@ -40,7 +40,13 @@ _FREE = frozenset(
     "loader.lookahead loader.cache_dir loader.cache_gb".split()
 )
 # Settings that runs of earlier versions do not know; at these values they decide nothing.
-_LATER = {"loader.mode": "random", "loader.lanes": 1, "dismo.offset_rate_per_s": 12.0, "dismo.pixel_gain": 1.0}
+_LATER = {
+    "loader.mode": "random",
+    "loader.lanes": 1,
+    "dismo.offset_rate_per_s": 12.0,
+    "dismo.pixel_gain": 1.0,
+    "dismo.initial_spread": 0.0,
+}
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ class DisMoRecipe:
     def build(self) -> DisMoTraining:
         """The model and its average, from initialisation or from weights as the config asks."""
         model = self._new_model()
+        if self.config.initial_spread > 0:
+            _spread_out(model.motion_extractor, self.config.initial_spread)
         self._load_start(model)
         module = DisMoTraining(model, self.config.ema_decay, self.config.ema_every).train()
         extractor, transformer = model.motion_extractor, model.frame_generator.transformer
@@ -192,6 +194,14 @@ class DisMoRecipe:
             model.load_state_dict(self.whole_model(tensors, ema=False).state_dict())
         else:
             load_weights(model.motion_extractor, self.weights, "motion_extractor_large")
+
+
+def _spread_out(extractor: MotionExtractor, size: float) -> None:
+    """Draw the weights that end the extractor's blocks, which otherwise begin at 0."""
+    with torch.no_grad():
+        for layer in extractor.layers:
+            for linear in (layer.self_out, layer.ff.down_proj):
+                linear.weight.normal_(0, size / linear.in_features**0.5)
 
 
 @cache
