@@ -98,7 +98,7 @@ class _FromStart:
         wanted, row = list(indices), self.clip.row
         data = read_range(self.clip._shard_url, row["mp4_offset"], row["mp4_size"])
         found: dict[int, np.ndarray] = {}
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), "r") as container:
             container.streams.video[0].thread_count = 1
             for number, frame in enumerate(container.decode(video=0)):
                 if number in wanted:

@@ -127,7 +127,9 @@ def main(arguments: Sequence[str]) -> int:
     """See the top of the file."""
     from kinema.pipelines.bench.__main__ import print_rows
 
-    print_rows(run(*map(int, arguments)))
+    num_windows = int(arguments[0]) if arguments else NUM_WINDOWS
+    width = int(arguments[1]) if len(arguments) > 1 else WIDTH
+    print_rows(run(num_windows, width))
     return 0
 
 

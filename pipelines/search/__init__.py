@@ -113,8 +113,8 @@ def run(config: SearchConfig, *, report: Callable[[str], None] | None = None) ->
 def _index(config: SearchConfig, windows: MotionWindows, say: Callable[[str], None]) -> tuple[ApproximateIndex, str]:
     """The index of `index=`, made where it is missing; and the model version that it was registered beside."""
     if config.index.startswith(REGISTRY):
-        with tempfile.TemporaryDirectory(prefix="kinema-index-") as folder:
-            return ApproximateIndex.load(fetch_index(config.index, windows, Path(folder)), windows), ""
+        with tempfile.TemporaryDirectory(prefix="kinema-index-") as place:
+            return ApproximateIndex.load(fetch_index(config.index, windows, Path(place)), windows), ""
     folder = Path(config.index or Path(config.out) / "index")
     if folder.is_dir() and (config.index or ApproximateIndex.fits(folder, windows)):
         index = ApproximateIndex.load(folder, windows)

@@ -42,7 +42,7 @@ def label_accuracies(extractor: MotionExtractor, clips: ClipIndex, fps: float) -
             continue  # training skips and counts it
         means.append(extractor.forward_sliding(video.to(device)).float().mean(dim=1)[0].cpu())
         known.append(labels[number])
-    found = {}
+    found: dict[str, float] = {}
     for name in sorted({name for one in known for name in one}):
         values = [str(one.get(name, "")) for one in known]
         kinds = len(set(values))
