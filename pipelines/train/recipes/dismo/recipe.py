@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kinema.configs import DisMoConfig, TrainConfig
 from kinema.models.dismo import DisMo, FrameGenerator, MotionExtractor
 from kinema.models.dismo.autoencoder import Autoencoder, load_autoencoder
+from kinema.models.dismo.layers import TransformerLayer
 from kinema.models.dismo.presets import PRESETS
 from kinema.models.weights import LEDGER, load_weights, published_file
 from kinema.pipelines.loader import Clip, ClipIndex, Skip
@@ -200,6 +201,7 @@ def _spread_out(extractor: MotionExtractor, size: float) -> None:
     """Draw the weights that end the extractor's blocks, which otherwise begin at 0."""
     with torch.no_grad():
         for layer in extractor.layers:
+            assert isinstance(layer, TransformerLayer)
             for linear in (layer.self_out, layer.ff.down_proj):
                 linear.weight.normal_(0, size / linear.in_features**0.5)
 
