@@ -14,6 +14,7 @@ from kinema.configs.page import PageConfig
 from kinema.configs.prices import PricesConfig
 from kinema.configs.register import RegisterConfig
 from kinema.configs.rendered import EffectsConfig, RenderedConfig
+from kinema.configs.search import SearchConfig
 from kinema.configs.shard import ClipConfig, MasksConfig, ShardConfig
 from kinema.configs.teach import TeachConfig
 from kinema.configs.track import TrackConfig
@@ -41,6 +42,7 @@ __all__ = [
     "PricesConfig",
     "RegisterConfig",
     "RenderedConfig",
+    "SearchConfig",
     "ShardConfig",
     "TeachConfig",
     "TrackConfig",

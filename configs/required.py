@@ -19,6 +19,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "register": ("model",),
     "embed": ("clips", "out"),
     "transfer": ("motion", "image", "out"),
+    "search": ("clips", "features", "query", "out"),
     "run": (),
 }
 

@@ -84,6 +84,9 @@ class TrainConfig:
     """Steps between metric points."""
     pictures_every: int = 500
     """Steps between pictures (input, teacher flow, predicted flow, feature PCA); 0 means only at the end."""
+    measure_every: int = 0
+    """Steps between measurements on clips that `loader.hold_out` keeps out of training, and one at the end (dismo:
+    how well the nearest embeddings tell every label that the clips have); 0: none."""
     max_failures: int = 3
     """Lost workers that are replaced before the run fails."""
     experiment: str = ""
@@ -109,6 +112,8 @@ class TrainConfig:
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "use 1 or more")
         require(self.keep_best >= 0, "keep_best", self.keep_best, "use 0 or more")
         require(self.log_every >= 1, "log_every", self.log_every, "use 1 or more steps")
+        rule = "it looks at clips that training does not see; set loader.hold_out=8, or measure_every=0"
+        require(self.measure_every == 0 or self.loader.hold_out > 0, "measure_every", self.measure_every, rule)
         rule = "it takes several teachers; name the others' flow: other_flow=[DIR]"
         require(self.flow_use == "choose" or bool(self.other_flow), "flow_use", self.flow_use, rule)
         rule = f"use 1 to num_workers={self.num_workers}, or 0 to wait for all"

@@ -9,6 +9,7 @@ from kinema.configs.embed import EmbedConfig
 from kinema.configs.evaluate import EvaluateConfig
 from kinema.configs.prices import PricesConfig
 from kinema.configs.register import RegisterConfig
+from kinema.configs.search import SearchConfig
 from kinema.configs.shard import ShardConfig
 from kinema.configs.teach import TeachConfig
 from kinema.configs.track import TrackConfig
@@ -66,5 +67,6 @@ STAGES: dict[str, Any] = {
     "register": RegisterConfig,
     "embed": EmbedConfig,
     "transfer": TransferConfig,
+    "search": SearchConfig,
     "run": WorkflowConfig,
 }

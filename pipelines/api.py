@@ -27,6 +27,7 @@ __all__ = [
     "predict_flow",
     "register",
     "run",
+    "search",
     "shard",
     "teach",
     "track",
@@ -102,6 +103,11 @@ def embed(**settings: Any) -> Any:
 def transfer(**settings: Any) -> Any:
     """`kinema transfer`: a video that moves as another does. Settings as in `TransferConfig`; raises as `shard`."""
     return _run("transfer", settings)
+
+
+def search(**settings: Any) -> Any:
+    """`kinema search`: the clips that move alike. Settings as in `SearchConfig`; raises as `shard`."""
+    return _run("search", settings)
 
 
 def run(**settings: Any) -> Any:

@@ -25,6 +25,8 @@ BENCHMARKS = {
     "train_step": "FlowFeat step with stored flow against the same step with RAFT inside",
     "fpt_loader": "several samples per opened clip against one per MPEG-1 file decoded from its start",
     "fpt_step": "Flow Poke Transformer step against the same model with a dense boolean mask",
+    "dismo_loader": "frames of several samples per opened clip against one decode per sample from the clip's start",
+    "search": "a million motion embeddings: exact search in blocks against all at once, and an index against it",
     "local_correlation": "local correlation and its gradients on the CPU against unfolding the windows",
     "cosine_attention": "attention of pokes and queries on the CPU against a dense boolean mask",
     "correlation_lookup": "windows formed on demand against the all-pairs volume",

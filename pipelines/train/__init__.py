@@ -31,8 +31,8 @@ from kinema.pipelines.train.meter import read_metrics
 from kinema.pipelines.train.mirror import RunMirror
 from kinema.pipelines.train.parallel import seed_step
 from kinema.pipelines.train.recipes.choose import make_recipe
-from kinema.pipelines.train.source import ClipLoader, check_source, source_inputs
 from kinema.pipelines.train.sharded import shard_units
+from kinema.pipelines.train.source import ClipLoader, check_source, source_inputs
 from kinema.pipelines.train.trained import load_model
 
 __all__ = ["ClipLoader", "Stopped", "TrainSummary", "build_model", "load_model", "run"]
@@ -40,11 +40,18 @@ __all__ = ["ClipLoader", "Stopped", "TrainSummary", "build_model", "load_model",
 # Settings that change how a run is carried out or watched, not what it computes. `steps` may grow.
 _FREE = frozenset(
     "clips flow other_flow tracks out steps num_workers min_workers use_gpu cpus_per_worker checkpoint_every "
-    "keep_checkpoints keep_best log_every pictures_every max_failures experiment run_name loader.num_workers "
-    "loader.prefetch loader.lookahead loader.cache_dir loader.cache_gb".split()
+    "keep_checkpoints keep_best log_every pictures_every measure_every max_failures experiment run_name "
+    "loader.num_workers loader.prefetch loader.lookahead loader.cache_dir loader.cache_gb".split()
 )
 # Settings that runs of earlier versions do not know; at these values they decide nothing.
-_LATER = {"loader.mode": "random", "loader.lanes": 1, "sharding": "none"}
+_LATER = {
+    "loader.mode": "random",
+    "loader.lanes": 1,
+    "sharding": "none",
+    "dismo.offset_rate_per_s": 12.0,
+    "dismo.pixel_gain": 1.0,
+    "dismo.initial_spread": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,8 @@ def _train(
     # A database of this machine cannot be reached from the ranks' nodes: it gets the metrics at the end.
     logs_here = bool(url) and tracking.sqlite_path(tracker.handle.uri) is not None
     first_step = _newest_step(folder)
-    job = TrainJob(config, recipe, make_loader, folder, identity, None if logs_here else tracker.handle, url)
+    handle = None if logs_here else tracker.handle
+    job = TrainJob(config, recipe, make_loader, folder, identity, handle, url, make_loader.held_out)
     if url:
         RunMirror(url, folder, config.keep_checkpoints, config.keep_best).copy()  # run.json: rank 0 finds it there
     total = {"stage": "train", "steps": config.steps}
@@ -235,6 +243,16 @@ def _check(config: TrainConfig, recipe: Any) -> None:
     if not config.out:
         raise ValueError("train.out is empty; name the run's folder: out=DIR")
     check_source(config, recipe.needs)
+    if config.measure_every and not hasattr(recipe, "measure"):
+        raise ValueError(
+            f"train.measure_every={config.measure_every}, but {config.model} has nothing to measure while it trains; "
+            "use measure_every=0, and `kinema evaluate` afterwards"
+        )
+    if config.measure_every and config.sharding != "none":
+        raise ValueError(
+            f"train.measure_every={config.measure_every}: one rank measures, which has a part of a sharded model only; "
+            "use measure_every=0 or sharding=none"
+        )
     rank_batch_size(config, config.num_workers)
     if config.sharding == "full":
         shard_units(recipe)

@@ -94,9 +94,7 @@ def save_sharded_checkpoint(
         dist.barrier()
 
 
-def _finish(
-    run: Path, final: Path, temporary: Path, state: Any, meta: dict[str, Any], keep: int, best: int
-) -> Path:
+def _finish(run: Path, final: Path, temporary: Path, state: Any, meta: dict[str, Any], keep: int, best: int) -> Path:
     """State and meta beside what is there already; then the checkpoint takes its place, and old ones go."""
     try:
         torch.save(state, temporary / STATE_FILE)

@@ -26,7 +26,7 @@ from kinema.pipelines.errors import StageError
 from kinema.pipelines.pictures.images import write_png
 from kinema.pipelines.tracking import PENDING_FILE, RunHandle, Tracker
 from kinema.pipelines.train import checkpoint as checkpoints
-from kinema.pipelines.train.meter import MetricsFile, ProgressFile, StepSums, Window, memory_mb
+from kinema.pipelines.train.meter import MEASURES_FILE, MetricsFile, ProgressFile, StepSums, Window, memory_mb
 from kinema.pipelines.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from kinema.pipelines.train.parallel import (
     Place,
@@ -60,6 +60,8 @@ class TrainJob:
     """MLflow run that rank 0 logs to."""
     url: str = ""
     """Where the run is kept, when its ranks share no folder: each then has its own `run`."""
+    held_out: Callable[[], Any] | None = None
+    """Called on rank 0 for the clips that `recipe.measure` looks at, where `config.measure_every` asks for it."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def train_worker(job: TrainJob, place: Place, stop: Stop) -> Finished:
                 made = state.pictures(batch)
                 if log:
                     log.pictures(state, made)
+            if log and batch is not None and config.measure_every and (last or _due(state.step, config.measure_every)):
+                log.measure(state)
             if (last or stopped or _due(state.step, config.checkpoint_every)) and (log or state.sharded):
                 state.save()
             if last or stopped:
@@ -284,6 +288,7 @@ class _Log:
     def __init__(self, job: TrainJob, state: _State):
         self.job = job
         self.metrics = MetricsFile(job.run, state.step)
+        self.measures = MetricsFile(job.run, state.step, MEASURES_FILE) if job.config.measure_every else None
         self.progress = ProgressFile(job.run)
         self.tracker = Tracker.attach(job.tracking, job.run / PENDING_FILE) if job.tracking else None
         state.window.started = time.perf_counter()
@@ -325,9 +330,24 @@ class _Log:
             if self.tracker:
                 self.tracker.log_file_later(path, "pictures")
 
+    def measure(self, state: _State) -> None:
+        """What held-out clips say of the model, in measures.jsonl and in MLflow."""
+        if self.measures is None or self.job.held_out is None:
+            return
+        state.module.eval()
+        with torch.no_grad(), _autocast(self.job.config, state.place):
+            measured: Any = self.job.recipe  # `measure` is there only in some, as `_check` of train/ has seen
+            values = measured.measure(state.module, self.job.held_out())
+        state.module.train()
+        self.measures.write(state.step, values)
+        if self.tracker:
+            self.tracker.log_metrics(values, state.step)
+
     def close(self) -> None:
         """Flush everything; the driver ends the MLflow run."""
         self.metrics.close()
+        if self.measures:
+            self.measures.close()
         if self.tracker:
             self.tracker.close()
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from kinema.configs.json_text import json_text
 
 METRICS_FILE = "metrics.jsonl"
+MEASURES_FILE = "measures.jsonl"
+"""What was measured on held-out clips, a line for each time."""
 PROGRESS_FILE = "progress.json"
 
 
@@ -98,9 +100,9 @@ def memory_mb(device: torch.device) -> dict[str, float]:
 class MetricsFile:
     """`metrics.jsonl` of a run, on rank 0; a resumed run drops the lines after the step it starts from."""
 
-    def __init__(self, run: Path, step: int):
-        self.path = run / METRICS_FILE
-        kept = [line for line in read_metrics(run) if line["step"] <= step]
+    def __init__(self, run: Path, step: int, name: str = METRICS_FILE):
+        self.path = run / name
+        kept = [line for line in read_metrics(run, name) if line["step"] <= step]
         text = "".join(json_text(line) + "\n" for line in kept)
         temporary = self.path.with_suffix(".jsonl.partial")
         temporary.write_text(text)
@@ -117,9 +119,9 @@ class MetricsFile:
         self.file.close()
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path, name: str = METRICS_FILE) -> list[dict[str, Any]]:
     """All points of a run; a last line that was cut off by a kill is left out."""
-    path = Path(run) / METRICS_FILE
+    path = Path(run) / name
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)

@@ -14,7 +14,7 @@ from kinema.pipelines.artifacts.layout import RUN_FILE
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.bucket_run import WHOLE, listed_checkpoints, run_store
-from kinema.pipelines.train.meter import METRICS_FILE
+from kinema.pipelines.train.meter import MEASURES_FILE, METRICS_FILE
 
 _EVERY_S = 5.0
 
@@ -80,8 +80,8 @@ class RunMirror:
             for name, files in dropped.items():
                 for file in files:
                     self.store.remove(f"checkpoints/{name}/{file}")
-        small = [self.folder / RUN_FILE, self.folder / METRICS_FILE, *sorted(self.folder.glob("pictures/*"))]
-        for path in small:
+        small = [self.folder / name for name in (RUN_FILE, METRICS_FILE, MEASURES_FILE)]
+        for path in (*small, *sorted(self.folder.glob("pictures/*"))):
             if path.is_file() and self._sent.get(path.name) != (state := _state(path)):
                 self.store.write(path.relative_to(self.folder).as_posix(), path.read_bytes())
                 self._sent[path.name] = state
