@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kinema.configs import SearchConfig
-from kinema.pipelines.artifacts.tables import finite
+from kinema.configs.json_text import json_text
 from kinema.pipelines.search.approximate import ApproximateIndex, load_faiss, recall
 from kinema.pipelines.search.exact import Match, Nearest, search
 from kinema.pipelines.search.page import Found, facts_of, write_page
@@ -106,7 +105,7 @@ def run(config: SearchConfig, *, report: Callable[[str], None] | None = None) ->
         registered=registered,
         seconds=round(time.monotonic() - started, 2),
     )
-    (folder / RESULTS).write_text(json.dumps(finite(dataclasses.asdict(summary)), indent=2) + "\n")
+    (folder / RESULTS).write_text(json_text(dataclasses.asdict(summary), indent=2) + "\n")
     return summary
 
 

@@ -53,12 +53,12 @@ def shard(recipe: Any, module: nn.Module, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in shard_units(recipe)(module):
-        fully_shard(unit, mesh=mesh)
+        sharded: Any = fully_shard(unit, mesh=mesh)  # the same module, which is an FSDPModule now
         for name in _OTHER_FORWARDS:
             if hasattr(unit, name):
                 register_fsdp_forward_method(unit, name)
         if device.type == "cpu":
-            unit.set_force_sum_reduction_for_comms(True)  # gloo has no mean
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo has no mean
     whole = [name for name, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     assert not whole, f"trained weights outside of the units: {whole[:3]}"
 
@@ -162,7 +162,7 @@ def _aliases(module: nn.Module) -> dict[str, str]:
 
 def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, create: bool = False) -> dict[str, Tensor]:
     """Moments and counts by the names of their parameters. Args: create, zeros where there are none yet."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -82,18 +82,18 @@ class MotionTransfer(MotionVideoTransformer):
 
         Raises: ValueError for a number of frames that is not 1 + 4 n, n at least 1.
         """
-        if videos.shape[1] < 1 + self.conditioning.motions_per_latent:
-            raise ValueError(
-                f"the motion video has {videos.shape[1]} frames; at least {1 + self.conditioning.motions_per_latent} "
-                "are needed"
-            )
+        conditioning: Any = self.conditioning
+        least = 1 + conditioning.motions_per_latent
+        if videos.shape[1] < least:
+            raise ValueError(f"the motion video has {videos.shape[1]} frames; at least {least} are needed")
         place = self.init_gru_state.device
         frames = rearrange(_unit_range(videos.to(place)), "b t h w c -> (b t) c h w")
         small = F.interpolate(frames, self.motion_extractor.train_size, mode="bilinear", antialias=True)
         small = rearrange(small, "(b t) c h w -> b t h w c", b=len(videos))
         with torch.no_grad():
-            embeddings = self.motion_extractor.forward_sliding(small)
-        return self.conditioning(embeddings.to(self.init_gru_state.dtype))
+            extractor: Any = self.motion_extractor
+            embeddings = extractor.forward_sliding(small)
+        return conditioning(embeddings.to(self.init_gru_state.dtype))
 
     def training_loss(
         self, frames: Float[Tensor, "B T H W 3"], prompts: Sequence[str]
@@ -109,7 +109,7 @@ class MotionTransfer(MotionVideoTransformer):
         shares = self.base.signal_shares
         steps = torch.randint(len(shares), (len(frames),), device=frames.device)
         noisy = add_noise(latents, torch.randn_like(latents), steps, shares)
-        rotary = self.base.rotary(latents.shape[1], *latents.shape[-2:], device=frames.device)
+        rotary = self.base.rotary(latents.shape[1], latents.shape[-2], latents.shape[-1], device=frames.device)
         inputs = torch.cat([noisy, picture], dim=2)
         velocity = self(inputs, text.to(inputs.dtype), steps, self.condition_of(frames), rotary)
         return latent_loss(velocity.float(), latents.float(), noisy.float(), steps, shares), steps
@@ -186,7 +186,7 @@ class MotionTransfer(MotionVideoTransformer):
         from diffusers import CogVideoXImageToVideoPipeline  # the base is diffusers'
 
         base = self.base
-        pipeline = CogVideoXImageToVideoPipeline(
+        pipeline: Any = CogVideoXImageToVideoPipeline(
             base.tokenizer, base.text_encoder, base.vae, self.transformer, base.scheduler
         )
         pipeline.set_progress_bar_config(disable=not progress_bar)

@@ -67,7 +67,8 @@ class MotionVideoTransformer(nn.Module):
 
     def keep_only_block_inputs(self) -> None:
         """Make the blocks' activations again in the backward pass: less memory, about a third more time."""
-        self.transformer.enable_gradient_checkpointing(self._recompute)
+        transformer: Any = self.transformer
+        transformer.enable_gradient_checkpointing(self._recompute)
 
     def _recompute(self, block: nn.Module, *inputs: Any) -> Any:
         # The second run comes when `following` has ended: it follows what the first one did.
