@@ -94,7 +94,8 @@ def field_docs(schema: Any) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
-    for parent in schema.__bases__:
+    parents: tuple[Any, ...] = schema.__bases__
+    for parent in parents:
         if dataclasses.is_dataclass(parent):
             docs |= field_docs(parent)
     for node, after in zip(body.body, body.body[1:], strict=False):

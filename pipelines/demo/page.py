@@ -133,7 +133,7 @@ class GrowingPage:
         part = self.parts["learned"] = Page("")
         part.section("What was learned", "Move the slider: the same moments in every column, on different videos.")
         loader = ClipLoader(config, make_recipe(config))
-        index = loader.held_out()
+        index: Any = loader.held_out()
         if len(set(index.table["source"].to_pylist())) < 6:
             index = loader.all_clips()
         add_learned(part, load_model(run), index, side=LEARNED_SIDE, ridge_alpha=config.settings.ridge_alpha)
