@@ -94,10 +94,9 @@ def field_docs(schema: Any) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}
-    parents: tuple[Any, ...] = schema.__bases__
+    parents: list[Any] = [parent for parent in schema.__bases__ if dataclasses.is_dataclass(parent)]
     for parent in parents:
-        if dataclasses.is_dataclass(parent):
-            docs |= field_docs(parent)
+        docs |= field_docs(parent)
     for node, after in zip(body.body, body.body[1:], strict=False):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
             if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
