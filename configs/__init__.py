@@ -11,8 +11,10 @@ from kinema.configs.models.flowfeat import FlowFeatConfig
 from kinema.configs.models.fpt import FPTConfig
 from kinema.configs.models.transfer import TransferTrainingConfig
 from kinema.configs.page import PageConfig
+from kinema.configs.prices import PricesConfig
 from kinema.configs.register import RegisterConfig
 from kinema.configs.rendered import EffectsConfig, RenderedConfig
+from kinema.configs.search import SearchConfig
 from kinema.configs.shard import ClipConfig, MasksConfig, ShardConfig
 from kinema.configs.teach import TeachConfig
 from kinema.configs.track import TrackConfig
@@ -37,8 +39,10 @@ __all__ = [
     "PageConfig",
     "PairFilterConfig",
     "PokesConfig",
+    "PricesConfig",
     "RegisterConfig",
     "RenderedConfig",
+    "SearchConfig",
     "ShardConfig",
     "TeachConfig",
     "TrackConfig",

@@ -20,6 +20,8 @@ class FlowDatasetConfig:
     """Cameras of FlyingThings3D and Spring."""
     directions: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
     """Flow to the next frame and to the one before, of FlyingThings3D and Spring."""
+    trusted_only: bool = False
+    """Let the pixels that Sintel's `invalid` masks mark count as unknown; published training and figures use them."""
     partial: bool = False
     """Pack the pairs that are whole when files of others are missing; otherwise that is refused."""
     clip_frames: int = 12

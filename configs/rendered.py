@@ -1,10 +1,13 @@
-"""Settings of rendered pairs with exact flow (`kinema shard layout=rendered`)."""
+"""Settings of rendered pairs with exact flow: `kinema shard layout=rendered`, `kinema train clips=rendered`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from kinema.configs.checks import require
+
+RENDERED = "rendered"
+"""Value of `clips=` with which training renders what it learns from, and of `layout=` with which it is stored."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class EffectsConfig:
     """Sensor noise of 1 to 8 grey levels."""
     compression: float = 0.3
     """JPEG compression."""
+
+    @staticmethod
+    def none() -> EffectsConfig:
+        """No effect at all: frames differ by motion alone."""
+        return EffectsConfig(*[0.0] * len(EffectsConfig.__dataclass_fields__))
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -57,7 +65,7 @@ class RenderedConfig:
     """Share of layers that tilt in depth."""
     thin_plate: float = 0.15
     """Share of layers that bend."""
-    match: str = ""
+    match: str = field(default="", metadata={"file": True})
     """A flow artifact whose histogram of motion the speeds are fitted to, instead of speed_px and speed_spread."""
     tracks_grid: int = 0
     """Also store exact tracks of grid x grid points of the first frame, in tracks/truth; 0: none."""
@@ -77,3 +85,18 @@ class RenderedConfig:
         for name in ("homography", "thin_plate"):
             require(0 <= getattr(self, name) <= 1, f"rendered.{name}", getattr(self, name), "use a share, 0 to 1")
         require(0 <= self.tracks_grid <= 64, "rendered.tracks_grid", self.tracks_grid, "use 0 to 64 points a side")
+
+
+@dataclass(frozen=True)
+class RenderedSourceConfig(RenderedConfig):
+    """Shots that training renders when it needs them (`clips=rendered`)."""
+
+    count: int = 100_000
+    """Shots of an epoch; later epochs show the same ones, cropped and coloured anew."""
+    textures: str = field(default="", metadata={"file": True})
+    """Folder of images for textures; empty: procedural ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule = "use 0: training reads flow here; tracks come from `kinema shard layout=rendered`"
+        require(self.tracks_grid == 0, "rendered.tracks_grid", self.tracks_grid, rule)

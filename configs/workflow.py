@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from kinema.configs.embed import EmbedConfig
 from kinema.configs.evaluate import EvaluateConfig
+from kinema.configs.prices import PricesConfig
 from kinema.configs.register import RegisterConfig
+from kinema.configs.search import SearchConfig
 from kinema.configs.shard import ShardConfig
 from kinema.configs.teach import TeachConfig
 from kinema.configs.track import TrackConfig
@@ -47,6 +49,8 @@ class WorkflowConfig:
     """Section of `kinema register`."""
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     """Section of `kinema embed`."""
+    prices: PricesConfig = field(default_factory=PricesConfig)
+    """What nodes cost, for `kinema status` and the workflow's metrics."""
     transfer: TransferConfig = field(default_factory=TransferConfig)
     """Section of `kinema transfer`, which is no stage of a workflow."""
     phases: dict[str, Any] = field(default_factory=dict)
@@ -63,5 +67,6 @@ STAGES: dict[str, Any] = {
     "register": RegisterConfig,
     "embed": EmbedConfig,
     "transfer": TransferConfig,
+    "search": SearchConfig,
     "run": WorkflowConfig,
 }

@@ -49,6 +49,10 @@ class PublishedWeights:
     """Whether the licence forbids commercial use; said aloud whenever such weights are loaded."""
 
 
+NONE_STATED = "none stated"
+"""How the licence of weights begins whose authors name none."""
+
+
 class NonCommercialWeightsWarning(UserWarning):
     """The weights that were just loaded may not be used commercially."""
 
@@ -229,17 +233,19 @@ def load_weights(model: Model, source: str | Path | None, name: str) -> Model:
             module.adapt_state_dict(state, f"{prefix}." if prefix else "")
     check_keys(model.state_dict(), state, source, name)
     model.load_state_dict(state, strict=True)
-    if notice := licence_notice(name):
-        warnings.warn(notice, NonCommercialWeightsWarning, stacklevel=2)
+    if name in LEDGER and LEDGER[name].non_commercial:
+        warnings.warn(licence_notice(name), NonCommercialWeightsWarning, stacklevel=2)
     return model
 
 
 def licence_notice(name: str) -> str:
     """What a user of these published weights must know of their licence; empty if they may be used commercially."""
     entry = LEDGER.get(name)
-    if entry is None or not entry.non_commercial:
+    if entry is None:
         return ""
-    return f"weights of {name}: licence {entry.licence}; not for commercial use"
+    if entry.licence.startswith(NONE_STATED):
+        return f"weights of {name}: licence {entry.licence}; ask their authors before you use them commercially"
+    return f"weights of {name}: licence {entry.licence}; not for commercial use" if entry.non_commercial else ""
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ class DinoFlowConfig:
     """DinoFlow and what it learns from (model card of blanchon/dinoflow-model)."""
 
     backbone: str = "vits16"
-    """Vision transformer: vits16 (DINOv3 ViT-S/16), dinov2_vits14, ..., or nano_vit8, which trains on a CPU."""
+    """Vision transformer: vits16 (DINOv3 ViT-S/16), dinov2_vits14, ..., or nano_vit8. Or nano_conv4, convolutions
+    that learn from scratch on a CPU."""
     backbone_weights: str = field(default="", metadata={"file": True})
     """Checkpoint of the encoder: file, URL, `published` (ledger) or empty (untrained, said aloud)."""
     freeze_encoder: bool = True

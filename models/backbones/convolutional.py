@@ -1,16 +1,21 @@
-"""A small convolutional encoder that learns from scratch in minutes on a CPU: a pyramid of residual blocks.
+"""Small convolutional encoders that learn from scratch in minutes on a CPU: residual blocks, as a pyramid, or at a
+quarter of the image behind the vision transformers' interface.
 
 Source: He et al., Deep Residual Learning, CVPR 2016, with group normalisation (Wu and He, ECCV 2018), which knows no
 difference between training and use and does not depend on the batch.
 
-Shape legend: B batch, H W image pixels; map i has ceil(H / 2^(i+2)) rows and widths[i] channels, i = 0..3.
+Shape legend: B batch, H W image pixels, N tokens (one of the whole image, then cells row-major), D width; map i of a
+pyramid has ceil(H / 2^(i+2)) rows and widths[i] channels, i = 0..3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -73,3 +78,59 @@ class PyramidEncoder(nn.Module):
             x = stage(x)
             maps.append(x)
         return maps
+
+
+@dataclass(frozen=True)
+class CellConfig:
+    """Size of a `CellEncoder`."""
+
+    width: int
+    """Token width D, a multiple of 16."""
+    depth: int = 4
+    """Residual blocks."""
+    patch_size: int = 4
+    """Side in pixels of what a token stands for."""
+    mask_token: bool = False
+    """It has none."""
+
+
+class CellEncoder(nn.Module):
+    """Tokens of cells of 4 x 4 pixels, each of which sees its surroundings from the first block on.
+
+    A transformer's patches see themselves alone until attention has learned where to look, so that patches of 4 pixels
+    of an untrained one cannot be told apart; cells can. Takes the place of a `VisionTransformer` in DinoFlow.
+
+    Args: image_size, (height, width), kept for those who ask; any multiple of 4 works.
+    """
+
+    num_prefix_tokens = 1
+
+    def __init__(self, config: CellConfig, image_size: tuple[int, int] = (224, 224)):
+        super().__init__()
+        self.config, self.image_size = config, image_size
+        self.width, self.patch_size = config.width, config.patch_size
+        half = config.width // 2
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, half, 5, stride=2, padding=2, bias=False), nn.GroupNorm(_GROUPS, half), nn.ReLU()
+        )
+        self.blocks = nn.ModuleList(
+            ResidualBlock(half if i == 0 else config.width, config.width, 2 if i == 0 else 1)
+            for i in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Cells of an image. Raises: ValueError for sides that are no multiples of 4."""
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"image size {height}x{width}: both sides must be multiples of {self.patch_size}")
+        return height // self.patch_size, width // self.patch_size
+
+    def tokens(self, x: Float[Tensor, "B 3 H W"], blocks: Sequence[int]) -> list[Float[Tensor, "B N D"]]:
+        """Un-normed tokens after each of `blocks` (0-based); the first token is the mean of the others."""
+        self.grid(*x.shape[-2:])
+        taps, x = {}, self.stem(x)
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            cells = rearrange(x, "b d h w -> b (h w) d")
+            taps[index] = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1)
+        return [taps[index] for index in blocks]

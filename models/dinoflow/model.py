@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kinema.models.backbones.convolutional import CellConfig, CellEncoder
 from kinema.models.backbones.dpt import tokens_to_map
 from kinema.models.backbones.vision_transformer import CONFIGS, VisionTransformer, ViTConfig
 from kinema.models.dinoflow.head import FlowHead
@@ -36,7 +37,12 @@ NUM_TAPS = 4
 
 NANO_ENCODER = ViTConfig(patch_size=8, width=64, depth=4, num_heads=2, positions="rotary", floor_grid=False)
 """An encoder that trains from scratch on a CPU within minutes; train it with freeze_encoder=False."""
-BACKBONES: dict[str, ViTConfig] = {**CONFIGS, "vits16": CONFIGS["dinov3_vits16"], "nano_vit8": NANO_ENCODER}
+BACKBONES: dict[str, ViTConfig | CellConfig] = {
+    **CONFIGS,
+    "vits16": CONFIGS["dinov3_vits16"],
+    "nano_vit8": NANO_ENCODER,
+    "nano_conv4": CellConfig(width=48),
+}
 """Backbones by name; "vits16" is what the published page calls DINOv3 ViT-S/16."""
 
 
@@ -108,7 +114,7 @@ class FlowModel(nn.Module):
             config = FlowModelConfig(**{**config, "image_size": tuple(config["image_size"])})
         self.config = config = config or FlowModelConfig()
         encoder = BACKBONES[config.backbone]
-        self.encoder = VisionTransformer(encoder, image_size=config.image_size)
+        self.encoder = make_encoder(encoder, config.image_size)
         self.encoder_is_trained = False
         self.taps = _taps(encoder.depth)
         self.head = FlowHead(
@@ -118,6 +124,8 @@ class FlowModel(nn.Module):
             _factors(encoder.patch_size),
             config.reading,
         )
+        if isinstance(encoder, CellConfig):  # learned from scratch: what cells have in common shows from the start
+            self.head.weighted_fusion.keep_angles()
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         if config.freeze_encoder:
@@ -301,10 +309,19 @@ def configuration_of(state: Mapping[str, Tensor], source: str = "the checkpoint"
     )
 
 
-def _shapes(config: ViTConfig) -> dict[str, torch.Size]:
+def make_encoder(
+    config: ViTConfig | CellConfig, image_size: tuple[int, int] = (224, 224)
+) -> VisionTransformer | CellEncoder:
+    """The encoder of an entry of `BACKBONES`."""
+    if isinstance(config, CellConfig):
+        return CellEncoder(config, image_size)
+    return VisionTransformer(config, image_size=image_size)
+
+
+def _shapes(config: ViTConfig | CellConfig) -> dict[str, torch.Size]:
     """Names and shapes of an encoder's state dict."""
     with torch.device("meta"):
-        return {key: value.shape for key, value in VisionTransformer(config).state_dict().items()}
+        return {key: value.shape for key, value in make_encoder(config).state_dict().items()}
 
 
 def _taps(depth: int) -> tuple[int, ...]:
@@ -314,4 +331,6 @@ def _taps(depth: int) -> tuple[int, ...]:
 
 def _factors(patch_size: int) -> tuple[int, int]:
     """Factors of the head's two stages: from the patch grid to image size, or just above."""
-    return (4, 4) if patch_size > 8 else (4, 2)
+    if patch_size > 8:
+        return 4, 4
+    return (4, 2) if patch_size > 4 else (2, 2)

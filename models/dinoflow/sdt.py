@@ -18,6 +18,7 @@ from kinema.models.backbones.inference_linear import Linear
 from kinema.models.dinoflow.dysample import DySample
 
 HIDDEN_OUTPUT_CHANNELS = 32
+_READOUT_GAIN, _PROJECTION_GAIN = 0.1, 4.0  # of `keep_angles`, for tokens of unit variance
 
 
 class WeightedFusion(nn.Module):
@@ -39,6 +40,23 @@ class WeightedFusion(nn.Module):
             self.readout_projects = nn.ModuleList(
                 nn.Sequential(Linear(2 * width, width), nn.GELU()) for width in in_channels
             )
+
+    @torch.no_grad()
+    def keep_angles(self) -> None:
+        """Begin as one orthogonal projection of every tap's patches, so small that the rectifiers are almost linear.
+
+        Tokens that are alike then give fused features that are alike, which correlations show; drawn as usual, biases
+        and norms outweigh what tells patches apart.
+        """
+        first = self.projections[0][0].weight
+        nn.init.orthogonal_(first, gain=_PROJECTION_GAIN)
+        for projection in self.projections:
+            projection[0].weight.copy_(first)
+        for readout in getattr(self, "readout_projects", ()):
+            width = readout[0].weight.shape[0]
+            readout[0].weight.zero_()
+            readout[0].weight[:, :width].copy_(_READOUT_GAIN * torch.eye(width))
+            readout[0].bias.zero_()
 
     def forward(
         self, features: Sequence[Float[Tensor, "B _ h w"]], cls: Sequence[Float[Tensor, "B _"]] | None = None

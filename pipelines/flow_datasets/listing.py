@@ -30,6 +30,8 @@ class Selection:
     """FlyingThings3D and Spring."""
     directions: tuple[str, ...] = ("forward",)
     """Flow to the next frame, to the frame before: FlyingThings3D and Spring."""
+    trusted_only: bool = False
+    """Sintel: pixels that its `invalid` masks mark are unknown."""
 
 
 class Folder:

@@ -146,6 +146,8 @@ def sintel(folder: Folder, want: Selection) -> Listing:
     pairs = [
         _sintel(base, rendering, *place, kinds) for rendering in want.passes for place in sorted(published | found)
     ]
+    if want.trusted_only:
+        pairs = [replace(pair, read_truth=_trusted_sintel_truth) for pair in pairs]
     return Listing(unique(pairs), len(published) * len(want.passes), layout)
 
 
@@ -177,6 +179,14 @@ def _sintel_truth(files: FlowFiles) -> Truth:
     assert files.flow is not None
     masks = {name: read_mask(path) for name, path in files.masks.items()}
     return Truth(read_flow_file(files.flow), masks.pop("occlusions", None), masks)
+
+
+def _trusted_sintel_truth(files: FlowFiles) -> Truth:
+    truth = _sintel_truth(files)
+    if "invalid" not in truth.masks:
+        raise BadFlow(f"{files.id}: there is no `invalid` mask to tell what is trusted; copy the folder `invalid`")
+    flow_px = np.where(truth.masks["invalid"], np.float32(np.nan), truth.flow_px)
+    return replace(truth, flow_px=flow_px)
 
 
 def spring(folder: Folder, want: Selection) -> Listing:

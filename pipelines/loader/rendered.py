@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import cached_property
+from dataclasses import asdict, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, UInt8
 
+from kinema.configs.rendered import RenderedSourceConfig
 from kinema.pipelines.artifacts.tables import content_hash
 from kinema.pipelines.loader.clip import ReadCounter
 from kinema.pipelines.scenes.rendered import RenderedShot, RenderSettings
+from kinema.pipelines.scenes.rendered.configured import render_settings
+from kinema.pipelines.scenes.rendered.textures import image_files
 from kinema.pipelines.sidecars.flow_codec import FlowPair
 from kinema.pipelines.sidecars.tracks_codec import Tracks
 
@@ -88,12 +92,16 @@ class RenderedSample:
 
 
 class RenderedIndex:
-    """`count` shots of a seed in place of a `ClipIndex`. Picklable; travels to loader workers."""
+    """`count` shots of a seed in place of a `ClipIndex`. Picklable; travels to loader workers.
 
-    def __init__(self, settings: RenderSettings, seed: int, count: int):
+    Args: numbers, of the shots that are meant; None for 0 .. count - 1.
+    """
+
+    def __init__(self, settings: RenderSettings, seed: int, count: int, numbers: Sequence[int] | None = None):
         if count < 1:
             raise ValueError(f"count={count} rendered shots: use 1 or more")
         self.settings, self.seed, self.count = settings, seed, count
+        self._numbers = range(count) if numbers is None else numbers
         self.counter = ReadCounter()
         self.clips_url = f"rendered:{seed}"
         self.left_out: dict[str, int] = {}
@@ -101,28 +109,63 @@ class RenderedIndex:
         self.table = pa.table({"key": pa.array([], pa.string())})
         self._identity = content_hash(asdict(settings))
 
+    @classmethod
+    def of(cls, config: RenderedSourceConfig) -> RenderedIndex:
+        """The shots that settings describe. Raises: ValueError for textures or flow to match that cannot be had."""
+        if config.textures:
+            image_files(config.textures)
+        return cls(_settings_of(config), config.seed, config.count)
+
     def __len__(self) -> int:
-        return self.count
+        return len(self._numbers)
+
+    def split(self, hold_out: int) -> tuple[RenderedIndex, RenderedIndex]:
+        """(shots to learn from, shots to judge on), as `ClipIndex.split`."""
+        if hold_out == 0 or len(self) < 2:
+            return self, self
+        step = min(hold_out, len(self))
+        judged = self._numbers[step - 1 :: step]
+        left = set(judged)
+        learned = [number for number in self._numbers if number not in left]
+        parts = [RenderedIndex(self.settings, self.seed, self.count, numbers) for numbers in (learned, judged)]
+        parts[0].left_out = {"held out": len(judged)}
+        return parts[0], parts[1]
+
+    def content_hash(self) -> str:
+        """Of all that decides the shots, a folder of textures by its files' names and sizes."""
+        folder = self.settings.textures
+        textures = image_files(folder) if folder else ()
+        files = [[str(Path(name).relative_to(folder)), Path(name).stat().st_size] for name in textures]
+        return content_hash([asdict(replace(self.settings, textures="")), self.seed, self.count, files])
 
     @property
     def keys(self) -> list[str]:
         """Key of every shot."""
-        return [self._key(index) for index in range(self.count)]
+        return [self._key(number) for number in self._numbers]
 
     def clip(self, number: int) -> RenderedSample:
-        """Shot `number`."""
-        if not 0 <= number < self.count:
-            raise ValueError(f"there are {self.count} rendered shots, not number {number}")
-        return RenderedSample(self.settings, self.seed, number, self._key(number), self.counter)
+        """Clip `number` of 0..len-1."""
+        if not 0 <= number < len(self):
+            raise ValueError(f"there are {len(self)} rendered shots, not number {number}")
+        shot = self._numbers[number]
+        return RenderedSample(self.settings, self.seed, shot, self._key(shot), self.counter)
 
     def drawn(self, number: int, rng: np.random.Generator) -> RenderedSample:
-        """Shot `number`; there is one truth, so nothing is drawn."""
+        """Clip `number`; there is one truth, so nothing is drawn."""
         return self.clip(number)
 
     def describe(self) -> str:
         """What there is, in words."""
-        return f"{self.count} rendered shots"
+        settings, held_out = self.settings, self.left_out.get("held out", 0)
+        size = f"{settings.num_frames} frames of {settings.height}x{settings.width}"
+        return f"{len(self)} rendered shots of {size}" + (f"; left out: {held_out} held out" if held_out else "")
 
-    def _key(self, number: int) -> str:
-        text = f"{self._identity}:{self.seed}:{number}"
+    def _key(self, shot: int) -> str:
+        text = f"{self._identity}:{self.seed}:{shot}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@lru_cache(4)
+def _settings_of(config: RenderedSourceConfig) -> RenderSettings:
+    """Kept, since matching a histogram renders a few hundred small shots."""
+    return render_settings(config, config.textures)

@@ -111,11 +111,33 @@ class Page:
         """A film that plays in a loop, without sound; `width` as in `pictures`."""
         self._add("film", source=self._embedded(mp4, "video/mp4", caption), caption=caption, width=width)
 
-    def line_chart(self, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> None:
-        """Curves {name: (x values, y values)}."""
+    def films(self, items: Sequence[tuple[str, str]], width: int = 0) -> None:
+        """A row of films that lie beside the page, as (relative path, caption); `width` as in `pictures`."""
+        shown = [{"source": source, "caption": caption, "width": width} for source, caption in items]
+        self._add("films", items=shown)
+
+    def line_chart(
+        self,
+        series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+        x: str,
+        y: str,
+        doubling: bool = False,
+        reference: str = "",
+    ) -> None:
+        """Curves {name: (x values, y values)}.
+
+        Args: doubling, axes on which a doubling is a fixed step, with a mark at every value; reference, name of a
+            curve that others are compared with, which is dashed.
+        """
         figure, axes = _axes(x, y)
         for name, (xs, ys) in series.items():
-            axes.plot(xs, ys, label=name, linewidth=1.4)
+            style: dict[str, Any] = {"linestyle": "--", "color": "#888888"} if name == reference else {}
+            axes.plot(xs, ys, label=name, linewidth=1.4, marker="." if doubling and not style else "", **style)
+        if doubling:
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:g}")
         if len(series) > 1:
             axes.legend(frameon=False, fontsize=8)
         self._chart(figure)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kinema.configs.json_text import json_text
 from kinema.models.weights import file_sha256
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.train.bucket_run import fetched_checkpoint, is_url
@@ -36,15 +38,17 @@ META_FILE = "meta.json"
 _TEMPORARY = ".partial-"
 
 
-def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of this step lies."""
-    return run / "checkpoints" / f"step_{step:08d}"
+def checkpoint_folder(run: Path, step: int | str) -> Path:
+    """Where the checkpoint of this step, or of this name, lies."""
+    return run / "checkpoints" / (step if isinstance(step, str) else f"step_{step:08d}")
 
 
 def save_checkpoint(
-    run: Path, step: int, tensors: Mapping[str, Tensor], state: Any, meta: Mapping[str, Any], keep: int
+    run: Path, step: int, tensors: Mapping[str, Tensor], state: Any, meta: Mapping[str, Any], keep: int, best: int = 0
 ) -> Path:
-    """Write a checkpoint and drop all but the newest `keep`. A killed save leaves only a `.partial-` folder.
+    """Write a checkpoint and drop all but the newest `keep` and the `best` ones by meta's mean loss.
+
+    A killed save leaves only a `.partial-` folder.
 
     Raises: StageError if the disk is full or cannot be written.
     """
@@ -57,7 +61,7 @@ def save_checkpoint(
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StageError(_why_not_saved(final, error)) from error
-    return _finish(run, final, temporary, state, {"step": step, **meta, "aliases": aliases}, keep)
+    return _finish(run, final, temporary, state, {"step": step, **meta, "aliases": aliases}, keep, best)
 
 
 def save_sharded_checkpoint(
@@ -68,6 +72,7 @@ def save_sharded_checkpoint(
     state: Any,
     meta: Mapping[str, Any],
     keep: int,
+    best: int = 0,
 ) -> None:
     """As `save_checkpoint`, by all ranks together (or one alone): each writes its part, the first one the rest.
 
@@ -84,17 +89,17 @@ def save_sharded_checkpoint(
         dist.barrier()
     aliases = save_parts(temporary, module, optimizer)
     if first:
-        _finish(run, final, temporary, state, {"step": step, **meta, "aliases": aliases}, keep)
+        _finish(run, final, temporary, state, {"step": step, **meta, "aliases": aliases}, keep, best)
     if several:
         dist.barrier()
 
 
-def _finish(run: Path, final: Path, temporary: Path, state: Any, meta: dict[str, Any], keep: int) -> Path:
+def _finish(run: Path, final: Path, temporary: Path, state: Any, meta: dict[str, Any], keep: int, best: int) -> Path:
     """State and meta beside what is there already; then the checkpoint takes its place, and old ones go."""
     try:
         torch.save(state, temporary / STATE_FILE)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        text = json.dumps({**meta, "files": sizes}, indent=2, sort_keys=True)
+        text = json_text({**meta, "files": sizes}, indent=2, sort_keys=True)
         (temporary / META_FILE).write_text(text + "\n")
         for path in temporary.iterdir():
             _fsync(path)
@@ -106,9 +111,26 @@ def _finish(run: Path, final: Path, temporary: Path, state: Any, meta: dict[str,
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StageError(_why_not_saved(final, error)) from error
-    for old in complete_checkpoints(run)[:-keep] if keep > 0 else []:
-        shutil.rmtree(old)
+    there = {folder.name: folder for folder in complete_checkpoints(run)}
+    losses = {name: mean_loss(read_meta(folder)) for name, folder in there.items()} if best else {}
+    for name in to_drop(list(there), keep, best, losses):
+        shutil.rmtree(there[name])
     return final
+
+
+def mean_loss(meta: Mapping[str, Any]) -> float:
+    """Mean loss of a checkpoint's steps since the one before; infinite where it is not known or no number."""
+    value = meta.get("mean_loss")
+    return math.inf if value is None or math.isnan(value) else float(value)
+
+
+def to_drop(names: Sequence[str], keep: int, best: int, losses: Mapping[str, float]) -> list[str]:
+    """Names that are neither among the newest `keep` (0: all are kept) nor among the `best` lowest losses."""
+    if keep <= 0:
+        return []
+    newest = sorted(names)[-keep:]
+    ranked = sorted((name for name in names if losses.get(name, math.inf) < math.inf), key=lambda n: (losses[n], n))
+    return [name for name in sorted(names) if name not in {*newest, *ranked[:best]}]
 
 
 def is_sharded(checkpoint: Path) -> bool:

@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from kinema.models.backbones.convolutional import PYRAMIDS, PyramidEncoder
+from kinema.kernels import local_correlation
+from kinema.models.backbones.convolutional import PYRAMIDS, CellConfig, CellEncoder, PyramidEncoder
+from kinema.models.dinoflow import FlowModel, FlowModelConfig
 from kinema.models.flowfeat.model import FlowFeat
 from kinema.models.flowfeat.training import FlowFeatLossConfig, FlowFeatTraining, random_crop_matrix
 
@@ -63,3 +66,30 @@ def test_forty_steps_teach_which_pixels_move_together():
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3]), losses
     y_enc, y_dec = module.student()(torch.randn(1, 3, 48, 48))
     assert y_dec.shape == (1, 64, 48, 48)
+
+
+def test_tokens_of_cells_behind_their_mean():
+    encoder = CellEncoder(CellConfig(width=16))
+    first, last = encoder.tokens(torch.randn(2, 3, 24, 32), [0, 3])
+    assert first.shape == last.shape == (2, 1 + 6 * 8, 16) and encoder.grid(24, 32) == (6, 8)
+    torch.testing.assert_close(last[:, 0], last[:, 1:].mean(dim=1))
+    with pytest.raises(ValueError, match="image size 24x30: both sides must be multiples of 4"):
+        encoder.tokens(torch.randn(1, 3, 24, 30), [0])
+
+
+def share_found(backbone: str, shift: int) -> float:
+    """Cells whose best correlation, before any training, lies within a patch of where they went."""
+    torch.manual_seed(0)
+    model = FlowModel(FlowModelConfig(backbone, width=32)).eval()
+    noise = F.interpolate(torch.rand(2, 3, 12, 18), size=(72, 108), mode="bicubic").clamp(0, 1)
+    images = [noise[..., 4 : 4 + 64, shift : shift + 96], noise[..., 4 : 4 + 64, :96]]  # all moves to the right
+    with torch.no_grad():
+        best = local_correlation(*(model.encode(image).fused for image in images), 4).argmax(dim=1)
+    patch = model.encoder.patch_size
+    x, y = best % 9 - 4, best // 9 - 4
+    near = ((x - shift / patch).abs() < 1) & (y.abs() < 1)
+    return near[:, 2:-2, 2:-4].float().mean().item()
+
+
+def test_untrained_cells_are_found_again_where_patches_are_not():
+    assert share_found("nano_conv4", 5) > 0.8 and share_found("nano_vit8", 5) < 0.4

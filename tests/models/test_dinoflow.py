@@ -158,7 +158,7 @@ def test_padding_inside_equals_padding_outside(nano):
 
 
 @pytest.mark.parametrize(
-    "backbone", ["dino_vits16", "dinov2_vits14", "dinov2_vits14_reg", "vits16", "mae_vitb16", "nano_vit8"]
+    "backbone", ["dino_vits16", "dinov2_vits14", "dinov2_vits14_reg", "vits16", "mae_vitb16", "nano_vit8", "nano_conv4"]
 )
 @torch.no_grad()
 def test_every_backbone_gives_flow(backbone):

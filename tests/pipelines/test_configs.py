@@ -1,10 +1,12 @@
 """Every packaged workflow file trains: two steps with its recipe on a tiny rendered scene."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from kinema.configs import load_stage
+from kinema.models.backbones.vision_transformer import CONFIGS as ENCODERS
 from kinema.pipelines import train
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow, write_scene_tracks
@@ -21,6 +23,13 @@ def scene_data(tmp_path_factory):
     write_scene_flow(scenes, clips, folder / "flow", gaps=(1, 2, -1, -2))
     write_scene_tracks(scenes, clips, folder / "tracks", grid=8)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def narrow_encoders(monkeypatch):
+    """Encoders of 22 and 86 M weights, and decoders as wide, are built by the models' own tests."""
+    for name in ("dinov2_vits14", "dinov2_vitb14"):
+        monkeypatch.setitem(ENCODERS, name, dataclasses.replace(ENCODERS[name], width=32, num_heads=2))
 
 
 def tiny_settings(config, tmp_path, request):

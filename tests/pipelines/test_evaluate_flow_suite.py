@@ -183,7 +183,9 @@ def test_the_command_writes_one_table_for_all_flow_networks_and_a_page(folder, t
 def test_raft_small_agrees_with_the_figures_of_its_published_code(shared_data, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     weights = str(shared_data / "weights" / "raft-small.pth")
-    asked = EvaluateConfig(model="raft_small", weights=weights, benchmark="flow", data=str(shared_data / "flow"))
+    asked = EvaluateConfig(
+        model="raft_small", weights=weights, benchmark="flow", data=str(shared_data / "flow"), out=str(tmp_path / "out")
+    )
     found = evaluate.run(asked).metrics
     for name, wanted in {
         "flow_middlebury_epe": 0.329,
@@ -193,3 +195,5 @@ def test_raft_small_agrees_with_the_figures_of_its_published_code(shared_data, t
     }.items():
         assert found[name] == pytest.approx(wanted, abs=0.01), name
     assert found["flow_kitti2015_fl_all"] == pytest.approx(33.9, abs=0.05)
+    page = (tmp_path / "out" / "flow.html").read_text()
+    assert page.count("<svg") == 4 and "raft_small, error " in page

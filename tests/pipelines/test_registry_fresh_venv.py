@@ -87,7 +87,7 @@ for images in (
     try:
         model.predict(images)
         print("accepted")
-    except ValueError as error:
+    except (ValueError, mlflow.MlflowException) as error:
         print(error)
 """
 
@@ -314,7 +314,7 @@ def test_images_that_cannot_be_meant_are_refused_in_words(consumer):
         "float images are in 255..255; give 0..1",
         "float images are in nan..nan; give 0..1",
         "image 'image.png' is no base64 of a PNG or JPEG",
-        "images are NoneType; give uint8",
+        "Failed to enforce schema of data 'None'",  # MLflow's own word: the model is not asked
     ]
     assert len(lines) == len(wanted)
     assert all(line.startswith(start) for line, start in zip(lines, wanted, strict=True)), lines

@@ -8,15 +8,16 @@ import pytest
 
 from kinema.configs import load_stage
 from kinema.configs.loader import LoaderConfig
+from kinema.configs.rendered import EffectsConfig
 from kinema.pipelines import shard
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.loader import ClipIndex, Loader
 from kinema.pipelines.loader.rendered import RenderedIndex
-from kinema.pipelines.scenes.rendered import Effects, RenderedShot, RenderSettings
+from kinema.pipelines.scenes.rendered import RenderedShot, RenderSettings
 from kinema.pipelines.scenes.rendered.motion import ThinPlate
 from kinema.pipelines.scenes.rendered.statistics import distance, flow_shares, matched, rendered_shares
 
-PLAIN = RenderSettings(height=192, width=256, num_textures=2, effects=Effects.none())
+PLAIN = RenderSettings(height=192, width=256, num_textures=2, effects=EffectsConfig.none())
 
 
 def warped(values, flow_px, how=cv2.INTER_LINEAR):
@@ -94,20 +95,22 @@ def test_occluded_pixels_are_those_that_nothing_of_the_other_frame_comes_from():
 
 
 def test_a_shot_is_a_function_of_its_arguments():
-    settings = replace(PLAIN, effects=Effects(*[1.0] * 7))
+    settings = replace(PLAIN, effects=EffectsConfig(*[1.0] * 7))
     a, b, other = (RenderedShot(settings, 5, index) for index in (2, 2, 3))
     b.frame(1)  # whatever is asked for first
     assert np.array_equal(a.frame(0), b.frame(0)) and np.array_equal(a.motion(0, 1)[0], b.motion(0, 1)[0])
     assert not np.array_equal(a.frame(0), other.frame(0))
-    assert np.array_equal(a.flow_px(0, 1), RenderedShot(replace(settings, effects=Effects.none()), 5, 2).flow_px(0, 1))
+    assert np.array_equal(
+        a.flow_px(0, 1), RenderedShot(replace(settings, effects=EffectsConfig.none()), 5, 2).flow_px(0, 1)
+    )
 
 
-@pytest.mark.parametrize("name", Effects.__dataclass_fields__)
+@pytest.mark.parametrize("name", EffectsConfig.__dataclass_fields__)
 def test_every_effect_changes_the_picture_and_not_the_flow(name):
     changed = 0
     for index in range(3):
         plain = RenderedShot(PLAIN, 6, index)
-        with_effect = RenderedShot(replace(PLAIN, effects=replace(Effects.none(), **{name: 1.0})), 6, index)
+        with_effect = RenderedShot(replace(PLAIN, effects=replace(EffectsConfig.none(), **{name: 1.0})), 6, index)
         assert np.array_equal(plain.flow_px(0, 1), with_effect.flow_px(0, 1))
         changed += not np.array_equal(plain.frame(1), with_effect.frame(1))
     assert changed >= 2  # a shot that hardly moves has no motion blur

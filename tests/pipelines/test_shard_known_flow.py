@@ -187,6 +187,7 @@ def test_a_damaged_image_splits_its_window(tmp_path):
         (("clip.short_side=32",), "keep their size"),
         (("dataset.clip_frames=1",), "use 2 or more frames"),
         (("dataset.split=validation",), "kitti2015 has no validation split"),
+        (("dataset.trusted_only=true",), "is for layout=sintel"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_leaves_nothing(settings, reason, tmp_path):
@@ -204,3 +205,15 @@ def test_training_reads_measured_flow_with_its_gaps(tmp_path):
     known = ~(np.mgrid[:128, :136] < np.array([16, 17])[:, None, None]).all(0)
     assert np.array_equal(sample["valid"].numpy() > 0, known)
     assert np.array_equal(sample["flow_px"].numpy()[:, known], Shifting(128, 136).flow_px()[:, known])
+
+
+def test_sintels_untrusted_pixels_are_learned_from_unless_they_are_refused(tmp_path):
+    write_tiny("sintel", tmp_path / "data")
+    dataset = list_dataset("sintel", tmp_path / "data")
+    invalid = dataset[0].masks["invalid"]
+    assert 0 < invalid.mean() < 1
+    for settings, untrusted in (((), 1.0), (("dataset.trusted_only=true",), 0.0)):
+        out = tmp_path / f"out{untrusted}"
+        pack("sintel", tmp_path / "data", out, *settings)
+        pair = stored(out)[dataset.pairs[0].id][1]
+        assert pair.valid[invalid].mean() == untrusted and pair.valid[~invalid].all()

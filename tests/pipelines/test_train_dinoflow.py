@@ -180,7 +180,7 @@ def test_a_head_alone_teaches_nothing_until_it_is_joined_with_its_encoder(data, 
         dinoflow(weights=tmp_path / "encoder.safetensors")
 
 
-@pytest.mark.parametrize("backbone", ["dinov2_vits14_reg", "dinov3_vits16", "nano_vit8"])
+@pytest.mark.parametrize("backbone", ["dinov2_vits14_reg", "dinov3_vits16", "nano_vit8", "nano_conv4"])
 def test_shapes_tell_backbones_apart(backbone, tmp_path):
     state = FlowModel(FlowModelConfig(backbone, width=8, use_cls_token=backbone != "nano_vit8")).state_dict()
     save_file(state, tmp_path / "model.safetensors")

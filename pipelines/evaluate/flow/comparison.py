@@ -25,7 +25,9 @@ PUBLISHED_PAIRS = {
 """How the table of models writes published figures (Chairs, then Things; Sintel train, KITTI-15 train), and their names
 among the metrics."""
 ERROR_SCALE_PX = 5.0
-SHOWN_WIDTH_PX = 320
+SHOWN_WIDTH_PX = 250
+_ZERO = "zero flow"
+_TITLES = {"epe": "EPE, px", "fl_all": "Fl-all, %"}
 _MEASURES = ("epe", "px1", "px3", "px5", "1px", "fl_all", "wauc", "epe_matched", "epe_unmatched")
 _SPEEDS = ("epe_s0_10", "epe_s10_40", "epe_s40plus")
 
@@ -76,16 +78,28 @@ def write_page(results: Sequence[ModelResult], path: Path) -> Path:
         "ones of the pairs that were there. They compare where the pairs are all of them.",
     )
     page.section("All flow networks")
-    page.table(comparison(results))
+    page.table([_readable(line) for line in comparison(results)])
+    for result in results:
+        page.text(f"{result.model} saw pairs of: {', '.join(_count(s) for s in result.sets)}.")
+    page.text(
+        "epe: mean end-point error, px; px1, px3, px5: share of pixels nearer to the truth than that; 1px, fl_all: "
+        "percent of pixels farther than 1 px, or than 3 px and 5 % of the motion; wauc: percent, 100 is perfect; "
+        "s0_10, s10_40, s40plus: by motion in px; matched, unmatched: seen and hidden in the second frame."
+    )
     for dataset in dict.fromkeys(s.name for result in results for s in result.sets):
         parts = [(result, s) for result in results for s in result.sets if s.name == dataset]
         first = parts[0][1]
         title = PROTOCOLS[first.dataset].title
         page.section(f"{title} {first.group}" if first.dataset in GROUPED else title)
         page.table([_scores_line(result.model, s) for result, s in parts])
-        page.text("Mean error against how far pixels move, both in pixels; ranges double, marked at their lower ends:")
-        curves = {result.model: s.by_speed.curve() for result, s in parts}
-        page.line_chart(curves, "motion, px", "end-point error, px")
+        page.text(
+            "Mean error against how far pixels move; ranges double, marked at their middles. Above the dashed line it "
+            "would be better to say that nothing moves."
+        )
+        curves = {result.model: _at_middles(s.by_speed.curve()) for result, s in parts}
+        places = sorted({x for xs, _ in curves.values() for x in xs})
+        curves[_ZERO] = (places, places)
+        page.line_chart(curves, "motion, px", "end-point error, px", doubling=True, reference=_ZERO)
         for result, s in parts:
             for worst in s.worst:
                 page.pictures(_pictures(result.model, worst), width=SHOWN_WIDTH_PX)
@@ -102,6 +116,24 @@ def error_picture(error_px: Float32[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H 
     picture = (matplotlib.colormaps["inferno"](shade)[..., :3] * 255).round().astype(np.uint8)
     picture[~known] = 128
     return picture
+
+
+def _at_middles(curve: tuple[list[float], list[float]]) -> tuple[list[float], list[float]]:
+    """A curve at the middles of its ranges instead of their lower ends."""
+    return [x * 2**0.5 for x in curve[0]], curve[1]
+
+
+def _readable(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the comparison without the counts, its columns in words."""
+    words: dict[str, Any] = {}
+    for name, value in line.items():
+        figure, _, kind = name.partition(" ")
+        measure = next((m for m in _TITLES if figure.endswith(f"_{m}")), "")
+        place = figure.removesuffix(f"_{measure}")
+        title = " ".join([PROTOCOLS[d].title if d in PROTOCOLS else d for d in place.split("_")])
+        if name != "pairs":
+            words[f"{title} {_TITLES[measure]} {kind}" if measure else name] = value
+    return words
 
 
 def _pictures(model: str, worst: Any) -> list[tuple[np.ndarray, str]]:

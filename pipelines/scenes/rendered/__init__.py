@@ -4,7 +4,7 @@ In the spirit of FlyingChairs (Dosovitskiy et al., ICCV 2015), AutoFlow (Sun et 
 al., CVPR 2022): `RenderedShot(settings, seed, index)` has frames, flow, occlusion and tracks, as `scenes.Scene` has.
 """
 
-from kinema.pipelines.scenes.rendered.settings import Effects, RenderSettings
+from kinema.pipelines.scenes.rendered.settings import RenderSettings
 from kinema.pipelines.scenes.rendered.shot import RenderedShot
 
-__all__ = ["Effects", "RenderSettings", "RenderedShot"]
+__all__ = ["RenderSettings", "RenderedShot"]

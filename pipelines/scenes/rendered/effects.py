@@ -9,25 +9,34 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from jaxtyping import Float32, Int8, UInt8
 
+from kinema.configs.rendered import EffectsConfig
 from kinema.pipelines.scenes.rendered.layers import Layer
 from kinema.pipelines.scenes.rendered.motion import apply
-from kinema.pipelines.scenes.rendered.settings import Effects
 
 _NOISE_SIDE = 1024
 _FIELD_WIDTH = 64
 LONGEST_BLUR_PX = 12.0
+_LONGEST_KERNEL_PX = 8.0
 _ORIGIN = np.zeros(2)
+
+
+class Streak(NamedTuple):
+    """How far a layer moves while the shutter is open, in pixels."""
+
+    x: float
+    y: float
 
 
 class ShotEffects:
     """The effects of one shot, drawn once; `apply` puts them on a frame."""
 
-    def __init__(self, chances: Effects, seed: int, index: int, size: tuple[int, int], num_layers: int):
+    def __init__(self, chances: EffectsConfig, seed: int, index: int, size: tuple[int, int], num_layers: int):
         self._seed = (seed, 2, index)
         self._size = size
         rng = np.random.default_rng(self._seed)
@@ -47,7 +56,7 @@ class ShotEffects:
         depths = np.sort(rng.uniform(0.2, 1.0, num_layers))[::-1]
         self._depths = np.concatenate([[1.0], depths[1:]]).astype(np.float32)
 
-    def blur_kernel(self, layer: Layer, t: float) -> Float32[np.ndarray, "k k"] | None:
+    def streak(self, layer: Layer, t: float) -> Streak | None:
         """A line along the layer's motion while the shutter is open; None when it is shorter than a pixel."""
         if not self.shutter:
             return None
@@ -60,7 +69,7 @@ class ShotEffects:
         if length < 1.0:
             return None
         factor = min(1.0, LONGEST_BLUR_PX / length)
-        return _line(round(float(x * factor), 1), round(float(y * factor), 1))
+        return Streak(round(float(x * factor), 1), round(float(y * factor), 1))
 
     def apply(self, t: int, image: UInt8[np.ndarray, "H W 3"], labels: UInt8[np.ndarray, "H W"]) -> np.ndarray:
         """The picture with every effect but motion blur."""
@@ -137,13 +146,36 @@ def _unit_grain() -> Float32[np.ndarray, "S S 3"]:
     return (own + shared) / np.float32(math.sqrt(2))
 
 
+def smeared(image: UInt8[np.ndarray, "H W *C"], streak: Streak, border: int) -> UInt8[np.ndarray, "H W *C"]:
+    """The image averaged along a segment.
+
+    A long segment is two halves: averaged along one half, then over that at its two places. Kernels stay below 130
+    weights, from where on OpenCV filters by a Fourier transform, ten times as slowly.
+    """
+    x, y = streak
+    if max(abs(x), abs(y)) <= _LONGEST_KERNEL_PX:
+        return cv2.filter2D(image, -1, _line(x, y), borderType=border)
+    half = cv2.filter2D(image, -1, _line(x / 2, y / 2), borderType=border)
+    return cv2.filter2D(half, -1, _ends(x / 2, y / 2), borderType=border)
+
+
 @lru_cache(4096)
 def _line(x: float, y: float) -> Float32[np.ndarray, "k k"]:
     """Weights along a segment of this extent about the middle, anti-aliased."""
     half = math.ceil(max(abs(x), abs(y)) / 2) + 1
-    kernel = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
     count = 4 * (2 * half + 1)
-    shares = (np.arange(count) + 0.5) / count - 0.5
+    return _drawn_at((np.arange(count) + 0.5) / count - 0.5, x, y, half)
+
+
+@lru_cache(4096)
+def _ends(x: float, y: float) -> Float32[np.ndarray, "k k"]:
+    """Equal weights at the two ends of a segment of this extent about the middle."""
+    return _drawn_at(np.array([-0.5, 0.5]), x, y, math.ceil(max(abs(x), abs(y)) / 2) + 1)
+
+
+def _drawn_at(shares: np.ndarray, x: float, y: float, half: int) -> Float32[np.ndarray, "k k"]:
+    """A kernel of side 2 half + 1 with equal weights, bilinear between its pixels, at `shares` of (x, y)."""
+    kernel = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
     columns, rows = half + x * shares, half + y * shares
     left, top = columns.astype(int), rows.astype(int)
     fx, fy = columns - left, rows - top

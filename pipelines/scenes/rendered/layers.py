@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import cv2
@@ -17,6 +17,7 @@ from kinema.pipelines.scenes.rendered.textures import texture
 
 _STRIDE = 8
 _NODES = 6
+_BAND = 64  # rows, a multiple of the stride
 _SMALL_AREA = 12000
 
 
@@ -39,7 +40,7 @@ class View(NamedTuple):
 
     alpha: UInt8[np.ndarray, "h w"] | None
     """Coverage in 255ths; None: everywhere."""
-    colour: UInt8[np.ndarray, "h w 3"] | None
+    colour: UInt8[np.ndarray, "h w 4"] | None
     targets: list[tuple[Float32[np.ndarray, "h w"], Float32[np.ndarray, "h w"]]]
     """(x, y) of the pixels' surface in every other frame that was asked for."""
 
@@ -57,14 +58,25 @@ class Layer:
     is_affine: bool
     plate: ThinPlate | None = None
 
+    @cached_property
+    def hull(self) -> Float[np.ndarray, "N 2"]:
+        """Corners around all that the mask covers, and a texel more, as far as sampling reaches."""
+        assert self.mask is not None
+        outlines, _ = cv2.findContours(self.mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        outer = cv2.convexHull(np.concatenate(outlines))[:, 0].astype(np.float64) if outlines else np.zeros((1, 2))
+        around = outer[:, None] + np.array([[-1.0, -1], [1, -1], [1, 1], [-1, 1]])
+        return around.reshape(-1, 2) - (len(self.mask) - 1) / 2
+
     def window(self, t: float, scale: Matrix, size: tuple[int, int]) -> Window | None:
         """The part of a frame [H, W] that the layer may touch; None for nothing."""
         height, width = size
         if self.mask is None:
             return Window(0, 0, width, height)
-        half = (len(self.mask) - 1) / 2
-        reach = half + (0.0 if self.plate is None else self.plate.longest_px)
-        corners = reach * np.array([[-1.0, -1], [1, -1], [1, 1], [-1, 1]])
+        corners = self.hull
+        if self.plate is not None:
+            reach = self.plate.longest_px
+            (left, top), (right, bottom) = corners.min(axis=0) - reach, corners.max(axis=0) + reach
+            corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
         matrix = scale @ self.pose(t)
         if (corners @ matrix[2, :2] + matrix[2, 2]).min() < 0.05:
             return Window(0, 0, width, height)
@@ -130,7 +142,7 @@ class Layer:
         half = (len(self.mask) - 1) / 2
         return _warped(self.mask, shift(half, half) @ inverse, window, cv2.BORDER_CONSTANT, self.is_affine)
 
-    def _texture_warped(self, inverse: Matrix, window: Window) -> UInt8[np.ndarray, "h w 3"]:
+    def _texture_warped(self, inverse: Matrix, window: Window) -> UInt8[np.ndarray, "h w 4"]:
         image = texture(*self.texture)
         return _warped(image, self.to_texels @ inverse, window, cv2.BORDER_REFLECT_101, self.is_affine)
 
@@ -186,5 +198,15 @@ def _lagrange() -> Float32[np.ndarray, "stride nodes"]:
 
 
 def _dense(field: np.ndarray, height: int, width: int) -> Float32[np.ndarray, "h w"]:
-    """A smooth field at every pixel from its lattice."""
-    return np.ascontiguousarray(_basis(height) @ field.astype(np.float32) @ _basis(width).T)
+    """A smooth field at every pixel from its lattice.
+
+    Columns first, on the few rows of the lattice; then rows, a band at a time: a band follows from the few lattice
+    rows around it.
+    """
+    rows = field.astype(np.float32) @ _basis(width).T
+    dense = np.empty((height, width), np.float32)
+    for start in range(0, height, _BAND):
+        stop, node = min(start + _BAND, height), start // _STRIDE
+        basis = _basis(stop - start)
+        np.matmul(basis, rows[node : node + basis.shape[1]], out=dense[start:stop])
+    return dense

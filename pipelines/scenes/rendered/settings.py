@@ -7,27 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kinema.configs.rendered import EffectsConfig
+
 SPEED_EDGES_PX = (0.0, *(2.0 ** (k / 2) for k in range(-6, 18)))
 """Bins of speed, px a frame at 512 px of width: 0, then half octaves from 1/8 px to 362 px."""
 REFERENCE_WIDTH = 512
-
-
-@dataclass(frozen=True)
-class Effects:
-    """How probable each photometric effect is in a shot; `Effects.none()` leaves pure motion."""
-
-    motion_blur: float = 0.25
-    lighting: float = 0.6
-    shadow: float = 0.3
-    fog: float = 0.15
-    colour: float = 0.6
-    noise: float = 0.5
-    compression: float = 0.3
-
-    @staticmethod
-    def none() -> Effects:
-        """No effect at all: frames differ by motion alone."""
-        return Effects(*[0.0] * 7)
 
 
 @dataclass(frozen=True)
@@ -53,7 +37,8 @@ class RenderSettings:
     """Folder of images; empty: procedural textures."""
     num_textures: int = 48
     """Different textures of a seed."""
-    effects: Effects = field(default_factory=Effects)
+    effects: EffectsConfig = field(default_factory=EffectsConfig)
+    """How probable each photometric effect is in a shot."""
 
     def __post_init__(self) -> None:
         if min(self.height, self.width) < 32 or self.num_frames < 2:

@@ -46,7 +46,7 @@ def cut_out(folder: str, seed: int, number: int, radius: float) -> UInt8[np.ndar
 @lru_cache(128)
 def _region(folder: str, seed: int, number: int) -> UInt8[np.ndarray, "96 96"]:
     """Pixels near the colours of the middle, connected, smoothed; a disc where that is too little or too much."""
-    image = texture(folder, seed, number)
+    image = texture(folder, seed, number)[..., :3]
     side = int(min(image.shape[:2]) / TEXELS_PER_PX)
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
     small = cv2.resize(image[top : top + side, left : left + side], (_CUT_OUT_SIDE, _CUT_OUT_SIDE),

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
 from kinema.pipelines.scenes.rendered import shapes
-from kinema.pipelines.scenes.rendered.effects import ShotEffects
+from kinema.pipelines.scenes.rendered.effects import ShotEffects, Streak, smeared
 from kinema.pipelines.scenes.rendered.layers import Layer
 from kinema.pipelines.scenes.rendered.motion import Drift, Matrix, Pose, ThinPlate, shift
 from kinema.pipelines.scenes.rendered.settings import RenderSettings
@@ -141,7 +141,7 @@ class RenderedShot:
         scale = np.array([[sx, 0, 0.5 * sx - 0.5], [0, sy, 0.5 * sy - 0.5], [0, 0, 1]])
         labels = np.zeros(size, np.uint8)
         targets = {s: np.empty((2, *size), np.float32) for s in others}
-        image = np.empty((*size, 3), np.uint8) if colour else None
+        image = np.empty((*size, 4), np.uint8) if colour else None
         for number, layer in enumerate(self.layers):
             window = layer.window(t, scale, size)
             if window is None:
@@ -159,11 +159,12 @@ class RenderedShot:
                 for axis in (0, 1):
                     cv2.copyTo(maps[axis], covered, targets[s][axis][place])
             if image is not None and view.colour is not None:
-                blur = self.effects.blur_kernel(layer, t)
+                blur = self.effects.streak(layer, t)
                 _blend(image[place], view.colour, view.alpha, blur)
         if image is not None:
-            blur = self.effects.blur_kernel(self.layers[0], t)
+            blur = self.effects.streak(self.layers[0], t)
             image = image if blur is None else _background_blurred(image, labels, blur)
+            image = cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)
         return Surface(labels, targets, image)
 
     def _draw_layers(self) -> list[Layer]:
@@ -270,17 +271,20 @@ def _hidden(
     return nearest > own
 
 
-def _blend(image: np.ndarray, colour: np.ndarray, alpha: np.ndarray, blur: np.ndarray | None) -> None:
-    """Put a layer over the picture, in place."""
+def _blend(image: np.ndarray, colour: np.ndarray, alpha: np.ndarray, blur: Streak | None) -> None:
+    """Put a layer over the picture, in place: copied where it is opaque, mixed on its rim."""
     if blur is not None:
-        alpha = cv2.filter2D(alpha, -1, blur, borderType=cv2.BORDER_REPLICATE)
-        colour = cv2.filter2D(colour, -1, blur, borderType=cv2.BORDER_REPLICATE)
-    weight = cv2.merge([alpha, alpha, alpha])
-    under = cv2.multiply(image, cv2.bitwise_not(weight), scale=1 / _OPAQUE)
-    cv2.add(under, cv2.multiply(colour, weight, scale=1 / _OPAQUE), dst=image)
+        alpha, colour = (smeared(part, blur, cv2.BORDER_REPLICATE) for part in (alpha, colour))
+    rim = np.flatnonzero(cv2.inRange(alpha, 1, _OPAQUE - 1))
+    rows, columns = np.divmod(rim, alpha.shape[1])
+    weight = alpha[rows, columns, None].astype(np.float32) / _OPAQUE
+    under, over = image[rows, columns], colour[rows, columns]
+    mixed = np.rint(under + weight * (over.astype(np.float32) - under)).astype(np.uint8)
+    cv2.copyTo(colour, cv2.compare(alpha, _OPAQUE, cv2.CMP_EQ), image)  # type: ignore[call-overload]
+    image[rows, columns] = mixed
 
 
-def _background_blurred(image: np.ndarray, labels: np.ndarray, blur: np.ndarray) -> np.ndarray:
+def _background_blurred(image: np.ndarray, labels: np.ndarray, blur: Streak) -> np.ndarray:
     """The background blurred along its motion, beneath objects that stay as they are."""
-    blurred = cv2.filter2D(image, -1, blur, borderType=cv2.BORDER_REFLECT_101)
+    blurred = smeared(image, blur, cv2.BORDER_REFLECT_101)
     return cv2.copyTo(blurred, cv2.compare(labels, 0, cv2.CMP_EQ), image)  # type: ignore[call-overload]

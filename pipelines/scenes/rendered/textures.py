@@ -1,7 +1,8 @@
 """Textures of rendered shots: procedural, or from any folder of images; each made once per process and kept.
 
 A texture has TEXELS_PER_PX texels for a pixel of the frame and no detail finer than the frame can carry, so that
-sampling it between texels shows what sampling the surface itself would.
+sampling it between texels shows what sampling the surface itself would. It is RGB and a fourth channel that means
+nothing: OpenCV warps four channels twice as fast as three.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ KEPT = 64
 _PICTURES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"))
 
 
-def texture(folder: str, seed: int, number: int) -> UInt8[np.ndarray, "h w 3"]:
+def texture(folder: str, seed: int, number: int) -> UInt8[np.ndarray, "h w 4"]:
     """Texture `number` of a seed: an image of the folder, or a procedural one when there is no folder.
 
     Raises: ValueError for a folder without an image that can be decoded.
@@ -32,7 +33,7 @@ def texture(folder: str, seed: int, number: int) -> UInt8[np.ndarray, "h w 3"]:
 
 
 @lru_cache(KEPT)
-def _procedural(seed: int, number: int) -> UInt8[np.ndarray, "h w 3"]:
+def _procedural(seed: int, number: int) -> UInt8[np.ndarray, "h w 4"]:
     """Clouds of two or three colours, patches with edges, stripes, shapes and grain."""
     rng = np.random.default_rng([seed, 7, number])
     palette = _palette(rng, int(rng.integers(3, 6)))
@@ -115,7 +116,7 @@ def image_files(folder: str) -> tuple[str, ...]:
 
 
 @lru_cache(KEPT)
-def _from_folder(folder: str, number: int) -> UInt8[np.ndarray, "h w 3"]:
+def _from_folder(folder: str, number: int) -> UInt8[np.ndarray, "h w 4"]:
     """An image at about the size of a procedural texture; one that cannot be decoded gives way to the next."""
     files = image_files(folder)
     for shift in range(len(files)):
@@ -130,6 +131,6 @@ def _from_folder(folder: str, number: int) -> UInt8[np.ndarray, "h w 3"]:
     raise ValueError(f"textures={folder}: none of {len(files)} images can be decoded; give a folder of other images")
 
 
-def _finished(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+def _finished(image: np.ndarray) -> UInt8[np.ndarray, "h w 4"]:
     smooth = cv2.GaussianBlur(image, (0, 0), SMOOTHING_TEXELS)
-    return np.rint(np.clip(smooth, 2, 253)).astype(np.uint8)
+    return cv2.cvtColor(np.rint(np.clip(smooth, 2, 253)).astype(np.uint8), cv2.COLOR_RGB2RGBA)

@@ -13,24 +13,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from kinema.configs.rendered import RenderedConfig
+from kinema.configs.rendered import RENDERED
 from kinema.configs.shard import ShardConfig
 from kinema.pipelines import engine
-from kinema.pipelines.artifacts import Artifact, read_range, sample_key
+from kinema.pipelines.artifacts import Artifact, sample_key
 from kinema.pipelines.artifacts.tables import content_hash
-from kinema.pipelines.scenes.rendered import Effects, RenderedShot, RenderSettings
-from kinema.pipelines.scenes.rendered.settings import SPEED_EDGES_PX, log_normal_shares
-from kinema.pipelines.scenes.rendered.statistics import flow_shares, matched
+from kinema.pipelines.scenes.rendered import RenderedShot, RenderSettings
+from kinema.pipelines.scenes.rendered.configured import render_settings
 from kinema.pipelines.scenes.rendered.textures import image_files
 from kinema.pipelines.shard.known_flow.shards import PlannedClip, append_plans, build_shards
 from kinema.pipelines.shard.known_flow.stage import FlowShardSummary, flow_opener, lossless, summary
-from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair
-from kinema.pipelines.sidecars.sidecar import default_out, open_input
+from kinema.pipelines.sidecars.flow_codec import FlowPair
+from kinema.pipelines.sidecars.sidecar import default_out
 from kinema.pipelines.sidecars.tracks_codec import Tracks
-
-PROCEDURAL = "rendered"
-"""Value of `videos=` (as an empty one) for procedural textures."""
-_MATCHED_PAIRS = 200
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class RenderedClip:
     def labels(self) -> dict[str, Any]:
         """How to render it again."""
         pairs = [[t, gap, f"{self.index}/{t}{gap:+d}"] for t, gap in self.pairs()]
-        return {"group": PROCEDURAL, "seed": self.seed, "index": self.index, "pairs": pairs}
+        return {"group": RENDERED, "seed": self.seed, "index": self.index, "pairs": pairs}
 
     def pairs(self) -> list[tuple[int, int]]:
         """Neighbouring frames, both ways."""
@@ -83,43 +78,12 @@ def _shot(settings: RenderSettings, seed: int, index: int) -> RenderedShot:
     return RenderedShot(settings, seed, index)
 
 
-def render_settings(config: RenderedConfig, textures: str = "") -> RenderSettings:
-    """The renderer's settings. Raises: ValueError for a flow artifact to match that has no motion."""
-    settings = RenderSettings(
-        height=config.height,
-        width=config.width,
-        num_frames=config.num_frames,
-        objects=config.objects,
-        speed_shares=log_normal_shares(config.speed_px, config.speed_spread, config.longest_px),
-        homography=config.homography,
-        thin_plate=config.thin_plate,
-        textures=textures,
-        effects=Effects(**asdict(config.effects)),
-    )
-    if not config.match:
-        return settings
-    return matched(settings, artifact_shares(open_input(config.match, "flow", setting="rendered.match")))[0]
-
-
-def artifact_shares(flow: Artifact) -> np.ndarray:
-    """The histogram of motion of a flow artifact, from at most 200 of its pairs, spread over all."""
-    rows = flow.samples(["shard", "flow_offset", "flow_size", "num_pairs"]).to_pylist()
-    total = np.zeros(len(SPEED_EDGES_PX) - 1)
-    chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _MATCHED_PAIRS)).astype(int))
-    for number in chosen:
-        row = rows[number]
-        blob = FlowBlob(read_range(flow.shard_url(row["shard"]), row["flow_offset"], row["flow_size"]))
-        for t, gap in blob.pairs[: max(1, _MATCHED_PAIRS // len(chosen))]:
-            total += flow_shares(blob.flow(t, gap), gap)
-    return total
-
-
 def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> FlowShardSummary:
     """Render what is missing in `config.out`, its flow and its tracks. Raises: ValueError for settings."""
     started = time.monotonic()
     say = report or (lambda line: print(f"shard: {line}", file=sys.stderr, flush=True))
     clip = lossless(config)
-    textures = "" if config.videos in ("", PROCEDURAL) else config.videos
+    textures = "" if config.videos in ("", RENDERED) else config.videos
     if textures:
         say(f"textures: {len(image_files(textures))} images of {textures}")
     settings = render_settings(config.rendered, textures)
@@ -151,7 +115,7 @@ def run(config: ShardConfig, *, report: Callable[[str], None] | None = None) -> 
 
 
 def _planned(clips: Artifact, settings: RenderSettings, seed: int, index: int) -> PlannedClip:
-    source = f"{PROCEDURAL}/{seed}/{index:08d}"
+    source = f"{RENDERED}/{seed}/{index:08d}"
     row = {
         "key": sample_key(source, clips.config_hash),
         "source": source,

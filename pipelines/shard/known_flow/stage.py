@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
+from kinema.configs.json_text import json_text
 from kinema.configs.shard import ClipConfig, ShardConfig
 from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact, sample_key
@@ -125,6 +126,8 @@ def content_config(config: ShardConfig, clip: ClipConfig) -> dict[str, Any]:
     """What decides the content of the clips."""
     chosen = asdict(config.dataset)
     del chosen["partial"]
+    if not chosen["trusted_only"]:
+        del chosen["trusted_only"]  # it came later, and artifacts made before have the same content
     return {
         "dataset": {"layout": config.layout, **chosen},
         "clip": {"codec": clip.codec, "gop": clip.gop, "preset": clip.preset},
@@ -135,7 +138,9 @@ def content_config(config: ShardConfig, clip: ClipConfig) -> dict[str, Any]:
 
 def _open(config: ShardConfig) -> FlowDataset:
     chosen = config.dataset
-    selection = Selection(chosen.split, chosen.passes, chosen.cameras, chosen.directions)
+    if chosen.trusted_only and config.layout != "sintel":
+        raise ValueError(f"dataset.trusted_only is for layout=sintel, {config.layout} has no such masks; leave it out")
+    selection = Selection(chosen.split, chosen.passes, chosen.cameras, chosen.directions, chosen.trusted_only)
     return open_dataset(config.layout, config.videos, selection, partial=chosen.partial, fix="dataset.partial=true")
 
 
@@ -204,7 +209,7 @@ def _read_notes(clips: Artifact) -> dict[str, Checked]:
 
 def _write_notes(clips: Artifact, checked: dict[str, Checked]) -> None:
     notes = {name: asdict(found) for name, found in sorted(checked.items())}
-    clips.store.write(_NOTES, json.dumps(notes, sort_keys=True, separators=(",", ":")).encode())
+    clips.store.write(_NOTES, json_text(notes, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _settle_quarantine(clips: Artifact, dataset: FlowDataset, bad: dict[str, tuple[str, str]]) -> None:
