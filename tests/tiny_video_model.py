@@ -39,7 +39,8 @@ def write_base(folder: Path, seed: int = 0, **transformer) -> Path:
             T5EncoderModel(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
             AutoencoderKLCogVideoX(
                 block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
-                sample_height=HEIGHT, sample_width=WIDTH, scaling_factor=0.7,
+                # of these, tiles are half: 48 x 80 pixels, whose overlaps are whole latents
+                sample_height=96, sample_width=160, scaling_factor=0.7,
             ),
             CogVideoXTransformer3DModel(**(sizes | transformer)),
             CogVideoXDPMScheduler(
