@@ -1,9 +1,9 @@
 """`kinema shard` from end to end on small videos, without Ray."""
 
 import errno
-import os
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
