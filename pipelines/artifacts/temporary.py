@@ -15,14 +15,23 @@ from kinema.pipelines.errors import StageError
 
 TEMPORARY_PREFIX = ".kinema-tmp-"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_LOST = (errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 @contextmanager
 def disk_full_is_clear(what: str, needed_bytes: int = 0) -> Iterator[None]:
-    """Turn "no space left" into one line that says what to do. Raises: StageError."""
+    """Turn what a disk refuses, full, read-only or broken, into one line that says what to do. Raises: StageError.
+
+    It concerns the run: an item that is being worked on is not to blame.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno in _DISK_LOST:
+            raise StageError(
+                f"cannot write {what}: {error.strerror}; make the disk writable again or set out= to another, and run "
+                "the same command"
+            ) from None
         if error.errno not in _DISK_FULL:
             raise
         needed_mb = max(1, -(-needed_bytes // 1_000_000))

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -377,16 +378,18 @@ def test_a_source_that_went_away_after_planning_is_told(tmp_path, monkeypatch):
     assert Artifact.read(tmp_path / "out").verify() == []
 
 
-def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number, said", [(errno.ENOSPC, "disk full while"), (errno.EROFS, "Read-only file system")])
+def test_a_full_or_read_only_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch, number, said):
+    """It ends the run: no video is quarantined for it."""
     numbered(tmp_path / "v" / "a.mp4", 30)
 
     def full(self, data):
         with disk_full_is_clear("the shard", len(data)):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as disk:
         disk.setattr(tar._Sink, "write", full)
-        with pytest.raises(StageError, match="disk full while writing .*out=") as caught:
+        with pytest.raises(StageError, match=f"{said}.*out=") as caught:
             shard(tmp_path / "v", tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not [name for name in tree(tmp_path / "out") if name.endswith(".tar") or "tmp" in name]

@@ -224,7 +224,7 @@ def postgresql(tmp_path):
     run("initdb", "-U", user, "--auth=trust")
     listen = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
     run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", listen, "start")
-    yield f"postgresql://{user}@127.0.0.1:{port}/postgres"
+    yield f"postgresql+psycopg2://{user}@127.0.0.1:{port}/postgres"
     run("pg_ctl", "-m", "immediate", "stop")
     shutil.rmtree(folder)
 
