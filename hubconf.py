@@ -176,6 +176,19 @@ def motion_extractor_large(pretrained=False, weights=None):
     return build("motion_extractor_large", pretrained=pretrained, weights=weights)
 
 
+def cogvideox5b_i2v_large(
+    pretrained=False, weights=None, base="THUDM/CogVideoX-5b-I2V", dtype=None, vae_slicing=True, vae_tiling=True
+):
+    """CogVideoX-5B-I2V under DisMo's motion adapter: `model.sample(motion_videos=, images=, prompts=)` -> uint8 videos.
+
+    Motion videos are [B, T, H, W, 3] and pictures [H, W, 3], floating in -1..1 or uint8; base is a folder in diffusers'
+    form or a name on the hub. Needs the extra `transfer`. Published adapter weights are non-commercial.
+    """
+    from kinema.models.dismo.transfer.model import cogvideox5b_i2v_large as build
+
+    return build(pretrained, weights, base, dtype, vae_slicing, vae_tiling)
+
+
 def frame_generator_large(pretrained=False, weights=None):
     """DisMo's frame generator: `model.sample(source_frames, motion, delta_times)` -> latents of later frames.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import json
 import keyword
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, safe_load
 
 from kinema.configs.describe import key_of
+from kinema.configs.json_text import json_text
 from kinema.configs.models.table import MODELS
 from kinema.configs.paths import placed
 from kinema.configs.workflow import STAGES, WorkflowConfig
@@ -152,7 +152,7 @@ def resolve_config_path(name: str | Path) -> Path:
 def config_hash(config: Any) -> str:
     """blake2b-128 hex of a dataclass (or mapping) in canonical JSON."""
     mapping = to_mapping(config) if dataclasses.is_dataclass(config) else config
-    text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    text = json_text(mapping, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from kinema.configs.models.table import MODELS
 from kinema.configs.rendered import RENDERED
+from kinema.configs.search import is_clip_key
 
 ROOT_VARIABLE = "KINEMA_ROOT"
 PATH_KEYS = frozenset(
@@ -96,6 +97,10 @@ def _is_settled(key: str, value: str) -> bool:
         return True
     if key == "data":
         return value == "scenes"
+    if key == "query":
+        return is_clip_key(value)
+    if key == "index":
+        return value.startswith(_ADDRESSES)
     if key == "model":
         # `train` names a model here, the other stages may name a run.
         return value.startswith(_ADDRESSES) or value in MODELS or any(value in row.names() for row in MODELS.values())

@@ -1,4 +1,5 @@
-"""Which settings a stage cannot do without, so that help marks them and all missing ones are named at once."""
+"""Which settings a stage cannot do without, and which are set often: help has them in this order, and all missing ones
+are named at once."""
 
 from __future__ import annotations
 
@@ -17,8 +18,28 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "evaluate": ("model",),
     "register": ("model",),
     "embed": ("clips", "out"),
+    "transfer": ("motion", "image", "out"),
+    "search": ("clips", "features", "query", "out"),
     "run": (),
 }
+
+COMMON: dict[str, tuple[str, ...]] = {
+    "shard": tuple("clip.seconds clip.fps clip.short_side clip.codec clip.crf shard_mb min_shards num_workers".split()),
+    "teach": tuple("out teacher weights gaps stride short_side iters device num_actors".split()),
+    "track": tuple("flow out tracker weights grid start_frames device num_actors".split()),
+    "train": tuple(
+        "flow tracks model weights steps batch_size lr seed num_workers use_gpu precision checkpoint_every "
+        "loader.mode loader.num_workers loader.hold_out".split()
+    ),
+    "evaluate": tuple("benchmark data clips tracks out weights".split()),
+    "register": ("name",),
+    "embed": tuple("model features dtype stride frame_stride short_side device".split()),
+    "run": tuple(
+        "name workspace stages experiment shard.videos shard.clip.seconds shard.clip.short_side teach.teacher "
+        "teach.gaps track.tracker train.model train.steps train.batch_size train.lr train.num_workers".split()
+    ),
+}
+"""Keys that people set; all others stand below them in the help."""
 
 
 def required(stage: str, config: Any = None) -> tuple[str, ...]:

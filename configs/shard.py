@@ -131,6 +131,8 @@ class ShardConfig:
     """Exit status 3 when more than this share of the sources was quarantined."""
     source_timeout_s: float = 1800.0
     """A source whose decoder makes no progress for this long is killed and quarantined."""
+    source_memory_gb: float = 8.0
+    """A source whose decoding needs more memory than this is quarantined; 0: no limit."""
     num_workers: int = 0
     """Shards built at once; 0 means one per CPU that Ray has."""
 
@@ -138,6 +140,9 @@ class ShardConfig:
         require(self.shard_mb >= 1, "shard_mb", self.shard_mb, "use 1 or more (256 to 512 is usual)")
         require(self.min_shards >= 1, "min_shards", self.min_shards, "use 1 or more")
         require(self.stream >= -1, "stream", self.stream, "use a stream's index, or -1 to choose")
+        require(
+            self.source_memory_gb >= 0, "source_memory_gb", self.source_memory_gb, "use gigabytes, or 0 for no limit"
+        )
         require(self.frames_fps > 0, "frames_fps", self.frames_fps, "use a positive rate")
         require(
             0 <= self.allowed_quarantine <= 1,

@@ -65,6 +65,11 @@ class TrainConfig:
     """Seed of initialisation, order and every random choice."""
     num_workers: int = 1
     """Ray Train workers (ranks)."""
+    min_workers: int = 0
+    """Fewest ranks to go on with while nodes are missing: Ray Train then takes as many between this and num_workers as
+    there is room for, and the global batch stays; 0: wait for all."""
+    sharding: Literal["none", "full"] = "none"
+    """Several ranks: each holds the whole model, or its share of weights, gradients and optimizer state (FSDP2)."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """Whether each worker gets a GPU."""
     cpus_per_worker: float = 1.0
@@ -73,10 +78,15 @@ class TrainConfig:
     """Steps between checkpoints; one is also written at the end and at a stop signal."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_best: int = 0
+    """Checkpoints kept besides: those with the lowest mean loss since the one before them."""
     log_every: int = 10
     """Steps between metric points."""
     pictures_every: int = 500
     """Steps between pictures (input, teacher flow, predicted flow, feature PCA); 0 means only at the end."""
+    measure_every: int = 0
+    """Steps between measurements on clips that `loader.hold_out` keeps out of training, and one at the end (dismo:
+    how well the nearest embeddings tell every label that the clips have); 0: none."""
     max_failures: int = 3
     """Lost workers that are replaced before the run fails."""
     experiment: str = ""
@@ -100,9 +110,17 @@ class TrainConfig:
         require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "use a positive norm, or 0 for none")
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "use 1 or more steps")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "use 1 or more")
+        require(self.keep_best >= 0, "keep_best", self.keep_best, "use 0 or more")
         require(self.log_every >= 1, "log_every", self.log_every, "use 1 or more steps")
+        rule = "it looks at clips that training does not see; set loader.hold_out=8, or measure_every=0"
+        require(self.measure_every == 0 or self.loader.hold_out > 0, "measure_every", self.measure_every, rule)
         rule = "it takes several teachers; name the others' flow: other_flow=[DIR]"
         require(self.flow_use == "choose" or bool(self.other_flow), "flow_use", self.flow_use, rule)
+        rule = f"use 1 to num_workers={self.num_workers}, or 0 to wait for all"
+        require(0 <= self.min_workers <= self.num_workers, "min_workers", self.min_workers, rule)
+        for ranks in range(self.min_workers or self.num_workers, self.num_workers):
+            rule = f"batch_size={self.batch_size} does not divide among {ranks} ranks * accumulate={self.accumulate}"
+            require(self.batch_size % (ranks * self.accumulate) == 0, "min_workers", self.min_workers, rule)
         world = self.num_workers * self.accumulate
         if self.batch_size % world:
             low, high = self.batch_size // world * world, -(-self.batch_size // world) * world

@@ -7,11 +7,14 @@ from typing import Any, Literal
 
 from kinema.configs.embed import EmbedConfig
 from kinema.configs.evaluate import EvaluateConfig
+from kinema.configs.prices import PricesConfig
 from kinema.configs.register import RegisterConfig
+from kinema.configs.search import SearchConfig
 from kinema.configs.shard import ShardConfig
 from kinema.configs.teach import TeachConfig
 from kinema.configs.track import TrackConfig
 from kinema.configs.train import TrainConfig
+from kinema.configs.transfer import TransferConfig
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class WorkflowConfig:
     """Section of `kinema register`."""
     embed: EmbedConfig = field(default_factory=EmbedConfig)
     """Section of `kinema embed`."""
+    prices: PricesConfig = field(default_factory=PricesConfig)
+    """What nodes cost, for `kinema status` and the workflow's metrics."""
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    """Section of `kinema transfer`, which is no stage of a workflow."""
     phases: dict[str, Any] = field(default_factory=dict)
     """A curriculum: {name: what differs from this file}. Each is a workflow of its own, under workspace/NAME, whose
     training starts from the weights of the one before."""
@@ -59,5 +66,7 @@ STAGES: dict[str, Any] = {
     "evaluate": EvaluateConfig,
     "register": RegisterConfig,
     "embed": EmbedConfig,
+    "transfer": TransferConfig,
+    "search": SearchConfig,
     "run": WorkflowConfig,
 }

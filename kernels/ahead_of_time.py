@@ -120,7 +120,13 @@ def reports(op: str, capability: tuple[int, int], only: str = "", quick: bool = 
         for launch in launches_of(case):
             row = report(op, case, launch, capability)
             # Levels and directions often launch the same code.
-            same = (row.kernel, row.registers, row.shared_bytes, json.dumps(row.loops), str(launch.options))
+            same = (
+                row.kernel,
+                row.registers,
+                row.shared_bytes,
+                str(row.loops),
+                str(launch.options),
+            )
             if same not in seen:
                 seen.add(same)
                 yield row
@@ -173,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         for capability in capabilities:
             for row in reports(op, capability, options.only, not options.all):
                 if options.json:
-                    print(json.dumps(dataclasses.asdict(row)), flush=True)
+                    print(json.dumps(dataclasses.asdict(row), allow_nan=False), flush=True)
                     continue
                 figures = f"{row.registers:>6}{row.stack_bytes:>7}{row.shared_bytes:>8}{row.matrix_instructions:>8}"
                 cycles = " ".join(f"{loop['cycles']}" for loop in row.loops)

@@ -16,6 +16,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import zipfile
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -48,6 +49,10 @@ class PublishedWeights:
     """Whether the licence forbids commercial use; said aloud whenever such weights are loaded."""
 
 
+NONE_STATED = "none stated"
+"""How the licence of weights begins whose authors name none."""
+
+
 class NonCommercialWeightsWarning(UserWarning):
     """The weights that were just loaded may not be used commercially."""
 
@@ -66,6 +71,7 @@ _MAE_PAPER = "He et al., MAE, CVPR 2022, arXiv:2111.06377"
 _SEA_RAFT_PAPER = "Wang, Lipson, Deng, SEA-RAFT, ECCV 2024, arXiv:2405.14793"
 _WAFT_PAPER = "Wang and Deng, WAFT, ICLR 2026, arXiv:2506.21526"
 _ALLTRACKER_PAPER = "Harley et al., AllTracker, ICCV 2025, arXiv:2506.07310"
+_DISMO_PAPER = "Ressler-Antal et al., DisMo, NeurIPS 2025, arXiv:2511.23428"
 _COTRACKER3_PAPER = "Karaev et al., CoTracker3, 2024, arXiv:2410.11831"
 
 
@@ -155,8 +161,14 @@ LEDGER: dict[str, PublishedWeights] = {
     "flowfeat/dinov2_vitb14_kt": _flowfeat("dino2_b14_flowfeat_kt.pth"),
     "motion_extractor_large": PublishedWeights(
         "https://huggingface.co/CompVis/DisMo/resolve/main/motion_extractor_large.pt",
-        "Ressler-Antal et al., DisMo, NeurIPS 2025, arXiv:2511.23428",
+        _DISMO_PAPER,
         "CC BY-NC 4.0",
+        non_commercial=True,
+    ),
+    "cogvideox5b_i2v_large": PublishedWeights(
+        "https://huggingface.co/CompVis/DisMo/resolve/main/cogvideox5b_i2v_large.pt",
+        _DISMO_PAPER,
+        "CC BY-NC 4.0 (adapter); the CogVideoX-5B-I2V it goes around is under the CogVideoX License",
         non_commercial=True,
     ),
     "fpt_base": PublishedWeights(
@@ -219,19 +231,21 @@ def load_weights(model: Model, source: str | Path | None, name: str) -> Model:
     for prefix, module in model.named_modules():
         if hasattr(module, "adapt_state_dict"):
             module.adapt_state_dict(state, f"{prefix}." if prefix else "")
-    _check_keys(model, state, source, name)
+    check_keys(model.state_dict(), state, source, name)
     model.load_state_dict(state, strict=True)
-    if notice := licence_notice(name):
-        warnings.warn(notice, NonCommercialWeightsWarning, stacklevel=2)
+    if name in LEDGER and LEDGER[name].non_commercial:
+        warnings.warn(licence_notice(name), NonCommercialWeightsWarning, stacklevel=2)
     return model
 
 
 def licence_notice(name: str) -> str:
     """What a user of these published weights must know of their licence; empty if they may be used commercially."""
     entry = LEDGER.get(name)
-    if entry is None or not entry.non_commercial:
+    if entry is None:
         return ""
-    return f"weights of {name}: licence {entry.licence}; not for commercial use"
+    if entry.licence.startswith(NONE_STATED):
+        return f"weights of {name}: licence {entry.licence}; ask their authors before you use them commercially"
+    return f"weights of {name}: licence {entry.licence}; not for commercial use" if entry.non_commercial else ""
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -402,8 +416,13 @@ def _unwrap(loaded: object) -> dict[str, Tensor]:
     return {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
-def _check_keys(model: nn.Module, state: dict[str, Tensor], source: str, name: str) -> None:
-    wanted = model.state_dict()
+def check_keys(
+    wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, name: str, also: Collection[str] = ()
+) -> None:
+    """Whether a checkpoint fits. Args: wanted, the tensors that must be in it; also, keys that may be.
+
+    Raises: ValueError listing missing, unexpected and wrongly shaped keys.
+    """
     shapes = {
         key: f"{key} {list(state[key].shape)} instead of {list(wanted[key].shape)}"
         for key in wanted
@@ -411,7 +430,7 @@ def _check_keys(model: nn.Module, state: dict[str, Tensor], source: str, name: s
     }
     faults = {
         "missing": [key for key in wanted if key not in state],
-        "unexpected": [key for key in state if key not in wanted],
+        "unexpected": [key for key in state if key not in wanted and key not in also],
         "wrong shape": list(shapes.values()),
     }
     if any(faults.values()):

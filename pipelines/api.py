@@ -20,17 +20,19 @@ from kinema.pipelines.single import models_table, predict_features, predict_flow
 __all__ = [
     "embed",
     "evaluate",
+    "list_models",
     "load_model",
-    "models",
     "open",
     "predict_features",
     "predict_flow",
     "register",
     "run",
+    "search",
     "shard",
     "teach",
     "track",
     "train",
+    "transfer",
 ]
 
 
@@ -48,14 +50,14 @@ def open(url: str | Path, *, flow: str | Path = "", tracks: str | Path = "") -> 
 def load_model(name: str, weights: str = "", *, untrained: bool = False) -> nn.Module:
     """A network in eval mode on the CPU.
 
-    Args: name, of the table of models (`kinema.models()`), a run folder, a checkpoint, or models:/NAME@ALIAS; weights,
-        for a name: file, URL, or empty for the published ones; untrained, random weights instead.
+    Args: name, of the table of models (`kinema.list_models()`), a run folder, a checkpoint, or models:/NAME@ALIAS;
+        weights, for a name: file, URL, or empty for the published ones; untrained, random weights instead.
     Raises: ValueError if there is none, or weights do not fit or cannot be had.
     """
     return load_address(name, weights, kind=row_of(name).kind, user="load_model", untrained=untrained).network
 
 
-def models() -> list[dict[str, Any]]:
+def list_models() -> list[dict[str, Any]]:
     """The table of models: name, what it gives, parameters, licence, weights at hand, published figures."""
     return models_table()
 
@@ -96,6 +98,16 @@ def register(**settings: Any) -> Any:
 def embed(**settings: Any) -> Any:
     """`kinema embed`: features of every clip. Settings as in `EmbedConfig`; raises as `shard`."""
     return _run("embed", settings)
+
+
+def transfer(**settings: Any) -> Any:
+    """`kinema transfer`: a video that moves as another does. Settings as in `TransferConfig`; raises as `shard`."""
+    return _run("transfer", settings)
+
+
+def search(**settings: Any) -> Any:
+    """`kinema search`: the clips that move alike. Settings as in `SearchConfig`; raises as `shard`."""
+    return _run("search", settings)
 
 
 def run(**settings: Any) -> Any:

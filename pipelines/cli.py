@@ -24,7 +24,7 @@ from kinema.configs import STAGES, PageConfig, load_stage
 from kinema.configs.describe import describe, key_names
 from kinema.configs.models.row import resolve
 from kinema.configs.models.table import MODELS
-from kinema.configs.required import REQUIRED, check_required
+from kinema.configs.required import COMMON, REQUIRED, check_required
 from kinema.pipelines import stages
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.progress import never_silent
@@ -38,7 +38,7 @@ PURPOSE = {
     "features": "features of a picture, as picture or array",
     "models": "the table of models: parameters, licence, published numbers, whether weights are at hand",
     "completion": "a script that completes commands and keys in your shell",
-    "status": "how far an artifact or a run is: shards done and failed, rate, time left, cost",
+    "status": "how far an artifact, a run or a cluster's jobs are: shards done and failed, rate, time left, cost",
     "verify": "re-hash an artifact and report every difference",
     "inspect": "a page with figures and pictures of an artifact or run",
     "demo": "flowfeat: the whole path on your videos or on rendered scenes; fpt: a page to poke images on",
@@ -120,7 +120,10 @@ def make_parser(with_keys: bool = False) -> _Parser:
                 sub.add_argument("--out", default="", help="where the page goes; default: beside the target")
                 sub.add_argument("--pictures", default="", help="folder for its pictures and films as files")
         elif name == "status":
-            sub.add_argument("target", help="folder or URL of an artifact, or folder of a run")
+            sub.add_argument("target", help="folder or URL of an artifact, folder of a run, or http://HEAD:8265")
+            sub.add_argument(
+                "--config", default=None, help="workflow file; its section `prices` gives a cluster's cost"
+            )
             sub.add_argument(
                 "--node-price", type=float, default=None, help="dollars for a node and hour: adds the cost"
             )
@@ -138,7 +141,7 @@ def make_parser(with_keys: bool = False) -> _Parser:
 
 def _keys_of(name: str) -> str | None:
     if name in STAGES:
-        return f"keys (key=value):\n{describe(STAGES[name], required=REQUIRED[name])}"
+        return f"keys (key=value):\n{describe(STAGES[name], REQUIRED[name], COMMON.get(name, ()))}"
     if name == "demo":
         return f"keys of fpt (key=value; those of flowfeat are `kinema run`'s):\n{describe(PageConfig)}"
     if name in ("flow", "features"):
@@ -206,9 +209,7 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
     if args.command == "inspect":
         summary: Any = _inspect(args)
     elif args.command == "status":
-        from kinema.pipelines.status import Cost, status
-
-        summary = status(args.target, None if args.node_price is None else Cost(args.node_price, args.nodes))
+        summary = _status(args)
     elif args.command in ("flow", "features"):
         from kinema.pipelines import single
 
@@ -226,6 +227,16 @@ def _dispatch(args: argparse.Namespace, stdout: TextIO) -> int:
             summary = stages.run_stage(args.command, config)
     print_summary(summary, args.json, stdout)
     return int(getattr(summary, "exit_status", DONE))
+
+
+def _status(args: argparse.Namespace) -> dict[str, Any]:
+    if args.target.startswith(("http://", "https://")):
+        from kinema.pipelines.cluster_status import cluster_status
+
+        return cluster_status(args.target, load_stage("run", args.config).prices)
+    from kinema.pipelines.status import Cost, status
+
+    return status(args.target, None if args.node_price is None else Cost(args.node_price, args.nodes))
 
 
 def _inspect(args: argparse.Namespace) -> Any:

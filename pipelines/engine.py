@@ -9,12 +9,13 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import sys
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -26,7 +27,10 @@ Value = TypeVar("Value")
 Backend = Literal["ray", "serial"]
 
 _MAX_FAILED_STARTS = 3
+_MAX_NODES_LOST = 8  # by one item, which then may be what takes them down
+_NODE_LOST = "NodeLost"
 _TICK_S = 1.0
+_NODE_WAIT_VARIABLE, _NODE_WAIT_S = "KINEMA_NODE_WAIT_S", 600.0
 _END_S = 1.0  # killed processes hold what they were writing until they are gone, about 0.1 s later
 _log = logging.getLogger(__name__)
 
@@ -64,10 +68,15 @@ def backend(choice: str | None = None) -> Backend:
     raise ValueError(f"KINEMA_ENGINE={name} is not an engine; use ray or serial")
 
 
-def resources(engine: str | None = None) -> dict[str, float]:
-    """What there is to work with: of the cluster, or of this machine for the serial backend."""
+def resources(
+    engine: str | None = None, *, num_cpus: float = 1.0, num_gpus: float = 0.0, count: int = 1
+) -> dict[str, float]:
+    """What there is to work with: of the cluster, or of this machine for the serial backend.
+
+    A cluster that was joined is given time to grow until `count` tasks fit that need so much.
+    """
     if backend(engine) == "ray":
-        return connect()
+        return _with_a_place(num_cpus, num_gpus, count)
     import psutil
     import torch
 
@@ -77,10 +86,17 @@ def resources(engine: str | None = None) -> dict[str, float]:
 
 def num_nodes() -> int:
     """Nodes of the cluster that are alive."""
+    return len(resources_of_nodes("ray"))
+
+
+def resources_of_nodes(engine: str | None = None) -> list[dict[str, float]]:
+    """What each node has that is alive; this machine is the only one of the serial backend."""
+    if backend(engine) == "serial":
+        return [resources("serial")]
     connect()
     import ray
 
-    return sum(bool(node["Alive"]) for node in ray.nodes())
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 class Counter:
@@ -134,7 +150,8 @@ def run_tasks(
     on_tick: Callable[[], None] | None = None,
     engine: str | None = None,
 ) -> Iterator[tuple[Item, Result[Value] | Failure]]:
-    """`fn(item)` for every item, in order of completion, with at most `max_in_flight` submitted (0: two per slot).
+    """`fn(item)` for every item, in order of completion, with at most `max_in_flight` submitted (0: two per slot, as
+    many as there are at the moment: what waits for a place is what an autoscaler starts nodes for).
 
     A task whose process dies or takes longer than `timeout_s` is tried again `retries` times; one that raises is
     not, since the same input raises again. Leaving the iterator stops what is running. `on_tick` is called about
@@ -144,34 +161,34 @@ def run_tasks(
     if backend(engine) == "serial":
         yield from _serial(fn, items, on_tick)
         return
-    queue = deque((item, 1) for item in items)
+    queue = deque(_Try(item) for item in items)
     if not queue:
         return
-    resources = connect()
+    limit = max_in_flight or 2 * _slots(_with_a_place(num_cpus, num_gpus), num_cpus, num_gpus)
     import ray
 
-    slots = _slots(resources, num_cpus, num_gpus)
-    limit = max_in_flight or 2 * slots
     remote = ray.remote(_guarded).options(
         num_cpus=num_cpus, num_gpus=num_gpus, max_retries=0, retry_exceptions=False, scheduling_strategy="SPREAD"
     )
-    running: dict[Any, tuple[Item, int, float]] = {}
+    running: dict[Any, tuple[_Try, float]] = {}
     try:
         while queue or running:
             while queue and len(running) < limit:
-                item, attempt = queue.popleft()
-                running[remote.remote(fn, item, timeout_s)] = (item, attempt, time.monotonic())
+                one = queue.popleft()
+                running[remote.remote(fn, one.item, timeout_s)] = (one, time.monotonic())
             ready, _ = ray.wait(list(running), num_returns=1, timeout=_TICK_S)
             if on_tick:
                 on_tick()
             if not ready:
                 continue
-            item, attempt, started = running.pop(ready[0])
-            outcome = _collect(ready[0], attempt, started, timeout_s)
-            if isinstance(outcome, Failure) and outcome.kind != "error" and attempt <= retries:
-                queue.appendleft((item, attempt + 1))
+            limit = max_in_flight or max(limit, 2 * _slots(connect(), num_cpus, num_gpus, or_fail=False))
+            one, started = running.pop(ready[0])
+            outcome = _collect(ready[0], one.attempt, started, timeout_s)
+            again = one.after(outcome, retries)
+            if again is not None:
+                queue.appendleft(again)
                 continue
-            yield item, outcome
+            yield one.item, outcome
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
@@ -198,28 +215,48 @@ def run_on_actors(
     which actor computes it.
     Raises: what `make()` raised, if ValueError or StageError; StageError when actors cannot be started.
     """
-    queue = deque((item, 1) for item in items)
+    queue = deque(_Try(item) for item in items)
     if not queue:
         return
     if backend(engine) == "serial":
-        yield from _serial(make(), (item for item, _ in queue), on_tick)
+        yield from _serial(make(), (one.item for one in queue), on_tick)
         return
-    slots = _slots(connect(), num_cpus, num_gpus)
+    fitting = _slots(_with_a_place(num_cpus, num_gpus), num_cpus, num_gpus)
+    if _has_joined():
+        fitting = num_actors  # those without a place wait, and an autoscaler starts nodes for them
     pool = _ActorPool(make, num_cpus=num_cpus, num_gpus=num_gpus, timeout_s=timeout_s)
     try:
-        for _ in range(max(1, min(num_actors, slots, len(queue)))):
+        for _ in range(max(1, min(num_actors, fitting, len(queue)))):
             pool.start()
         while queue or pool.num_busy:
             pool.feed(queue)
             if on_tick:
                 on_tick()
-            for item, attempt, outcome in pool.wait():
-                if isinstance(outcome, Failure) and outcome.kind != "error" and attempt <= retries:
-                    queue.appendleft((item, attempt + 1))
+            for one, outcome in pool.wait():
+                again = one.after(outcome, retries)
+                if again is not None:
+                    queue.appendleft(again)
                 else:
-                    yield item, outcome
+                    yield one.item, outcome
     finally:
         pool.close()
+
+
+@dataclass(frozen=True)
+class _Try:
+    """An item on its way, and how often it has been tried."""
+
+    item: Any
+    attempt: int = 1
+    nodes_lost: int = 0
+
+    def after(self, outcome: Result | Failure, retries: int) -> _Try | None:
+        """The next try; None when this outcome is the last. Losing a node is not held against the item."""
+        if isinstance(outcome, Result) or outcome.kind == "error":
+            return None
+        if outcome.error_class == _NODE_LOST and self.nodes_lost < _MAX_NODES_LOST:
+            return replace(self, nodes_lost=self.nodes_lost + 1)
+        return replace(self, attempt=self.attempt + 1) if self.attempt <= retries else None
 
 
 class _ActorPool:
@@ -233,7 +270,7 @@ class _ActorPool:
         self.make, self.timeout_s = make, timeout_s
         self.starting: dict[Any, Any] = {}
         self.idle: list[Any] = []
-        self.busy: dict[Any, tuple[Any, Any, int, float]] = {}
+        self.busy: dict[Any, tuple[Any, _Try, float]] = {}
         self.failed_starts = 0
 
     @property
@@ -247,11 +284,11 @@ class _ActorPool:
     def feed(self, queue: deque) -> None:
         while queue and self.idle:
             host = self.idle.pop()
-            item, attempt = queue.popleft()
-            reference = host.call.remote(item, self.timeout_s)
-            self.busy[reference] = (host, item, attempt, time.monotonic())
+            one = queue.popleft()
+            reference = host.call.remote(one.item, self.timeout_s)
+            self.busy[reference] = (host, one, time.monotonic())
 
-    def wait(self) -> list[tuple[Any, int, Result | Failure]]:
+    def wait(self) -> list[tuple[_Try, Result | Failure]]:
         """Wait a while for one actor to start or to finish; returns the finished item, or nothing."""
         ready, _ = self.ray.wait([*self.starting, *self.busy], num_returns=1, timeout=_TICK_S)
         if not ready:
@@ -259,14 +296,14 @@ class _ActorPool:
         if ready[0] in self.starting:
             self._started(ready[0])
             return []
-        host, item, attempt, started = self.busy.pop(ready[0])
-        outcome = _collect(ready[0], attempt, started, self.timeout_s)
+        host, one, started = self.busy.pop(ready[0])
+        outcome = _collect(ready[0], one.attempt, started, self.timeout_s)
         if isinstance(outcome, Failure) and outcome.kind != "error":
             self.ray.kill(host)
             self.start()
         else:
             self.idle.append(host)
-        return [(item, attempt, outcome)]
+        return [(one, outcome)]
 
     def _started(self, reference: Any) -> None:
         host = self.starting.pop(reference)
@@ -279,7 +316,7 @@ class _ActorPool:
         if outcome.kind == "error":
             wrong = outcome.error_class == "ValueError"
             raise ValueError(outcome.message) if wrong else StageError(_describe(outcome))
-        self.failed_starts += 1
+        self.failed_starts += outcome.error_class != _NODE_LOST
         if self.failed_starts >= _MAX_FAILED_STARTS:
             raise StageError(f"workers die while they start, {self.failed_starts} times: {outcome.message}")
         self.start()
@@ -355,6 +392,8 @@ def _collect(reference: Any, attempt: int, started: float, timeout_s: float | No
             return Failure("timeout", "Timeout", f"took longer than {timeout_s:g} s", attempt)
         if isinstance(error, exceptions.RuntimeEnvSetupError | exceptions.TaskUnschedulableError):
             raise StageError(f"workers cannot start: {one_line(error)}") from None
+        if isinstance(error, exceptions.NodeDiedError) or "node has died" in str(error):
+            return Failure("crash", _NODE_LOST, "its node was lost", attempt)
         reason = "its process died (killed, crashed or lost its node)"
         if "creation task" in str(error):  # the actor's code does not load there
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1][:500]
@@ -381,13 +420,49 @@ def _serial(
         )
 
 
-def _slots(resources: dict[str, float], num_cpus: float, num_gpus: float) -> int:
-    """How many such tasks run at once. Raises: StageError when not even one fits."""
+def _has_joined() -> bool:
+    """Whether the cluster is somebody else's, and may grow."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def _with_a_place(num_cpus: float, num_gpus: float, count: int = 1) -> dict[str, float]:
+    """The cluster's resources, as soon as so many such tasks fit; one that was joined is asked for nodes.
+
+    An autoscaler may have no worker running, and nodes that were just started need their time.
+    """
+    found = connect()
+    one = {name: amount for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount}
+    wanted = {name: amount * count for name, amount in one.items()}
+    if not _has_joined() or _fits(found, wanted):
+        return found
+    from ray.autoscaler.sdk import request_resources
+
+    _log_line(f"engine: waiting for nodes with {', '.join(f'{amount:g} {name}' for name, amount in wanted.items())}")
+    deadline = time.monotonic() + float(os.environ.get(_NODE_WAIT_VARIABLE, _NODE_WAIT_S))
+    request_resources(bundles=[one] * count)
+    while not _fits(found, wanted) and time.monotonic() < deadline:
+        time.sleep(_TICK_S)
+        found = connect()
+    request_resources(bundles=[])
+    return found
+
+
+def _fits(found: dict[str, float], wanted: dict[str, float]) -> bool:
+    return all(found.get(name, 0.0) >= amount for name, amount in wanted.items())
+
+
+def _log_line(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _slots(resources: dict[str, float], num_cpus: float, num_gpus: float, or_fail: bool = True) -> int:
+    """How many such tasks run at once. Raises: StageError when not even one fits, unless `or_fail` is off."""
     slots = []
     for name, needed in (("CPU", num_cpus), ("GPU", num_gpus)):
         if needed:
             available = resources.get(name, 0.0)
-            if available < needed:
+            if available < needed and or_fail:
                 raise StageError(f"a task needs {needed:g} {name}, the cluster has {available:g}")
             slots.append(int(available // needed))
     return max(1, min(slots, default=1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ GIVES = {
     "pokes": "motion from pokes",
     "tracks": "tracks",
     "motion": "motion embeddings",
+    "video": "video",
 }
 
 
@@ -65,10 +68,7 @@ def load_address(
         _check_kind(address, row, kind, user)
         return LoadedModel(load_registered(address), row)
     if not is_url(address) and not Path(address).is_dir():
-        names = ", ".join(_names(kind))
-        raise ValueError(
-            f"model={address} does not exist; {user} takes a run, a checkpoint, models:/NAME@ALIAS, or one of {names}"
-        )
+        raise ValueError(_unknown(address, user, _names(kind)))
     checkpoint = resolve_checkpoint(address)
     config = build(TrainConfig, read_meta(checkpoint)["train_config"])
     row = MODELS[config.model]
@@ -85,6 +85,9 @@ def row_of(address: str) -> ModelRow:
         return row
     if address.startswith(REGISTRY_SCHEMES):
         return MODELS[registered_architecture(address)]
+    if not is_url(address) and not Path(address).is_dir():
+        names = [name for row in MODELS.values() if row.build for name in row.names()]
+        raise ValueError(_unknown(address, "it", names))
     return MODELS[read_meta(resolve_checkpoint(address))["train_config"]["model"]]
 
 
@@ -100,6 +103,13 @@ def _check_kind(address: str, row: ModelRow, kind: Kind, user: str) -> None:
         fitting = " or ".join(MODELS.of_kind(kind))
         what = f"a {row.title}, which gives {GIVES[row.kind]}"
         raise ValueError(f"model={address} is {what}; {user} takes what gives {GIVES[kind]}: {fitting}")
+
+
+def _unknown(address: str, user: str, names: Sequence[str]) -> str:
+    """That there is no such model, with the name that may have been meant, or all that could."""
+    near = difflib.get_close_matches(address, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"names are {', '.join(names)}"
+    return f"model={address} does not exist; {user} takes a run, a checkpoint, models:/NAME@ALIAS, or a name: {hint}"
 
 
 def _names(kind: Kind) -> list[str]:

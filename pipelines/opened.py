@@ -17,13 +17,16 @@ from kinema.pipelines.report.inspect import clips_beside
 class MotionClips:
     """Clips with their flow and tracks, in the order of the artifact.
 
-    `clips[3]` or `clips["KEY"]` is a `Clip`: `.frames([0, 5])` uint8 [n, H, W, 3]; `.flow(t, gap)` float32 [2, h, w] in
-    pixels of the flow's size; `.tracks()`; `.meta`, `.key`, `.num_frames`, `.fps`, `.flow_pairs`.
+    `clips[3]` or `clips["KEY"]` is a `Clip`: `.frames()` or `.frames([0, 5])` uint8 [n, H, W, 3]; `.flow(t, gap)`
+    float32 [2, h, w] in pixels of the flow's size; `.tracks()`; `.meta`, `.key`, `.num_frames`, `.fps`, `.flow_pairs`.
     """
 
     def __init__(self, index: ClipIndex, url: str):
         self.index, self.url = index, url
         self._numbers = {key: number for number, key in enumerate(index.keys)}
+
+    def __repr__(self) -> str:
+        return f"MotionClips({self.url!r}: {len(self)} clips)"
 
     def __len__(self) -> int:
         return len(self.index)
@@ -51,7 +54,8 @@ class MotionClips:
         return webdataset.WebDataset(urls, shardshuffle=False)
 
     def to_torch(self, frames_per_clip: int = 1) -> torch.utils.data.Dataset:
-        """A map-style dataset of {"key", "frames"} and, where there is flow, "flow_px" of the clip's first pair.
+        """A map-style dataset of {"key", "frames"} and, where there is flow, that of the clip's first pair: "flow_px",
+        float32 [2, h, w], and "flow_pair", (t, gap).
 
         Args: frames_per_clip, spread over the clip: uint8 [n, H, W, 3].
         """
@@ -71,6 +75,7 @@ class _Torch(torch.utils.data.Dataset):
         sample = {"key": clip.key, "frames": torch.from_numpy(np.ascontiguousarray(clip.frames(chosen)))}
         if clip.flow_pairs:
             sample["flow_px"] = torch.from_numpy(np.ascontiguousarray(clip.flow(*clip.flow_pairs[0])))
+            sample["flow_pair"] = torch.tensor(clip.flow_pairs[0])
         return sample
 
 

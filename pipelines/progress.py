@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from kinema.pipelines.figures import Figures, tell
+
 SILENCE_S = 10.0
 
 
@@ -50,6 +52,8 @@ class Progress:
             return
         self.printed = now
         rate = (done - self.first) / max(now - self.started, 1e-9)
+        eta_s = (self.total - done) / rate if rate > 0 else None
+        tell(Figures(self.label, self.unit, done, self.total, rate, eta_s))
         left = f"{format_seconds((self.total - done) / rate)} left" if rate > 0 and done < self.total else ""
         speed = f"{rate:.2f} {self.unit}/s"
         if self.terminal:

@@ -193,7 +193,7 @@ def _model_row(name: str, row: ModelRow) -> dict[str, Any]:
         "gives": row.kind,
         "parameters": f"{row.parameters / 1e6:.1f} M" if row.parameters else "",
         "licence": entry.licence if entry else "",
-        "weights": _at_hand(entry) if entry else ("none needed" if not row.network or not row.weights else ""),
+        "weights": _at_hand(entry) if entry else _without_entry(row),
         "published": dict(row.published),
         "summary": row.summary,
     }
@@ -202,7 +202,16 @@ def _model_row(name: str, row: ModelRow) -> dict[str, Any]:
 def _at_hand(entry: PublishedWeights) -> str:
     if cached_path(entry.url, entry.archive_member).is_file():
         return "here"
+    if entry.by_hand:
+        return "by hand"
     return "on request" if entry.gated else "to download"
+
+
+def _without_entry(row: ModelRow) -> str:
+    """Of a model without published weights that a program knows of."""
+    facts = row.teacher or row.tracker
+    needs = facts.needs_weights if facts else bool(row.network)
+    return "your own" if needs else "none needed"
 
 
 def _flow_film(path: str, out: Path, network: Any, iters: int) -> SingleSummary:

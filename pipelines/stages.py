@@ -31,6 +31,8 @@ STAGES = {
     "evaluate": Stage("kinema.pipelines.evaluate.stage", "a model + a benchmark folder -> one table", ("train",)),
     "register": Stage("kinema.pipelines.registry", "a run -> a version in the MLflow registry", ("train", "evaluate")),
     "embed": Stage("kinema.pipelines.embed", "a registry model + clips/ -> features", ("shard", "register")),
+    "transfer": Stage("kinema.pipelines.transfer", "a motion video + a picture + a prompt -> a video"),
+    "search": Stage("kinema.pipelines.search", "motion embeddings + a query -> the clips that move alike", ("embed",)),
 }
 WORKFLOW = Stage("kinema.pipelines.workflow", "all stages of one workflow file; finished stages are skipped")
 

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 import kinema
 from kinema.configs import STAGES, load_stage, resolve_config_path
+from kinema.configs.json_text import json_text
 from kinema.configs.paths import ROOT_VARIABLE
 from kinema.configs.required import check_required
 from kinema.pipelines.errors import StageError
@@ -66,7 +67,7 @@ def submit(
         )
     sys.stderr.write(f"submitted {job} to {address}\n")
     if not wait:
-        stdout.write((json.dumps({"job": job, "address": address}) if as_json else job) + "\n")
+        stdout.write((json_text({"job": job, "address": address}) if as_json else job) + "\n")
         return 0
     log = _Log(mark)
     asyncio.run(_follow(client, job, log))

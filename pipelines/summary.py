@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
+
+from kinema.configs.json_text import json_text
 
 RESULT_MARK_VARIABLE = "KINEMA_RESULT_MARK"
 """`kinema submit` finds the summary of its job, among all that is printed there, by a mark that it set."""
@@ -29,7 +29,7 @@ def print_summary(summary: Any, as_json: bool, stdout: TextIO) -> None:
     fields = summary_fields(summary)
     if as_json:
         mark = os.environ.get(RESULT_MARK_VARIABLE, "")
-        stdout.write(f"{mark}{json.dumps(finite(fields), default=str)}\n")
+        stdout.write(f"{mark}{json_text(fields, default=str)}\n")
     else:
         lines = {key: value for key, value in _dotted(fields) if value not in (None, "")}
         width = max((len(key) for key in lines), default=0)
@@ -45,12 +45,3 @@ def _dotted(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _dotted(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

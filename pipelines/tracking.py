@@ -1,15 +1,14 @@
 """MLflow runs of workflows and stages. The only importer of mlflow besides registry/.
 
 `MLFLOW_TRACKING_URI` is honoured; unset means SQLite beside the stage's `out=`. Opening a run fails early and clearly.
-After that, losing MLflow never ends a stage: what could not be logged is said aloud, once per kind, and training
-keeps its own files.
+After that, losing MLflow never ends or delays a stage: metrics wait in a spool and are sent from a thread until they
+arrive (metric_spool.py), and what else could not be logged is said aloud, once per kind.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import json
 import logging
 import os
 import re
@@ -21,8 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kinema.configs.json_text import json_text
 from kinema.configs.paths import in_package_cache
 from kinema.pipelines.errors import StageError
+from kinema.pipelines.metric_spool import Entry, Sender, Spool
 
 try:
     import fcntl
@@ -30,15 +31,16 @@ except ImportError:  # Windows has none, and no lock then
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
 DEFAULT_EXPERIMENT = "kinema"
 MAX_PARAM_LENGTH = 5000
 MAX_TAG_LENGTH = 5000
 PARAMS_PER_CALL = 100
-METRICS_PER_CALL = 500
-FLUSH_EVERY_S = 10.0
+ARRIVAL_S = 30.0
+"""How long the end of a run waits for metrics that MLflow has not taken yet."""
+PENDING_FILE = "mlflow_pending.jsonl"
+"""In a run's folder, while there are some."""
 LOCKED_WAITS_S = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Waits between tries while a SQLite database is locked, on top of SQLite's own."""
 
@@ -97,6 +99,9 @@ def open_client(uri: str) -> MlflowClient:
     """
     # A server that is down should be noticed in seconds, not after the default of some minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    # Jitter would be drawn from Python's shared generator, in the middle of a training step.
+    os.environ["MLFLOW_HTTP_REQUEST_BACKOFF_JITTER"] = "0"
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
 
@@ -188,12 +193,19 @@ def start_run(
     """Open a run, nested under `parent` or under the workflow that is going on.
 
     Args: experiment, its name; empty: the parent's, else `kinema`; config, parameters (nested mappings are flattened to
-        dotted names); inputs, {name: (url, hash)} of the data; resume, id of a run to open again if it still exists.
+        dotted names); inputs, {name: (url, hash)} of the data; resume, id of a run to open again if it still exists;
+        it goes on, its metrics waiting, where MLflow does not answer.
     Raises: StageError if MLflow does not answer.
     """
     parent = parent or _parent.get()
     uri = parent.uri if parent else tracking_uri(workspace)
-    client = open_client(uri)
+    try:
+        client = open_client(uri)
+    except StageError as error:
+        if not resume:
+            raise
+        _say(f"{error}; this run was there before and goes on, its metrics wait")
+        return Tracker.attach(RunHandle(uri, resume, ""))
     _tell_where(uri)
     try:
         if parent and not experiment:
@@ -223,23 +235,27 @@ def start_workflow(name: str, config: Mapping[str, Any]) -> Tracker:
 
 
 class Tracker:
-    """One open run. Metrics are gathered and sent in batches; what MLflow refuses is reported, never raised."""
+    """One open run. Metrics arrive in order, sooner or later; what else MLflow refuses is reported, never raised."""
 
-    def __init__(self, client: MlflowClient, handle: RunHandle):
-        self.client, self.handle = client, handle
+    def __init__(self, client: MlflowClient | None, handle: RunHandle, spool: Path | None = None):
+        """Args: client, None where MLflow did not answer yet; spool, the file in which metrics wait."""
+        self.handle = handle
+        self._client = client
         self.problems: dict[str, str] = {}
         self.parent_token: contextvars.Token[RunHandle | None] | None = None
-        self._metrics: list[Metric] = []
-        self._flushed = time.monotonic()
+        self.sender = Sender(Spool(spool), self._send, _failures, partial(self._report, "metrics for now"))
 
     @classmethod
-    def attach(cls, handle: RunHandle) -> Tracker | None:
-        """The same run from another process; None, said aloud, if MLflow does not answer any more."""
-        try:
-            return cls(open_client(handle.uri), handle)
-        except StageError as error:
-            _say(f"{error}; this run's metrics stay in its own files only")
-            return None
+    def attach(cls, handle: RunHandle, spool: Path | None = None) -> Tracker:
+        """The same run from another process, whether MLflow answers at the moment or not."""
+        return cls(None, handle, spool)
+
+    @property
+    def client(self) -> MlflowClient:
+        """Raises: StageError while the store cannot be reached."""
+        if self._client is None:
+            self._client = open_client(self.handle.uri)
+        return self._client
 
     @property
     def run_id(self) -> str:
@@ -261,7 +277,7 @@ class Tracker:
         from mlflow.entities import Dataset, DatasetInput
 
         sets = [
-            DatasetInput(Dataset(name, digest[:36], "kinema", json.dumps({"url": url})))
+            DatasetInput(Dataset(name, digest[:36], "kinema", json_text({"url": url})))
             for name, (url, digest) in inputs.items()
         ]
         if sets:
@@ -271,26 +287,29 @@ class Tracker:
             self.set_tag(f"data.{name}.url", url)
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Gather metrics; sent every `FLUSH_EVERY_S` seconds, at `METRICS_PER_CALL`, and at `flush`."""
+        """Queue metrics; they are sent every few seconds and at `flush`."""
+        now_ms = int(time.time() * 1000)
+        points = [
+            {"name": _safe_name(k), "value": float(v), "time_ms": now_ms, "step": step} for k, v in values.items()
+        ]
+        self.sender.add(points)
+
+    def flush(self, timeout_s: float = ARRIVAL_S) -> None:
+        """Wait for queued metrics to arrive, for so long."""
+        self.sender.flush(timeout_s)
+
+    def _send(self, entries: list[Entry]) -> None:
         from mlflow.entities import Metric
 
-        now_ms = int(time.time() * 1000)
-        self._metrics += [Metric(_safe_name(k), float(v), now_ms, step) for k, v in values.items()]
-        if len(self._metrics) >= METRICS_PER_CALL or time.monotonic() - self._flushed > FLUSH_EVERY_S:
-            self.flush()
+        if "file" not in entries[0]:
+            points = [Metric(e["name"], e["value"], e["time_ms"], e["step"]) for e in entries]
+            patiently(lambda: self.client.log_batch(self.run_id, metrics=points))
+        elif Path(entries[0]["file"]).is_file():  # it may be gone by now
+            patiently(lambda: self.client.log_artifact(self.run_id, entries[0]["file"], entries[0]["folder"] or None))
 
-    def flush(self) -> None:
-        """Send gathered metrics; if that fails they are kept for the next time."""
-        while self._metrics:
-            part = self._metrics[:METRICS_PER_CALL]
-            if not self._try("metrics", partial(self._send_metrics, part)):
-                break
-            del self._metrics[: len(part)]
-        self._flushed = time.monotonic()
-
-    def _send_metrics(self, part: list[Metric]) -> bool:
-        self.client.log_batch(self.run_id, metrics=part)
-        return True
+    def log_file_later(self, path: str | Path, folder: str = "") -> None:
+        """Queue a copy of a file that stays where it is."""
+        self.sender.add([{"file": str(path), "folder": folder}])
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """Copy a file into the run's artifacts."""
@@ -302,22 +321,31 @@ class Tracker:
 
     def end(self, status: str = "FINISHED") -> None:
         """Send what is left and close the run: FINISHED, FAILED or KILLED."""
-        self.flush()
+        self.close()
         self._try("end of run", lambda: self.client.set_terminated(self.run_id, status))
         if self.parent_token is not None:
             _parent.reset(self.parent_token)
             self.parent_token = None
-        if self._metrics:
-            _say(f"{len(self._metrics)} metric values never reached MLflow at {self.handle.uri}")
+
+    def close(self) -> None:
+        """Send what is left; the run stays open for others."""
+        left = self.sender.close(ARRIVAL_S)
+        if left:
+            path = self.sender.spool.path
+            where = f"wait in {path}; the same command sends them" if path else "are lost"
+            _say(f"MLflow at {self.handle.uri} does not answer: {left} metric values {where}")
 
     def _try(self, what: str, call: Callable[[], Any]) -> Any:
         try:
             return patiently(call)
         except _failures() as error:
-            if what not in self.problems:
-                _say(f"MLflow at {self.handle.uri} did not take {what} of run {self.run_id}: {_first_line(error)}")
-            self.problems[what] = _first_line(error)
+            self._report(what, error)
             return None
+
+    def _report(self, what: str, error: Exception) -> None:
+        if what not in self.problems:
+            _say(f"MLflow at {self.handle.uri} did not take {what} of run {self.run_id}: {_first_line(error)}")
+        self.problems[what] = _first_line(error)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -349,7 +377,7 @@ def _failures() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, SQLAlchemyError, OSError)
+    return (MlflowException, SQLAlchemyError, OSError, StageError)
 
 
 def _safe_name(name: str) -> str:
@@ -358,7 +386,7 @@ def _safe_name(name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else json_text(value, default=str)
     return text if len(text) <= MAX_PARAM_LENGTH else text[: MAX_PARAM_LENGTH - 3] + "..."
 
 

@@ -14,15 +14,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import fsspec
 
-from kinema.configs import WorkflowConfig, config_hash
+from kinema.configs import PricesConfig, WorkflowConfig, config_hash
+from kinema.configs.json_text import json_text
 from kinema.configs.load import to_mapping
 from kinema.configs.rendered import RENDERED
 from kinema.configs.shard import FlowLayout, ShardConfig
-from kinema.pipelines import tracking
+from kinema.pipelines import engine, tracking
+from kinema.pipelines.artifacts import remote
+from kinema.pipelines.artifacts.store import is_local
+from kinema.pipelines.cluster_status import price_of
+from kinema.pipelines.figures import Figures, Listener, export, told_to
 from kinema.pipelines.phases import phase_config
 from kinema.pipelines.registry import registered_name
 from kinema.pipelines.shard.sources import find_sources
@@ -39,6 +44,7 @@ RUN_CADENCE = (
     "pictures_every",
     "run_name",
 )
+T = TypeVar("T")
 SETTINGS = "settings or inputs changed, running"
 
 
@@ -119,7 +125,8 @@ def _run(
             same_place = stamp is not None and stamp["out"] == outputs[stage]
             if same_place and (stage == "embed" or (stage == "train" and reason != SETTINGS)):
                 _remove_output(outputs[stage], workspace, report)
-            summary = stage_module(stage).run(section)
+            with told_to(parent.listener(stage)):
+                summary = stage_module(stage).run(section)
             status = max(status, int(getattr(summary, "exit_status", 0)))
             summaries[stage] = summary_fields(summary)
             states[stage] = "done"
@@ -228,12 +235,22 @@ def _fingerprint(stage: str, section: Any, outputs: Mapping[str, str]) -> str:
     for upstream in STAGES[stage].upstream:
         if outputs.get(upstream):
             parts[upstream] = content_hash(outputs[upstream])
-    return config_hash(json.loads(json.dumps(parts, default=str)))
+    return config_hash(json.loads(json_text(parts, default=str)))
 
 
 def source_listing(videos: str) -> list[Any]:
     """Names, sizes and modification times of everything under a folder, glob, file or URL."""
-    filesystem, path = fsspec.core.url_to_fs(videos)
+    return _asked(videos, _list_sources)
+
+
+def _asked(url: str, question: Callable[[Any, str], T]) -> T:
+    """The answer of a URL's file system; an object store is asked again while its failure may pass."""
+    if is_local(url):
+        return question(*fsspec.core.url_to_fs(url))
+    return remote.call(url, lambda: question(*remote.filesystem(url)))
+
+
+def _list_sources(filesystem: Any, path: str) -> list[Any]:
     if any(c in path for c in "*?["):
         paths = sorted(filesystem.glob(path))
     else:
@@ -248,9 +265,10 @@ def source_listing(videos: str) -> list[Any]:
 
 def content_hash(url: str) -> str:
     """Hash of what identifies an artifact's or run's content: its manifest, sample index and run record."""
-    if not url:
-        return ""
-    filesystem, path = fsspec.core.url_to_fs(url)
+    return _asked(url, _hash_of_records) if url else ""
+
+
+def _hash_of_records(filesystem: Any, path: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in ("manifest.json", "samples.parquet", "run.json", "table.json"):
         target = f"{path.rstrip('/')}/{name}"
@@ -269,13 +287,14 @@ def _output_state(out: str) -> str:
 
 def listing_hash(url: str) -> str:
     """Hash of the names and sizes of all files under a folder; empty if it is not there."""
-    if not url:
-        return ""
-    filesystem, path = fsspec.core.url_to_fs(url)
+    return _asked(url, _hash_of_listing) if url else ""
+
+
+def _hash_of_listing(filesystem: Any, path: str) -> str:
     if not filesystem.exists(path):
         return ""
     files = sorted((name[len(path) :], info["size"]) for name, info in filesystem.find(path, detail=True).items())
-    return hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json_text(files).encode(), digest_size=16).hexdigest()
 
 
 def _remove_output(out: str, workspace: Path, report: Callable[[str], None]) -> None:
@@ -297,7 +316,7 @@ def _read_stamp(path: Path) -> dict[str, Any] | None:
 def _write_stamp(path: Path, fingerprint: str, out: str, summary: Mapping[str, Any]) -> None:
     stamp = {"fingerprint": fingerprint, "out": out, "files": _output_state(out), "summary": summary}
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(stamp, indent=1, default=str))
+    temporary.write_text(json_text(stamp, indent=1, default=str))
     os.replace(temporary, path)
 
 
@@ -315,6 +334,27 @@ class _ParentRun:
         if self.run is None:
             self.run = tracking.start_workflow(self.config.name, to_mapping(self.config))
 
+    def listener(self, stage: str) -> Listener:
+        """Logs how far a stage is, and what its nodes have cost, as metrics over seconds since it began."""
+        started, hourly = time.monotonic(), _price_per_hour(self.config.prices)
+
+        def log(figures: Figures) -> None:
+            seconds = time.monotonic() - started
+            numbers = figures.numbers()
+            if hourly:
+                numbers["cost_dollars"] = seconds / 3600 * hourly
+                export(figures.stage, {"cost_dollars": numbers["cost_dollars"]})
+            self.run.log_metrics({f"progress.{stage}.{name}": value for name, value in numbers.items()}, int(seconds))
+
+        return log
+
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self.run is not None:
             self.run.end("FINISHED" if error is None else "FAILED")
+
+
+def _price_per_hour(prices: PricesConfig) -> float:
+    """Of the nodes that are there now; without Ray, this machine is one node with CPUs."""
+    if not any(dataclasses.astuple(prices)):
+        return 0.0
+    return sum(price_of(prices, resources) for resources in engine.resources_of_nodes())

@@ -1,7 +1,9 @@
 """Fixtures that every test may use: the parity goldens, the real data, and checked shapes."""
 
+import contextlib
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -81,9 +83,55 @@ def normalised_image(fill):
 
 
 @pytest.fixture(scope="session")
+def tiny_video_base(tmp_path_factory) -> Path:
+    """Folder of a tiny CogVideoX with random weights, as diffusers writes it."""
+    pytest.importorskip("diffusers", reason="the extra `transfer` is not installed")
+    from tests.tiny_video_model import write_base
+
+    return write_base(tmp_path_factory.mktemp("video_base") / "base")
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with real videos, flow ground truth, DAVIS samples and weights, beside the checkout."""
     folder = REPO_ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}: this test needs the real data kept beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def migrated_store(tmp_path_factory):
+    """`migrated_store()`: an MLflow database in SQLite with all tables and nothing in them, made at the first call.
+
+    MLflow takes 2.5 s of processor time for its migrations, and most tests that train need a database of their own.
+    """
+    made = tmp_path_factory.mktemp("migrated") / "mlflow.db"
+
+    def path() -> Path:
+        if not made.exists():
+            from mlflow import db
+
+            db.commands.main(["upgrade", f"sqlite:///{made}"], standalone_mode=False)
+        return made
+
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def new_stores_are_copies(migrated_store):
+    """New databases of this process begin as copies; tests/pipelines/test_tracking_first_use.py has them made anew."""
+    from kinema.pipelines import tracking
+
+    alone = tracking._one_process
+
+    @contextlib.contextmanager
+    def with_tables(database: Path | None):
+        with alone(database):
+            if database is not None and (not database.exists() or database.stat().st_size == 0):
+                shutil.copyfile(migrated_store(), database)
+            yield
+
+    tracking._one_process = with_tables
+    yield
+    tracking._one_process = alone

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,18 @@ def write_davis(root: Path) -> None:
     write_labels(root / "Annotations/480p/square", [f"{t:05d}" for t in range(4)], labels)
 
 
+# In one process, away from this one: each start imports for seconds.
+IN_TURN = """
+import json, sys
+from kinema.pipelines import cli
+for arguments in json.loads(sys.argv[1]):
+    if cli.main(arguments):
+        sys.exit(f"{arguments} failed")
+"""
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, migrated_store):
     """The page's files and data, and what each of its commands printed, by command."""
     folder = tmp_path_factory.mktemp("toy")
     for name, code in blocks("python"):
@@ -47,24 +58,26 @@ def made(tmp_path_factory):
     clips = write_scene_clips(scenes, folder / "clips")
     write_scene_flow(scenes, clips, folder / "flow")
     write_davis(folder / "davis")
+    shutil.copyfile(migrated_store(), folder / "mlflow.db")
     environment = os.environ | {
         "KINEMA_ENGINE": "serial",
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")])),
         "OMP_NUM_THREADS": "1",
     }
-    printed = {}
+    commands = {}
     for line in blocks("bash")[0][1].strip().splitlines():
         program, command, *rest = shlex.split(line)
         if program == "export":
             environment |= [command.split("=")]
             continue
         assert program == "kinema"
-        arguments = [sys.executable, "-m", "kinema.pipelines.cli", command, "--json", *rest]
-        done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        printed[command] = json.loads(done.stdout.splitlines()[-1])
-    return folder, environment, printed
+        commands[command] = [command, "--json", *rest]
+    run = [sys.executable, "-c", IN_TURN, json.dumps(list(commands.values()))]
+    done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    return folder, environment, {name: json.loads(line) for name, line in zip(commands, lines, strict=True)}
 
 
 def test_the_page_names_every_step():
@@ -94,17 +107,37 @@ def test_the_registered_version_answers_without_the_package_and_embed_uses_it(ma
     assert samples.num_rows == 3 and len(samples["y_dec_mean"][0]) == 16
 
 
+# Commands in one process, since each start imports for seconds; prints status, stdout and stderr of each.
+SEVERAL = """
+import contextlib, io, json, sys
+from kinema.pipelines import cli
+said = []
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = cli.main(arguments)
+        except SystemExit as end:
+            status = end.code
+    said.append((status, out.getvalue(), err.getvalue()))
+print(json.dumps(said))
+"""
+
+
 def test_help_and_refusals_know_it(made):
     folder, environment, _ = made
-
-    def kinema(*arguments):
-        command = [sys.executable, "-m", "kinema.pipelines.cli", *arguments]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-    assert "toy.width=8" in kinema("train", "--help").stdout
-    wrong = kinema("train", "model=toy", "toy.width=0", "clips=clips", "flow=flow", "out=other")
-    assert wrong.returncode == 2 and "toy.width=0 is out of range" in wrong.stderr
-    assert "did you mean toy.width" in kinema("train", "model=toy", "toy.widht=3").stderr
+    commands = [
+        ["train", "--help"],
+        ["train", "model=toy", "toy.width=0", "clips=clips", "flow=flow", "out=other"],
+        ["train", "model=toy", "toy.widht=3"],
+    ]
+    command = [sys.executable, "-c", SEVERAL, json.dumps(commands)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    help_text, wrong, near = json.loads(done.stdout)
+    assert help_text[0] in (None, 0) and "toy.width=8" in help_text[1]
+    assert wrong[0] == 2 and "toy.width=0 is out of range" in wrong[2]
+    assert near[0] == 2 and "did you mean toy.width" in near[2]
     without = subprocess.run(
         [sys.executable, "-m", "kinema.pipelines.cli", "train", "model=toy"],
         env=environment | {"KINEMA_MODELS": ""},

@@ -1,5 +1,7 @@
-"""What a built wheel holds: kinema and nothing else."""
+"""What a built wheel holds: kinema and nothing else; and that it works where nothing else of ours is."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,45 @@ def wheel(tmp_path_factory):
     assert done.returncode == 0, done.stderr[-2000:]
     (found,) = copy.parent.glob("kinema-*.whl")
     return zipfile.ZipFile(found)
+
+
+HUB = """
+import sys, torch, kinema
+assert kinema.__file__.startswith(sys.prefix), kinema.__file__
+network = torch.hub.load(sys.argv[1], "raft_small", source="local", pretrained=False)
+flow = network(torch.rand(1, 3, 128, 136), torch.rand(1, 3, 128, 136), iters=2)
+assert flow.shape == (1, 2, 128, 136) and flow.isfinite().all()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_an_installed_wheel_runs_the_demo_and_a_hub_call(wheel, tmp_path):
+    """In an environment of its own, from an empty folder."""
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install += ["-c", str(ROOT / "constraints.txt"), wheel.filename]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode and "No matching distribution" in done.stderr and "kinema" not in done.stderr:
+        pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    place = tmp_path / "empty"
+    place.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    given = {"cwd": place, "env": environment, "capture_output": True, "text": True}
+    few = ["train.steps=4", "train.batch_size=2", "train.checkpoint_every=4", "teach.stride=24"]
+    demo = subprocess.run([python.with_name("kinema"), "demo", "flowfeat", "--json", "workspace=demo", *few], **given)
+    assert demo.returncode == 0, demo.stderr[-3000:]
+    summary = json.loads(demo.stdout.splitlines()[-1])
+    assert set(summary["stages"].values()) == {"done"} and Path(summary["report"]).is_file()
+
+    hub = tmp_path / "hub"  # as torch.hub unpacks it, without the package's own folders: the wheel's are used
+    hub.mkdir()
+    shutil.copyfile(ROOT / "hubconf.py", hub / "hubconf.py")
+    called = subprocess.run([python, "-c", HUB, str(hub)], **given)
+    assert called.returncode == 0, called.stderr[-3000:]
 
 
 def test_a_wheel_holds_only_kinema(wheel):

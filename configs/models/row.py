@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["features", "flow", "pokes", "tracks", "motion"]
+Kind = Literal["features", "flow", "pokes", "tracks", "motion", "video"]
 
 
 def resolve(reference: str) -> Any:
@@ -67,7 +67,7 @@ class ModelRow:
     title: str
     """As its paper writes it."""
     kind: Kind
-    """What it gives: dense features, flow, a distribution of flow given pokes, tracks, or motion embeddings."""
+    """What it gives: dense features, flow, a distribution of flow given pokes, tracks, motion embeddings, or video."""
     summary: str
     """One sentence."""
     network: str = ""

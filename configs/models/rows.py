@@ -10,6 +10,7 @@ from kinema.configs.models.flow_network import FlowNetworkConfig
 from kinema.configs.models.flowfeat import FlowFeatConfig
 from kinema.configs.models.fpt import FPTConfig
 from kinema.configs.models.row import ModelRow, TeacherFacts, TrackerFacts
+from kinema.configs.models.transfer import TransferTrainingConfig
 
 _RAFT_TEACHER = "kinema.pipelines.teach.teachers:RAFTTeacher"
 _MIXTURE_TEACHER = "kinema.pipelines.teach.teachers:MixtureTeacher"
@@ -138,6 +139,20 @@ ROWS = (
         benchmarks=("knn",),
         serving="motion",
         registered_name="kinema-dismo",
+    ),
+    ModelRow(
+        name="cogvideox5b_i2v_large",
+        title="DisMo's motion transfer",
+        kind="video",
+        summary="A video that continues a picture and moves as another one does: CogVideoX under a motion adapter.",
+        network="kinema.models.dismo.transfer.model:MotionTransfer",
+        build="kinema.models.dismo.transfer.model:cogvideox5b_i2v_large",
+        hub="cogvideox5b_i2v_large",
+        weights="cogvideox5b_i2v_large",
+        published={"motion fidelity / prompt adherence / temporal consistency": "0.75 / 0.27 / 0.95"},
+        recipe="kinema.pipelines.train.recipes.transfer.recipe:TransferRecipe",
+        settings=TransferTrainingConfig,
+        section="transfer",
     ),
     ModelRow(
         name="dis",

@@ -92,7 +92,7 @@ def rates_rows(argument: None) -> Iterator[dict[str, Any]]:
 def save_rates(path: Path, rows: list[dict[str, Any]]) -> None:
     """For the workers that come later: copy rate in GB/s, matrix rates in TFLOP/s."""
     rates = {row["case"]: row.get("gbytes_per_s") or row.get("tflops") for row in rows}
-    path.write_text(json.dumps(rates))
+    path.write_text(json.dumps(rates, allow_nan=False))
 
 
 def load_rates(path: Path) -> dict[str, float]:

@@ -115,7 +115,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put measured rows into a card's file; rows of other keys stay."""
     old = [] if not path.exists() else [json.loads(x.rstrip(",")) for x in path.read_text().splitlines() if len(x) > 2]
     kept = {_parsed(row)[0]: row for row in (*old, *rows)}
-    lines = ",\n".join(json.dumps(kept[key]) for key in sorted(kept))
+    lines = ",\n".join(json.dumps(kept[key], allow_nan=False) for key in sorted(kept))
     partial = path.with_suffix(".partial")
     partial.write_text(f"[\n{lines}\n]\n")
     partial.replace(path)

@@ -66,9 +66,16 @@ class AdaptiveRMSNorm(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Float[Tensor, "B L D"], cond: Float[Tensor, "B C"]) -> Float[Tensor, "B L D"]:
+        return self.scale(x, self.gain(cond))
+
+    def gain(self, cond: Float[Tensor, "B C"]) -> Float[Tensor, "B 1 D"]:
+        """What the norm multiplies by, in float32 or better; the same for as long as `cond` is."""
+        return (1 + at_least_float32(self.linear(cond)))[:, None]
+
+    def scale(self, x: Float[Tensor, "B L D"], gain: Float[Tensor, "B 1 D"]) -> Float[Tensor, "B L D"]:
+        """The norm of x times a gain from `gain`, in the dtype of the weights."""
         x = at_least_float32(x)
-        gain = 1 + self.linear(cond).to(x.dtype)
-        return (F.rms_norm(x, x.shape[-1:], None, NORM_EPS) * gain[:, None]).to(self.linear.weight.dtype)
+        return (F.rms_norm(x, x.shape[-1:], None, NORM_EPS) * gain.to(x.dtype)).to(self.linear.weight.dtype)
 
 
 def spread_over_heads(values: Float[Tensor, "n"], num_heads: int) -> Float[Tensor, "H slots"]:

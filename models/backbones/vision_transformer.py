@@ -106,8 +106,11 @@ ENCODERS: dict[str, ViTConfig] = {
     "tiny_vit8": ViTConfig(
         patch_size=8, width=128, depth=4, num_heads=4, positions="antialias_table", table_side=12, floor_grid=False
     ),
+    "micro_vit8": ViTConfig(
+        patch_size=8, width=64, depth=1, num_heads=2, positions="antialias_table", table_side=12, floor_grid=False
+    ),
 }
-"""What a model may be built on: the published ones, and one that trains from scratch on a CPU within minutes."""
+"""What a model may be built on: the published ones, and two that train from scratch on a CPU within minutes."""
 
 NUM_REGISTERS = 4
 ROTARY_BASE = 100.0

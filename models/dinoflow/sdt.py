@@ -7,6 +7,7 @@ Shape legend: B batch, C token width, F fusion width, O outputs, h w patch grid,
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,10 @@ class WeightedFusion(nn.Module):
         Tokens that are alike then give fused features that are alike, which correlations show; drawn as usual, biases
         and norms outweigh what tells patches apart.
         """
-        first = self.projections[0][0].weight
+        projections: list[Any] = list(self.projections)
+        first = projections[0][0].weight
         nn.init.orthogonal_(first, gain=_PROJECTION_GAIN)
-        for projection in self.projections:
+        for projection in projections:
             projection[0].weight.copy_(first)
         for readout in getattr(self, "readout_projects", ()):
             width = readout[0].weight.shape[0]

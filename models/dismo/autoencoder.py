@@ -32,24 +32,28 @@ class Autoencoder(Protocol):
 
 
 class PixelAutoencoder:
-    """Frames averaged over squares, and enlarged again."""
+    """Frames averaged over squares, and enlarged again.
+
+    Args: gain, factor of the latents: frames in -1..1 vary less than the noise that is added to latents.
+    """
 
     channels = 3
 
-    def __init__(self, pixels_per_latent: int):
+    def __init__(self, pixels_per_latent: int, gain: float = 1.0):
         self.pixels_per_latent = pixels_per_latent
+        self.gain = gain
 
     @torch.no_grad()
     def encode(self, frames: Float[Tensor, "B H W 3"]) -> Float[Tensor, "B h w c"]:
         """See `Autoencoder`."""
         _check_tiles(frames, self.pixels_per_latent)
         planes = F.avg_pool2d(rearrange(frames, "b h w c -> b c h w"), self.pixels_per_latent)
-        return rearrange(planes, "b c h w -> b h w c")
+        return rearrange(planes, "b c h w -> b h w c") * self.gain
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B h w c"]) -> Float[Tensor, "B H W 3"]:
         """See `Autoencoder`."""
-        planes = rearrange(latents, "b h w c -> b c h w")
+        planes = rearrange(latents / self.gain, "b h w c -> b c h w")
         large = F.interpolate(planes, scale_factor=self.pixels_per_latent, mode="bilinear", align_corners=False)
         return rearrange(large, "b c h w -> b h w c").clamp(-1, 1)
 
@@ -81,15 +85,17 @@ class TinyAutoencoder:
         return rearrange(x, "b h w c -> b c h w").to(weight.device, weight.dtype)
 
 
-def load_autoencoder(name: str, pixels_per_latent: int = 8, device: torch.device | str = "cpu") -> Autoencoder:
+def load_autoencoder(
+    name: str, pixels_per_latent: int = 8, device: torch.device | str = "cpu", pixel_gain: float = 1.0
+) -> Autoencoder:
     """An autoencoder by name.
 
     Args: name, `pixels`, a folder in diffusers' form, or a name on the hub such as `madebyollin/taesd`;
-        pixels_per_latent, for `pixels`.
+        pixels_per_latent and pixel_gain, for `pixels`.
     Raises: ValueError if the extra is not installed, or if there is no autoencoder of that name.
     """
     if name == "pixels":
-        return PixelAutoencoder(pixels_per_latent)
+        return PixelAutoencoder(pixels_per_latent, pixel_gain)
     try:
         from diffusers import AutoencoderTiny  # an optional dependency
     except ImportError as error:

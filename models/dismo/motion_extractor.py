@@ -62,6 +62,7 @@ class MotionExtractor(nn.Module):
                 "it must be at least 1 and less than a window"
             )
         self.window = train_resolution[0]
+        self.train_size = (train_resolution[1], train_resolution[2])
         self.max_delta_time = max_delta_time
         self.d_motion = d_motion
         self.checkpoint_layers = False

@@ -19,9 +19,9 @@ RATE_PER_S = 12.0
 _TOLERANCE_S = 1e-6
 
 
-def offset_probabilities(seconds: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
+def offset_probabilities(seconds: Float[Tensor, "K"], rate_per_s: float = RATE_PER_S) -> Float[Tensor, "K"]:
     """Probabilities of targets this many seconds behind their source: a Gamma density, normalised."""
-    density = seconds ** (CONCENTRATION - 1) * (-RATE_PER_S * seconds).exp()
+    density = seconds ** (CONCENTRATION - 1) * (-rate_per_s * seconds).exp()
     return density / density.sum()
 
 
@@ -60,10 +60,16 @@ def frames_at_rate(times_s: Float[np.ndarray, "N"], fps: float) -> Int[np.ndarra
     return np.unique(nearest_frames(times_s, times_s[0] + np.arange(count) / fps))
 
 
-def draw_target(times_s: Float[np.ndarray, "N"], source: int, reach_s: float, generator: torch.Generator) -> int:
+def draw_target(
+    times_s: Float[np.ndarray, "N"],
+    source: int,
+    reach_s: float,
+    generator: torch.Generator,
+    rate_per_s: float = RATE_PER_S,
+) -> int:
     """A frame of the video, at most `reach_s` behind the source frame."""
     last = int(np.searchsorted(times_s, times_s[source] + reach_s + _TOLERANCE_S))
     seconds = torch.from_numpy(times_s[source:last] - times_s[source]).float()
     if len(seconds) < 2:
         return source
-    return source + int(torch.multinomial(offset_probabilities(seconds), 1, generator=generator))
+    return source + int(torch.multinomial(offset_probabilities(seconds, rate_per_s), 1, generator=generator))

@@ -214,9 +214,10 @@ class FlowPokeTransformer(nn.Module):
             keys_values = self.transformer.image_keys_values(d_img["feat"])
         image_theta = self.transformer.pos_emb(feature_pos[: keys_values.shape[2]].flatten(1, 2))
         caches = [
-            layer.new_cache((kv[0], kv[1]), image_theta, batch, num_pokes + num_queries)
+            layer.new_cache((kv[0], kv[1]), image_theta, cond, num_pokes + num_queries)
             for layer, kv in zip(self.transformer.layer_list(), keys_values, strict=True)
         ]
+        theta = self.transformer.pos_emb(pos)
         start = 0
         for step in range(num_queries):
             end = num_pokes + step + 1
@@ -227,9 +228,8 @@ class FlowPokeTransformer(nn.Module):
             new = slice(start, end)
             asks = (torch.arange(start, end, device=pos.device) == end - 1).expand(batch, -1)
             x = self.input_mlp(pos[:, new], flow[:, new], asks, features)
-            theta = self.transformer.pos_emb(pos[:, new])
             for layer, cache in zip(self.transformer.layer_list(), caches, strict=True):
-                x = layer.step(x, cache, start, theta, cond, visible)
+                x = layer.step(x, cache, start, theta[:, :, new], visible)
             sampled = self._distribution(x[:, -1:]).sample(generator=generator)
             flow[:, end - 1] = sampled.reshape(batch, 2).to(flow.dtype)
             start = end - 1

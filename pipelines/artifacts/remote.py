@@ -8,6 +8,7 @@ can be done, so that one policy decides.
 from __future__ import annotations
 
 import os
+import random
 import re
 import sys
 import threading
@@ -49,6 +50,10 @@ _SECRET_FIELDS = re.compile(
     r"account_?key|secret|password)=)[^&\s\"']+"
 )
 _USER_INFO = re.compile(r"(://)[^/@\s]*:[^/@\s]*@")
+
+
+class Refused(StageError):
+    """A store's final answer about one object: access denied, an address that it does not take."""
 
 
 class Unfinished(OSError):
@@ -131,13 +136,13 @@ def call(url: str, request: Callable[[], Value]) -> Value:
 
     Waits are drawn evenly from 0 to a bound that doubles from try to try (full jitter), so that many workers that
     were refused together do not come back together.
-    Raises: FileNotFoundError, FileExistsError as they come; StageError, one line, when the store refuses, or has not
-        answered within `total_seconds()`.
+    Raises: FileNotFoundError, FileExistsError as they come; Refused (a StageError), one line, when the store refuses;
+        StageError when it has not answered within `total_seconds()`.
     """
     bound_s, started = total_seconds(), time.monotonic()
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_passing),
-        wait=tenacity.wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S),
+        wait=_full_jitter,
         stop=tenacity.stop_before_delay(bound_s),
         before_sleep=lambda state: _say(url, state),
         reraise=True,
@@ -147,7 +152,7 @@ def call(url: str, request: Callable[[], Value]) -> Value:
     except (FileNotFoundError, FileExistsError, StageError, ValueError):
         raise
     except PermissionError as error:
-        raise StageError(
+        raise Refused(
             f"{url}: access denied ({one_line(error)}); check the credentials in the environment and the bucket's rules"
         ) from None
     except Exception as error:  # noqa: BLE001  every store library has its own
@@ -158,8 +163,16 @@ def call(url: str, request: Callable[[], Value]) -> Value:
                 "set KINEMA_STORE_TIMEOUT_S higher"
             ) from None
         if "redential" in str(error):
-            raise StageError(f"{url}: {one_line(error)}; set the store's credentials in the environment") from None
-        raise StageError(f"{url}: {one_line(error)}") from None
+            raise Refused(f"{url}: {one_line(error)}; set the store's credentials in the environment") from None
+        raise Refused(f"{url}: {one_line(error)}") from None
+
+
+# Its own: threads that copy a run or fetch shards would change the numbers of the training step under way.
+_jitter = random.Random()
+
+
+def _full_jitter(state: tenacity.RetryCallState) -> float:
+    return _jitter.uniform(0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(state.attempt_number - 1, 20)))
 
 
 def one_line(error: BaseException) -> str:

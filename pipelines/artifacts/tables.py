@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kinema.configs.json_text import json_text
+
 ROW_GROUP_ROWS = 4096
-
-
-def finite(value: Any) -> Any:
-    """The same value with null for nan and infinity, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def canonical_json(value: Any) -> bytes:
@@ -29,7 +19,7 @@ def canonical_json(value: Any) -> bytes:
     Raises: ValueError for unknown types.
     """
     try:
-        text = json.dumps(finite(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = json_text(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     except TypeError as error:
         raise ValueError(f"{value!r} cannot be written as JSON: {error}") from None
     return text.encode()
@@ -37,7 +27,7 @@ def canonical_json(value: Any) -> bytes:
 
 def readable_json(value: Any) -> bytes:
     """Like canonical_json, with line breaks for people."""
-    return json.dumps(finite(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return json_text(value, sort_keys=True, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def content_hash(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import platform
 import sys
@@ -13,10 +12,10 @@ from typing import Any
 
 import torch
 
-from kinema.pipelines.artifacts.tables import finite
+from kinema.configs.json_text import json_text
 
 BENCHMARKS = {
-    "shard": "clips artifact against plain copying of the source bytes",
+    "shard": "clips artifact against plain copying and a plain re-encode of the sources; clip.codec=copy",
     "flow_codec": "flow sidecar against fp16 npz",
     "rendered_flow": "rendered pairs with exact flow, pairs per second of one core against the 50 asked for",
     "loader": "groups of pictures by ranged reads against decoding each clip from its start",
@@ -26,6 +25,8 @@ BENCHMARKS = {
     "train_step": "FlowFeat step with stored flow against the same step with RAFT inside",
     "fpt_loader": "several samples per opened clip against one per MPEG-1 file decoded from its start",
     "fpt_step": "Flow Poke Transformer step against the same model with a dense boolean mask",
+    "dismo_loader": "frames of several samples per opened clip against one decode per sample from the clip's start",
+    "search": "a million motion embeddings: exact search in blocks against all at once, and an index against it",
     "local_correlation": "local correlation and its gradients on the CPU against unfolding the windows",
     "cosine_attention": "attention of pokes and queries on the CPU against a dense boolean mask",
     "correlation_lookup": "windows formed on demand against the all-pairs volume",
@@ -48,7 +49,7 @@ def main(names: Sequence[str]) -> int:
         print(f"\n{name}: {BENCHMARKS[name]} ({time.monotonic() - started:.0f} s)")
         print_rows(rows)
         everything[name] = rows
-    print("\n" + json.dumps(finite(everything)))
+    print("\n" + json_text(everything))
     return 0
 
 

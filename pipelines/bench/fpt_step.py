@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kinema.configs import FPTConfig
+from kinema.configs.json_text import json_text
 from kinema.kernels import cosine_attention
 from kinema.kernels.cosine_attention import as_pattern
 from kinema.models.fpt import layers as fpt_layers
@@ -139,4 +140,4 @@ def _row(name: str, values: dict[str, float], unit: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))
-    print(json.dumps(_measure_peak(sys.argv[1], int(sys.argv[2]))))
+    print(json_text(_measure_peak(sys.argv[1], int(sys.argv[2]))))

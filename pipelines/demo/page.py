@@ -12,7 +12,6 @@ from kinema.configs import WorkflowConfig
 from kinema.pipelines import tracking
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.demo.measures import Explained, run_config
-from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.registry import registered_name
 from kinema.pipelines.report import Page, sections
 from kinema.pipelines.report.learned import add_learned
@@ -134,7 +133,7 @@ class GrowingPage:
         part = self.parts["learned"] = Page("")
         part.section("What was learned", "Move the slider: the same moments in every column, on different videos.")
         loader = ClipLoader(config, make_recipe(config))
-        index: ClipIndex = loader.held_out()
+        index: Any = loader.held_out()
         if len(set(index.table["source"].to_pylist())) < 6:
             index = loader.all_clips()
         add_learned(part, load_model(run), index, side=LEARNED_SIDE, ridge_alpha=config.settings.ridge_alpha)

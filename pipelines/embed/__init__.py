@@ -77,6 +77,7 @@ def _open_clips(config: EmbedConfig) -> Artifact:
 def _place(config: EmbedConfig, spec: ModelSpec) -> tuple[ModelSpec, Place]:
     """Device, threads and number of actors. Raises: ValueError when the device is not there."""
     cpus = int(engine.resources().get("CPU", 1))
-    threads = max(1, min(2, cpus // (config.num_actors or max(1, cpus // 2))))
+    largest = max(int(node.get("CPU", 0)) for node in engine.resources_of_nodes())
+    threads = max(1, min(2, largest, cpus // (config.num_actors or max(1, cpus // 2))))
     place = place_actors(config.device, config.num_actors, threads, uses_gpu=True)
     return dataclasses.replace(spec, device=place.device, threads=threads), place

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from kinema.pipelines.model_address import check_kind, row_of
 from kinema.pipelines.registry.files import load_registered
 from kinema.pipelines.registry.versions import Registry
 from kinema.pipelines.teach.teachers import use_threads
-from kinema.pipelines.train.checkpoint import MODEL_FILE, resolve_checkpoint
+from kinema.pipelines.train.checkpoint import model_sha256, resolve_checkpoint
 from kinema.pipelines.train.trained import load_model
 
 FORMS: dict[str, ModuleType] = {"features": dense, "motion": motion}
@@ -62,8 +61,7 @@ class ModelSpec:
             return cls(f"models:/{registry.name}/{version}", registry.uri, content_hash, _kind(model))
         checkpoint = resolve_checkpoint(model).resolve()
         kind = _kind(model)
-        with (checkpoint / MODEL_FILE).open("rb") as file:
-            return cls(str(checkpoint), "", hashlib.file_digest(file, "sha256").hexdigest(), kind)
+        return cls(str(checkpoint), "", model_sha256(checkpoint), kind)
 
     def load(self) -> nn.Module:
         """The model on its device, in eval mode."""

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from kinema.configs import EvaluateConfig
+from kinema.configs.json_text import json_text
 from kinema.configs.models.benchmarks import BENCHMARKS
 from kinema.configs.models.row import resolve
 from kinema.configs.models.table import MODELS
 from kinema.pipelines import tracking
 from kinema.pipelines.artifacts.layout import RUN_FILE
-from kinema.pipelines.artifacts.tables import finite
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def write_table(folder: Path, summary: EvaluateSummary) -> None:
     """`table.json` and `table.csv` in the folder, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".table.partial"
-    partial.write_text(json.dumps(finite(summary.flat()), indent=1, sort_keys=True) + "\n")
+    partial.write_text(json_text(summary.flat(), indent=1, sort_keys=True) + "\n")
     os.replace(partial, folder / "table.json")
     with partial.open("w", newline="") as handle:
         rows = csv.writer(handle)

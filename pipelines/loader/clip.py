@@ -81,8 +81,9 @@ class Clip:
         with self._damage_named("json"):
             return json.loads(self._read("json_offset", "json_size"))
 
-    def frames(self, indices: Sequence[int]) -> UInt8[np.ndarray, "n H W 3"]:
-        """Frames in the order asked for; an index may come twice."""
+    def frames(self, indices: Sequence[int] | None = None) -> UInt8[np.ndarray, "n H W 3"]:
+        """Frames in the order asked for, all by default; an index may come twice."""
+        indices = range(self.num_frames) if indices is None else indices
         for index in indices:
             if not 0 <= index < self.num_frames:
                 raise ValueError(f"clip {self.key} has frames 0..{self.num_frames - 1}, not {index}")

@@ -22,12 +22,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-import fsspec
 import numpy as np
 import webdataset as wds
 from jaxtyping import UInt8
 
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.artifacts.object_store import ObjectStore
 from kinema.pipelines.sidecars.flow_codec import FlowBlob
 from kinema.pipelines.sidecars.tracks_codec import Tracks, TracksBlob
 from kinema.pipelines.video.decode import VideoFile
@@ -150,7 +150,8 @@ def _teach_scheme(url: str) -> None:
 
 
 def _open_url(url: str, mode: str = "rb", bufsize: int = 8192, **_: Any) -> BinaryIO:
-    return fsspec.open(url, mode).open()
+    folder, name = url.rsplit("/", 1)
+    return ObjectStore(folder).open(name)
 
 
 def _decode_tracks(data: bytes) -> Tracks:

@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+
+from kinema.pipelines.page.json_answer import JsonAnswer
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -50,7 +51,7 @@ class Guard:
 
         reason = why_refused(Headers(scope=scope))
         if reason:
-            return await JSONResponse({"error": reason}, 403)(scope, receive, send_with_headers)
+            return await JsonAnswer({"error": reason}, 403)(scope, receive, send_with_headers)
         return await self._app(scope, receive, send_with_headers)
 
 

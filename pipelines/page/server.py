@@ -20,7 +20,7 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from kinema.models.fpt.data_rules import central_square
@@ -28,6 +28,7 @@ from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.loader.clip import DamagedClip
 from kinema.pipelines.page import pictures
 from kinema.pipelines.page.guard import Guard
+from kinema.pipelines.page.json_answer import JsonAnswer
 from kinema.pipelines.page.predictor import Abandoned, ImageGone, NotFinite, Predictor, SeenImage, Timing
 from kinema.pipelines.page.questions import (
     MAX_POKES,
@@ -123,7 +124,7 @@ class PageServer:
 
     async def state(self, request: Request) -> Response:
         """What the page needs to know at its start."""
-        return JSONResponse(
+        return JsonAnswer(
             {
                 "model": self.facts.model,
                 "note": self.facts.note,
@@ -159,7 +160,7 @@ class PageServer:
             }
             for i, row in enumerate(rows)
         ]
-        return JSONResponse({"total": len(clips), "start": start, "clips": listed})
+        return JsonAnswer({"total": len(clips), "start": start, "clips": listed})
 
     async def preview(self, request: Request) -> Response:
         """A frame's square, small, before it is chosen."""
@@ -253,12 +254,12 @@ class PageServer:
 
         seen = await self._turns.run(_client(request), "image", work, request.is_disconnected)
         side = len(seen.square)
-        return JSONResponse({"image": seen.id, "side_px": side, "milliseconds": round(seen.seconds * 1e3, 1)})
+        return JsonAnswer({"image": seen.id, "side_px": side, "milliseconds": round(seen.seconds * 1e3, 1)})
 
     async def _predict(self, request: Request, kind: str, work: Callable[[Callable[[], bool]], Any]) -> Response:
         answer = await self._turns.run(_client(request), kind, work, request.is_disconnected)
         self.predictions += 1
-        return JSONResponse(answer)
+        return JsonAnswer(answer)
 
     async def _read(self, work: Callable[[], T]) -> T:
         """Work on pictures, beside the model, one at a time."""
@@ -315,8 +316,8 @@ async def _http_error(_: Request, error: Exception) -> Response:
     return _error(error.status_code, error.detail)
 
 
-def _error(status: int, text: str, **flags: bool) -> JSONResponse:
-    return JSONResponse({"error": text, **flags}, status)
+def _error(status: int, text: str, **flags: bool) -> JsonAnswer:
+    return JsonAnswer({"error": text, **flags}, status)
 
 
 async def _json_body(request: Request) -> Any:

@@ -99,6 +99,8 @@ def run(config: RegisterConfig, *, report: Callable[[dict[str, Any]], None] | No
     better = before is None or _beats(registry, value, before, metric, config.higher_is_better)
     if better and before != version:
         registry.set_alias("champion", version)
+    rival = None if before == version else before
+    registry.set_verdict(version, _verdict(registry, metric, value, rival, better or before == version))
     champion = version if better else before
     return RegisterSummary(
         name=name,
@@ -127,6 +129,16 @@ def evaluation_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _first_metric(metrics: Mapping[str, float]) -> str:
     return PREFERRED_METRIC if PREFERRED_METRIC in metrics else min(metrics, default="")
+
+
+def _verdict(registry: Registry, metric: str, value: float | None, before: int | None, better: bool) -> str:
+    """How the version came to be champion or not, with the figures, for its description."""
+    if before is None:
+        return f"Champion: {metric} {value:.5g}, no other to beat." if value is not None else "Champion: the first."
+    theirs = registry.metric(before, metric) if metric else None
+    ours, other = ("none" if number is None else f"{number:.5g}" for number in (value, theirs))
+    said = f"{metric} {ours}, version {before} has {other}" if metric else f"not evaluated, unlike version {before}"
+    return f"Champion: {said}." if better else f"Candidate: {said}; version {before} stays champion."
 
 
 def _beats(registry: Registry, value: float | None, before: int, name: str, higher_is_better: bool) -> bool:

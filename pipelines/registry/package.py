@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from kinema.configs.json_text import json_text
 from kinema.configs.models.row import ModelRow
 from kinema.configs.models.table import MODELS
 from kinema.pipelines.registry.card import serving_form
@@ -73,7 +73,7 @@ def package(model: ExportedModel, folder: Path) -> Package:
         "inputs": dict(model.inputs),
         "licences": dict(model.licences),
     }
-    config.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+    config.write_text(json_text(description, indent=2, sort_keys=True) + "\n")
     digest = hashlib.blake2b(weights.read_bytes() + config.read_bytes(), digest_size=16).hexdigest()
     code = write_code((module, *getattr(form, "ALSO", ())), f"kinema_{model.architecture}", folder / "code")
     entry = folder / "model.py"
@@ -108,7 +108,7 @@ def write_code(modules: str | Sequence[str], prefix: str, folder: Path) -> Path:
         sources["/".join(parts) + ("/__init__.py" if is_package else ".py")] = path.read_text()
     for library in CARRIED:
         sources |= _library_sources(library)
-    digest = hashlib.blake2b(json.dumps(sources, sort_keys=True).encode(), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(json_text(sources, sort_keys=True).encode(), digest_size=6).hexdigest()
     package_name = f"{prefix}_{digest}"
     own = {name.partition(".")[0] for name in closure} - {"kinema"}
     for name, text in sources.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kinema.configs import TrainConfig
+from kinema.configs.json_text import json_text
 from kinema.configs.load import build
 from kinema.configs.models.row import ModelRow
 from kinema.configs.models.table import MODELS
@@ -83,7 +84,7 @@ def make_card(source: Source, name: str, metrics: Mapping[str, float], content_h
         summary=f"{row.title}: {row.summary}",
         description=describe_version(row, name, source.origin, metrics, licences),
         tags=tags,
-        params={"parameters": str(parameters), **{key: json.dumps(v) for key, v in source.exported.config.items()}},
+        params={"parameters": str(parameters), **{key: json_text(v) for key, v in source.exported.config.items()}},
         metadata=schema_metadata(row),
         metrics=metrics,
         step=source.origin.step,

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 _MODELS = "models:/"
+_VERDICTS = ("Champion: ", "Candidate: ")
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_CONTENT_TAG = "kinema.content_hash"
 _ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
@@ -49,7 +51,7 @@ class Registry:
         Args: folder, a place for the MLflow model that is uploaded.
         """
         self._make_entry(card)
-        version = self._same_weights(card.tags["kinema.content_hash"])
+        version = self._same_weights(card.tags[_CONTENT_TAG])
         if version is None:
             model_id = self._log_model(parts, run_id, card, folder)
             with _default_store(self.uri):
@@ -58,7 +60,7 @@ class Registry:
                 )
             version = int(made.version)
         for tag, value in card.tags.items():
-            self.client.set_model_version_tag(self.name, str(version), tag, value)
+            self.set_tag(version, tag, value)
         self.client.update_model_version(self.name, str(version), card.description)
         self._log_metrics(version, run_id, card.metrics)
         self.set_alias("candidate", version)
@@ -117,6 +119,20 @@ class Registry:
         """Point an alias at a version."""
         self.client.set_registered_model_alias(self.name, alias, str(version))
 
+    def set_verdict(self, version: int, sentence: str) -> None:
+        """Put the sentence on the champion in the version's description, in place of an earlier one."""
+        text = self.client.get_model_version(self.name, str(version)).description or ""
+        parts = [part for part in text.split("\n\n") if not part.startswith(_VERDICTS)]
+        self.client.update_model_version(self.name, str(version), "\n\n".join([*parts[:1], sentence, *parts[1:]]))
+
+    def tags(self, version: int) -> dict[str, str]:
+        """All tags of a version."""
+        return dict(self.client.get_model_version(self.name, str(version)).tags)
+
+    def set_tag(self, version: int, name: str, value: str) -> None:
+        """Set one tag of a version."""
+        self.client.set_model_version_tag(self.name, str(version), name, value)
+
     def champion(self) -> int | None:
         """Version with alias `champion`, if there is one."""
         aliases = self.client.get_registered_model(self.name).aliases
@@ -147,7 +163,7 @@ class Registry:
                 f"{address} is not in the registry at {self.uri}; register a model first (`kinema register`), or set "
                 "MLFLOW_TRACKING_URI to the registry that has it"
             ) from None
-        return int(version.version), version.tags.get("kinema.content_hash", "")
+        return int(version.version), version.tags.get(_CONTENT_TAG, "")
 
     def download(self, version: int, folder: Path) -> Path:
         """The files of a version: a folder below `folder`, or the store's own where that is a local one."""
@@ -172,9 +188,20 @@ class Registry:
 
     def _same_weights(self, content_hash: str) -> int | None:
         for version in self.client.search_model_versions(f"name = '{self.name}'"):
-            if version.tags.get("kinema.content_hash") == content_hash:
+            if version.tags.get(_CONTENT_TAG) == content_hash:
                 return int(version.version)
         return None
+
+
+def version_of_content(uri: str, content_hash: str) -> str:
+    """models:/NAME/VERSION of the newest version with these weights and config in a registry; empty if there is none.
+
+    Raises: StageError if MLflow does not answer.
+    """
+    client = tracking.open_client(uri)
+    found = client.search_model_versions(f"tags.`{_CONTENT_TAG}` = '{content_hash}'")
+    newest = max(found, key=lambda version: int(version.creation_timestamp), default=None)
+    return f"{_MODELS}{newest.name}/{newest.version}" if newest else ""
 
 
 def save_pyfunc(parts: Package, folder: Path, record: Any = None) -> None:

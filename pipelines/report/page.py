@@ -111,6 +111,11 @@ class Page:
         """A film that plays in a loop, without sound; `width` as in `pictures`."""
         self._add("film", source=self._embedded(mp4, "video/mp4", caption), caption=caption, width=width)
 
+    def films(self, items: Sequence[tuple[str, str]], width: int = 0) -> None:
+        """A row of films that lie beside the page, as (relative path, caption); `width` as in `pictures`."""
+        shown = [{"source": source, "caption": caption, "width": width} for source, caption in items]
+        self._add("films", items=shown)
+
     def line_chart(
         self,
         series: Mapping[str, tuple[Sequence[float], Sequence[float]]],

@@ -50,7 +50,7 @@ class Compared:
     errors_px: dict[int, list[float]] = field(default_factory=dict)
     """Mean error of each compared pair, by the size of its gap."""
     distances_px: dict[int, list[float]] = field(default_factory=dict)
-    """Mean distance from the middle of all teachers, likewise."""
+    """Mean distance from the middle of the others, likewise."""
     signals: dict[int, dict[str, float]] = field(default_factory=dict)
     """Means of the stored signals, by the size of the gap."""
 
@@ -88,14 +88,14 @@ def add_teachers(page: Page, targets: Sequence[str], clips_url: str, truth_url: 
         truth = _truth(clip, t, gap, truth_url, len(teachers) if truth_flow else None)
         apart = _compare(teachers, flows, truth, abs(gap))
         if (number, t, gap) in shown:
-            pictures.append(_pair_pictures(clip, t, gap, [x.label for x in teachers], flows, truth, apart))
+            pictures += _pair_pictures(clip, t, gap, [x.label for x in teachers], flows, truth, apart)
     page.numbers({"teachers": len(teachers), "clips": len(index), "pairs in common": len(pairs),
                   "pairs compared": len(chosen), "with known motion": "yes" if truth_url else "no"})  # fmt: skip
     page.section("Which to take")
     page.table(recommendations(teachers))
     page.section("Figures", _EXPLANATION)
     page.table(_figures(teachers))
-    page.section("The same pairs", "Saturation is length, on one scale for all flows of a row. "
+    page.section("The same pairs", "Saturation is length, on one scale for all flows of a pair. "
                  "Maps of distances and errors go from black (none) over red and yellow to white.")  # fmt: skip
     page.pictures([(wheel_picture(), "colour of a motion from the centre")])
     for row in pictures:
@@ -104,9 +104,10 @@ def add_teachers(page: Page, targets: Sequence[str], clips_url: str, truth_url: 
 
 _EXPLANATION = (
     "Means over the pairs of a gap, forwards and backwards. Error: distance to the true motion where that is known. "
-    "To the others: distance from the median of all teachers' flow. Photometric error, consistency and hidden share "
-    "are the artifact's own signals. Seconds and memory: one pair, one direction, one thread of this machine's "
-    "processor, with random weights."
+    "To the others: distance from the median of the other teachers' flow (a consensus is none of them, it was made of "
+    "theirs). Photometric error, consistency and hidden share are the artifact's own signals. Seconds and memory: one "
+    "pair, one direction, one thread of this machine's processor, with random weights; a consensus costs what its "
+    "members do."
 )
 
 
@@ -236,15 +237,23 @@ def _truth(clip: Clip, t: int, gap: int, truth_url: str, number: int | None) -> 
 def _compare(
     teachers: Sequence[Compared], flows: Sequence[Float32[np.ndarray, "2 H W"]], truth: Truth | None, gap: int
 ) -> Float32[np.ndarray, "H W"]:
-    """Notes errors and distances of one pair; mean distance of the teachers from their middle at each pixel."""
-    middle = np.median(np.stack(flows), axis=0)
-    distances = [np.hypot(*(flow - middle)) for flow in flows]
+    """Notes errors and distances of one pair; mean distance of each teacher from the others at each pixel."""
+    distances = [np.hypot(*(flow - _middle_of_others(teachers, flows, i))) for i, flow in enumerate(flows)]
     for teacher, flow, distance in zip(teachers, flows, distances, strict=True):
         teacher.distances_px.setdefault(gap, []).append(float(distance.mean()))
         if truth is not None and truth.known.any():
             error = np.hypot(*(flow - truth.flow_px))[truth.known]
             teacher.errors_px.setdefault(gap, []).append(float(error.mean()))
     return np.mean(distances, axis=0)
+
+
+def _middle_of_others(
+    teachers: Sequence[Compared], flows: Sequence[Float32[np.ndarray, "2 H W"]], number: int
+) -> Float32[np.ndarray, "2 H W"]:
+    """Median of the flows that say something about teacher `number`: those of other networks, if there is one."""
+    others = [i for i in range(len(flows)) if i != number]
+    by_themselves = [i for i in others if teachers[i].teacher != "consensus"]
+    return np.median(np.stack([flows[i] for i in by_themselves or others or [number]]), axis=0)
 
 
 def _pair_pictures(
@@ -255,27 +264,28 @@ def _pair_pictures(
     flows: Sequence[Float32[np.ndarray, "2 H W"]],
     truth: Truth | None,
     apart: Float32[np.ndarray, "H W"],
-) -> list[tuple[np.ndarray, str]]:
-    """Both frames, each flow on one scale, the map of disagreement, and each error."""
+) -> list[list[tuple[np.ndarray, str]]]:
+    """Rows: both frames, the map of disagreement and the true motion; each flow on one scale; the errors below."""
     size = flows[0].shape[1:]
     first, second = (at_size(frame, size) for frame in clip.frames([t, t + gap]))
     known = [] if truth is None else [np.where(truth.known, truth.flow_px, 0.0)]
     scale = max(1e-6, *(longest(flow) for flow in (known or flows)))
-    row = [(shrink(first), f"{clip.meta['source']}, frame {t}"), (shrink(second), f"frame {t + gap}")]
-    row += [
+    given = [(shrink(first), f"{clip.meta['source']}, frame {t}"), (shrink(second), f"frame {t + gap}")]
+    given.append((shrink(heat_picture(apart)), f"disagreement, up to {float(apart.max()):.2f} px"))
+    taught = [
         (shrink(flow_picture(torch.from_numpy(flow), scale)), f"{label}, up to {longest(flow):.1f} px")
         for label, flow in zip(labels, flows, strict=True)
     ]
-    row.append((shrink(heat_picture(apart)), f"disagreement, up to {float(apart.max()):.2f} px"))
-    if truth is not None:
-        row.append((shrink(flow_picture(torch.from_numpy(truth.flow_px), scale)), "true motion"))
-        errors = [np.where(truth.known, np.hypot(*(flow - truth.flow_px)), 0.0) for flow in flows]
-        top = max(float(np.percentile(error, 99)) for error in errors)
-        row += [
-            (shrink(heat_picture(error, top)), f"error of {label}, mean {float(error[truth.known].mean()):.2f} px")
-            for label, error in zip(labels, errors, strict=True)
-        ]
-    return row
+    if truth is None:
+        return [given, taught]
+    given.append((shrink(flow_picture(torch.from_numpy(truth.flow_px), scale)), "true motion"))
+    errors = [np.where(truth.known, np.hypot(*(flow - truth.flow_px)), 0.0) for flow in flows]
+    top = max(float(np.percentile(error, 99)) for error in errors)
+    wrong = [
+        (shrink(heat_picture(error, top)), f"error of {label}, mean {float(error[truth.known].mean()):.2f} px")
+        for label, error in zip(labels, errors, strict=True)
+    ]
+    return [given, taught, wrong]
 
 
 def heat_picture(values: Float32[np.ndarray, "H W"], top: float = 0.0) -> np.ndarray:

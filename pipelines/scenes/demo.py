@@ -13,6 +13,7 @@ import av
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from kinema.configs.json_text import json_text
 from kinema.pipelines.scenes.scene import Camera, Scene
 
 _TAG = "kinema scene "
@@ -48,7 +49,7 @@ def write_scene(scene: Scene, path: str | Path, crf: int = 10) -> None:
     """Encode a scene as H.264; its arguments go into the file's comment, for `load_scene`."""
     even = (scene.height % 2, scene.width % 2) == (0, 0)
     with av.open(str(path), "w") as container:
-        container.metadata["comment"] = _TAG + json.dumps(_arguments(scene), sort_keys=True)
+        container.metadata["comment"] = _TAG + json_text(_arguments(scene), sort_keys=True)
         stream = container.add_stream("libx264", rate=Fraction(scene.fps).limit_denominator(1001))
         stream.width, stream.height = scene.width, scene.height
         # Chroma at half resolution needs even sides.

@@ -172,7 +172,9 @@ def _clip_sample(
         "motion_score": scene.speed_px / min(scene.height, scene.width),
         "duplicate_of": None,
     }
+    labels = scene.labels if isinstance(scene, MotionClip) else {}
     meta = common | {
+        "labels": labels,
         "key": row["key"],
         "pts": list(range(start, stop)),
         "time_base": [fps.denominator, fps.numerator],
@@ -182,6 +184,7 @@ def _clip_sample(
         "fps_num": fps.numerator,
         "fps_den": fps.denominator,
         "duplicate_of": None,
+        "labels": canonical_json(labels).decode() if labels else None,
         "extradata": table.extradata,
         "packet_offset": table.offset,
         "packet_size": table.size,

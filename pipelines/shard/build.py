@@ -17,11 +17,13 @@ import pyarrow as pa
 from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact, ShardWriter
 from kinema.pipelines.artifacts.tables import canonical_json
+from kinema.pipelines.shard.limits import memory_limited
 from kinema.pipelines.shard.media import AnyVideo, Source, open_source, read_all
-from kinema.pipelines.shard.scan import THUMBNAIL_SIDE, FrameScan, load_scan, stall_watch
+from kinema.pipelines.shard.runs import THUMBNAIL_SIDE
+from kinema.pipelines.shard.scan import FrameScan, load_scan, stall_watch
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.encode import ClipEncoder
-from kinema.pipelines.video.errors import Corrupt, Missing, SourceError
+from kinema.pipelines.video.errors import Corrupt, Missing, SourceError, TooMuchMemory
 from kinema.pipelines.video.masks import masks_npz, parse_palette, read_masks
 from kinema.pipelines.video.motion import MOTION
 from kinema.pipelines.video.packets import packet_table
@@ -82,6 +84,8 @@ class BuildTask:
     """Index of the video stream to take; -1 chooses."""
     palette: tuple[str, ...] = ()
     """Labels of masks' colours."""
+    memory_bytes: int = 0
+    """What decoding and encoding may allocate; 0: anything."""
     excluded: dict[str, tuple[str, str, int]] = field(default_factory=dict)
     """Sources that stopped earlier attempts -> (error class, message, attempts)."""
 
@@ -130,11 +134,16 @@ def _build_source(task: BuildTask, source_id: str, rows: list[dict[str, Any]], w
         return False
     written = 0
     try:
-        for key, members, row in _clips_of(task, source_id, rows):
-            writer.add(key, members, row)
-            written += 1
+        with memory_limited(task.memory_bytes):
+            for key, members, row in _clips_of(task, source_id, rows):
+                writer.add(key, members, row)
+                written += 1
     except SourceError as error:
         _quarantine(writer, rows[written:], type(error).__name__, str(error), 1)
+        return False
+    except MemoryError:
+        why = f"making its clips needs more than source_memory_gb={task.memory_bytes / 2**30:g}"
+        _quarantine(writer, rows[written:], TooMuchMemory.__name__, why, 1)
         return False
     return True
 
@@ -275,9 +284,16 @@ def _encode_once(
 
 
 def measure_motion(cursor: FrameCursor, scan: FrameScan, span: ClipSpan, motion: str) -> float | None:
-    """Motion score of a clip whose packets were taken over. Raises: SourceError."""
+    """Motion score of a clip whose packets were taken over: from samples, where the scan took some.
+
+    Raises: SourceError.
+    """
     if motion == "none":
         return None
+    if len(scan.motion_shares):
+        shares = scan.motion_shares[span.frames[1:]]
+        if not np.isnan(shares).all():
+            return float(np.nanmean(shares))
     spec = scan.stretches[span.stretch].spec
     while True:
         thumbnails, measure = Thumbnails(spec.orientation, THUMBNAIL_SIDE, spec), MOTION[motion]()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from kinema.pipelines.artifacts.tables import finite
+from kinema.configs.json_text import finite
 
 
 def plain_labels(value: Any) -> Any:

@@ -74,7 +74,7 @@ def read_listing(data: bytes, name: str, extension: str, is_list: bool, exists: 
     lines = [line for line in decode_text(data).splitlines() if line.strip() and not line.lstrip().startswith("#")]
     first = lines[0] if lines else ""
     if extension in ("jsonl", "ndjson", "json") or first.lstrip().startswith(("{", "[{")):
-        return _from_json(lines, name)
+        return _from_json(lines, name, exists)
     text = "\n".join(lines)
     for separator, called in _SEPARATORS.items():
         columns = _split(first, separator)
@@ -166,12 +166,12 @@ def seconds(value: Any) -> float | None:
     return found
 
 
-def _from_json(lines: list[str], name: str) -> Listing:
+def _from_json(lines: list[str], name: str, exists: Callable[[str], bool]) -> Listing:
     text = "\n".join(lines)
     bad: dict[str, str] = {}
     try:
         whole = json.loads(text)
-        rows = whole if isinstance(whole, list) else [whole]
+        rows = whole if isinstance(whole, list) else _rows_of(whole, exists)
     except ValueError:
         rows = []
         for number, line in enumerate(lines, start=1):
@@ -186,8 +186,26 @@ def _from_json(lines: list[str], name: str) -> Listing:
     return listing
 
 
+def _rows_of(whole: Any, exists: Callable[[str], bool]) -> list[Any]:
+    """Rows of one object: itself, a list it holds that has a path column, or `{path: labels}`."""
+    if not isinstance(whole, dict) or _named(list(whole), PATH_COLUMNS) is not None:
+        return [whole]
+    for value in whole.values():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and _named(list(value[0]), PATH_COLUMNS):
+            return value
+    if not any(exists(path) for path in whole):
+        return [whole]
+    return [
+        {PATH_COLUMNS[0]: path, **(value if isinstance(value, dict) else {"label": value})}
+        for path, value in whole.items()
+    ]
+
+
 def _from_lines(lines: list[str], exists: Callable[[str], bool]) -> Listing:
     """A path on each line, with labels behind it where only that names a file; separated as most lines are."""
+    concat = [line for line in lines if line.lstrip().startswith("file ")]
+    if concat and not any(exists(line.strip()) for line in concat):  # FFmpeg's lists: `file 'path'`, directives
+        lines = [line.lstrip().removeprefix("file ") for line in concat]
     cuts = [_cut_line(line.strip(), exists) for line in lines]
     known = [cut for cut in cuts if cut is not None]
     lengths = Counter(len(extra) for _, extra in known)

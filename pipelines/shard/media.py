@@ -14,16 +14,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
+from kinema.pipelines.artifacts import remote
+from kinema.pipelines.artifacts.object_store import RangeReader
 from kinema.pipelines.video.container_size import SeekableReader, missing_end
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.errors import Empty, Missing
 from kinema.pipelines.video.frame_folder import FrameFolder
 from kinema.pipelines.video.part import VideoPart
 
+Value = TypeVar("Value")
 AnyVideo = VideoFile | VideoPart | FrameFolder
 """What a source is once it is open."""
 _BLOCK_BYTES = 1 << 20
@@ -75,16 +78,28 @@ def read_all(url: str) -> bytes:
     if not is_remote(url):
         with open(local_path(url), "rb") as file:
             return file.read()
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return filesystem.cat_file(path)
+    return ask(url, lambda files, path: files.cat_file(path))
 
 
 def open_bytes(url: str) -> BinaryIO:
     """A seekable reader of a local or remote file. Raises: OSError."""
     if not is_remote(url):
         return open(local_path(url), "rb")
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return filesystem.open(path, "rb")
+    if url.startswith(("http://", "https://")):  # not every web server knows sizes and ranges
+        return ask(url, lambda files, path: files.open(path, "rb"))
+    return RangeReader(url, int(ask(url, lambda files, path: files.size(path))))  # type: ignore[return-value]
+
+
+def ask(url: str, request: Callable[[fsspec.AbstractFileSystem, str], Value]) -> Value:
+    """The answer of a URL's store, asked again while its failure may pass.
+
+    Raises: FileNotFoundError, and OSError for what the store refuses, which concern this file; StageError when the
+        store does not answer, which concerns the run.
+    """
+    try:
+        return remote.call(url, lambda: request(*remote.filesystem(url)))
+    except remote.Refused as error:
+        raise OSError(str(error)) from None
 
 
 _PACKINGS = {b"\x1f\x8b": "gzip", b"BZ": "bz2", b"\xfd7": "xz"}
@@ -199,7 +214,7 @@ def content_hash(source: Source, progress: Callable[[], None] | None = None) -> 
                     digest.update(block)
                     if progress:
                         progress()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise Missing(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return digest.hexdigest()
 
@@ -211,9 +226,8 @@ def fingerprint(source: Source) -> str | None:
     """
     if source.is_frames or not is_remote(source.url):
         return None
-    filesystem, path = fsspec.core.url_to_fs(source.url)
     try:
-        info = filesystem.info(path)
+        info = ask(source.url, lambda files, path: files.info(path))
     except OSError:
         return None
     stated = next((str(info[name]) for name in _CONTENT_NAMES if info.get(name)), None)

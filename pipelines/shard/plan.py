@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from kinema.configs import ClipConfig
+from kinema.configs.json_text import json_text
 from kinema.pipelines.artifacts import sample_key
 from kinema.pipelines.shard.media import Source
 from kinema.pipelines.shard.scan import FrameScan
@@ -53,7 +53,7 @@ def plan_source(source: Source, scan: FrameScan, clip: ClipConfig, config_hash: 
     """The clips of one good source."""
     spans, _ = scan.clips(clip)
     start, tick = scan.facts["start"], scan.time_base
-    labels = json.dumps(source.labels, sort_keys=True, ensure_ascii=False) if source.labels else None
+    labels = json_text(source.labels, sort_keys=True, ensure_ascii=False) if source.labels else None
     clips = []
     for number, span in enumerate(spans):
         end = span.start + len(span.frames) / (span.fps * tick)

@@ -14,8 +14,6 @@ import math
 import os
 import time
 import zipfile
-import zlib
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -26,25 +24,23 @@ import av
 import numpy as np
 
 from kinema.configs import ClipConfig
+from kinema.configs.json_text import json_text
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.shard.limits import memory_limited
 from kinema.pipelines.shard.media import AnyVideo, Source, content_hash, fingerprint, open_source, read_all
+from kinema.pipelines.shard.motion_samples import MotionSamples
+from kinema.pipelines.shard.runs import PerFrame, Runs
 from kinema.pipelines.shard.size_trial import SizeTrial
-from kinema.pipelines.shard.stretches import SourceStretch, with_groups
-from kinema.pipelines.video.clock import measure_clocks
-from kinema.pipelines.video.cuts import CutDetector
+from kinema.pipelines.shard.stretches import SourceStretch, keeps_pictures, with_groups
+from kinema.pipelines.video.copy import ClosedGroups
 from kinema.pipelines.video.decode import VideoFile
-from kinema.pipelines.video.decoded import Decoded
-from kinema.pipelines.video.errors import Empty, SourceError, TooShort, Undecodable
+from kinema.pipelines.video.errors import Empty, SourceError, TooMuchMemory, TooShort, Undecodable
 from kinema.pipelines.video.frame_folder import FrameFolder
-from kinema.pipelines.video.look import Look
 from kinema.pipelines.video.masks import check_masks, parse_palette
-from kinema.pipelines.video.picture import PictureSpec, Thumbnails, picture_spec
-from kinema.pipelines.video.signature import frame_signature
 from kinema.pipelines.video.timeline import ClipSpan, Division, divide_shots, longest_clip, output_rate
 
-THUMBNAIL_SIDE = 144
-"""Shorter side in pixels of the small frames that cuts, signatures and motion are computed on."""
 _VERSION = 2
+_SEEN_EVERY = 3  # frames, for signatures of clips that are not decoded when they are cut
 
 
 @dataclass
@@ -74,7 +70,7 @@ class Scan:
     def to_bytes(self) -> bytes:
         """The same record gives the same bytes."""
         plain = {f.name: getattr(self, f.name) for f in fields(Scan)}
-        header = json.dumps({**plain, "facts": self.facts or None, "version": _VERSION}, sort_keys=True).encode()
+        header = json_text({**plain, "facts": self.facts or None, "version": _VERSION}, sort_keys=True).encode()
         buffer = io.BytesIO()
         np.savez_compressed(buffer, header=np.frombuffer(header, np.uint8), **self._arrays())
         return buffer.getvalue()
@@ -97,6 +93,9 @@ class FrameScan(Scan):
     """int64: frames at which decoding can start."""
     interlaced: np.ndarray
     """bool [N]: frames that are flagged as made of two fields."""
+    motion_shares: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    """float32 [N]: motion score at some frames, nan at the others, of a source whose packets are taken over; [0]
+    otherwise."""
 
     @property
     def time_base(self) -> Fraction:
@@ -124,10 +123,12 @@ class FrameScan(Scan):
         )
 
     def _arrays(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _ARRAYS}
+        sampled = {"motion_shares": self.motion_shares} if len(self.motion_shares) else {}
+        return {name: getattr(self, name) for name in _ARRAYS} | sampled
 
 
 _ARRAYS = ("pts", "signatures", "checks", "keyframes", "interlaced")
+_SOMETIMES = ("motion_shares",)
 
 
 def scan_name(source_id: str) -> str:
@@ -145,7 +146,8 @@ def load_scan(artifact: Artifact, source_id: str, *, header_only: bool = False) 
         with np.load(io.BytesIO(artifact.store.read(scan_name(source_id))), allow_pickle=False) as data:
             header = json.loads(data["header"].tobytes())
             has_frames = not header_only and not header["error_class"]
-            arrays = {name: data[name] for name in _ARRAYS} if has_frames else {}
+            there = (*_ARRAYS, *(name for name in _SOMETIMES if name in data)) if has_frames else ()
+            arrays = {name: data[name] for name in there}
     except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError):
         return None  # never scanned, or damaged: it is made again
     if header.pop("version") != _VERSION or header["source"] != source_id:
@@ -173,11 +175,21 @@ class ScanTask:
     """Index of the video stream to take; -1 chooses."""
     palette: tuple[str, ...] = ()
     """Labels of masks' colours."""
+    memory_bytes: int = 0
+    """What decoding it may allocate; 0: anything."""
+    motion: str = "none"
+    """How the motion of clips is measured that need not be decoded again."""
 
 
 def scan_task(task: ScanTask) -> tuple[str, str]:
     """Scan one source and save its record. Returns: (error class, message), both empty for a good source."""
-    scan = scan_source(task.source, task.clip, task.frames_fps, stall_watch(task.stall_s), task.stream, task.palette)
+    settings = (task.clip, task.frames_fps, stall_watch(task.stall_s), task.stream, task.palette, task.motion)
+    try:
+        with memory_limited(task.memory_bytes):
+            scan = scan_source(task.source, *settings)
+    except MemoryError:
+        why = f"decoding it needs more than source_memory_gb={task.memory_bytes / 2**30:g}"
+        scan = Scan(task.source.id, content_hash(task.source), fingerprint(task.source), TooMuchMemory.__name__, why)
     save_scan(task.artifact, scan)
     return scan.error_class, scan.message
 
@@ -209,6 +221,7 @@ def scan_source(
     alive: Callable[[], None] = lambda: None,
     stream: int = -1,
     palette: tuple[str, ...] = (),
+    motion: str = "none",
 ) -> Scan:
     """Hash and decode a source from beginning to end. What is wrong with it is part of the result."""
     found = ""
@@ -217,7 +230,7 @@ def scan_source(
         found = content_hash(source, alive)
         check_masks(source.masks, read_all, parse_palette(palette))
         with open_source(source, frames_fps, stream, clip.deinterlace) as video:
-            scan = decoded = _decode(video, source.id, clip, alive)
+            scan = decoded = _decode(video, source.id, clip, alive, motion)
         spans, dropped = decoded.clips(clip)
         decoded.facts["dropped_short"] = dropped
         if not spans:
@@ -242,26 +255,58 @@ def _why_no_clip(scan: FrameScan, clip: ClipConfig) -> str:
     return f"{num_frames} frames in {shots} shots; a clip needs {clip.min_frames} frames{at} (clip.min_frames)"
 
 
-def _decode(video: AnyVideo, source_id: str, clip: ClipConfig, alive: Callable[[], None]) -> FrameScan:
-    frames, sizes, runs = _PerFrame(), SizeTrial(clip), _Runs(clip)
+def _decode(video: AnyVideo, source_id: str, clip: ClipConfig, alive: Callable[[], None], motion: str) -> FrameScan:
+    """Where packets may be taken over, once without the loop filter; with it where that shows that they may not."""
+    groups = video.closed_groups() if clip.codec == "copy" and isinstance(video, VideoFile) else None
+    if groups is not None and isinstance(video, VideoFile):
+        if not clip.fps and groups.longest * video.time_base <= clip.seconds:
+            video.skip_loop_filter(True)
+            scan = _decode_once(video, source_id, clip, alive, groups, MotionSamples(motion, groups.starts))
+            if scan is not None:
+                return scan
+            video.skip_loop_filter(False)
+    scan = _decode_once(video, source_id, clip, alive, groups)
+    assert scan is not None  # only quick ones give up
+    return scan
+
+
+def _decode_once(
+    video: AnyVideo,
+    source_id: str,
+    clip: ClipConfig,
+    alive: Callable[[], None],
+    groups: ClosedGroups | None,
+    samples: MotionSamples | None = None,
+) -> FrameScan | None:
+    """Args: samples, of a source whose clips will all be taken over. Returns: None where they cannot be."""
+    frames = PerFrame(1 if samples is None else _SEEN_EVERY)
+    sizes, runs = SizeTrial(clip), Runs(clip)
     for index, picture in enumerate(video.pictures()):
         alive()
         frame = picture.frame
         try:
             if runs.begins_at(picture):
-                sizes.look_like(runs.begin(index, picture))
+                spec = runs.begin(index, picture)
+                if samples is not None and not keeps_pictures(spec, picture.look):
+                    return None
+                sizes.look_like(spec)
             small = runs.thumbnails.make(frame)
-            sizes.add(index, frame)
+            if samples is None:
+                sizes.add(index, frame)
         except (av.FFmpegError, ValueError) as error:
             raise Undecodable(f"frame {index} ({frame.format.name}) cannot be converted: {error}") from None
         frames.add(index, picture, small, is_start=isinstance(video, FrameFolder))
         runs.add(frame, small)
+        if samples is not None:
+            if picture.interlaced:
+                return None
+            samples.add(index, frames.pts[-1], small)
     if not frames.pts:
         raise Empty("there are no frames")
     arrays: dict[str, Any] = frames.arrays()
     stretches = runs.stretches(arrays["pts"], arrays["keyframes"], video)
-    if clip.codec == "copy" and isinstance(video, VideoFile):
-        stretches = with_groups(stretches, arrays["pts"], arrays["interlaced"], video.closed_groups())
+    if groups is not None:
+        stretches = with_groups(stretches, arrays["pts"], arrays["interlaced"], groups.starts)
     facts = {
         "container": video.format_name,
         "codec": video.codec_name,
@@ -271,113 +316,11 @@ def _decode(video: AnyVideo, source_id: str, clip: ClipConfig, alive: Callable[[
         "stretches": [stretch.to_json() for stretch in stretches],
         "last_duration": runs.last_duration or max(1, round(1 / (stretches[-1].rate.fps * video.time_base))),
         "cuts": runs.finish_cuts(),
-        "bytes_per_frame": sizes.bytes_per_frame(),
+        "bytes_per_frame": groups.bytes_per_frame if groups and samples else sizes.bytes_per_frame(),
         "dropped_damaged": video.num_dropped,
         "seeks": video.seeks and not video.invented_pts and bool((np.diff(arrays["pts"]) > 0).all()),
     }
-    return FrameScan(source=source_id, content_hash="", facts=facts, **arrays)
-
-
-class _PerFrame:
-    """What is kept of every frame: about 90 bytes."""
-
-    def __init__(self) -> None:
-        self.pts, self.checks, self.keyframes = array("q"), array("I"), array("q")
-        self.interlaced, self.signatures = bytearray(), bytearray()
-
-    def add(self, index: int, picture: Decoded, small: np.ndarray, *, is_start: bool) -> None:
-        """Args: is_start, whether decoding can start at every frame."""
-        assert picture.frame.pts is not None  # the decoder sees to that
-        self.pts.append(picture.frame.pts)
-        self.checks.append(zlib.crc32(small.data))
-        self.interlaced.append(picture.interlaced)
-        if picture.frame.key_frame or is_start:
-            self.keyframes.append(index)
-        self.signatures += frame_signature(small).tobytes()
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """By their names in FrameScan."""
-        return {
-            "pts": np.array(self.pts, np.int64),
-            "checks": np.array(self.checks, np.uint32),
-            "keyframes": np.array(self.keyframes, np.int64),
-            "interlaced": np.frombuffer(bytes(self.interlaced), np.bool_),
-            "signatures": np.frombuffer(bytes(self.signatures), np.int8).reshape(-1, 64),
-        }
-
-
-class _Runs:
-    """Runs of frames that look alike, between starts of the clock; cuts are looked for inside of each."""
-
-    def __init__(self, clip: ClipConfig):
-        self._clip = clip
-        self._look: Look | None = None
-        self._cuts: list[int] = []
-        self._detector: CutDetector | None = None
-        self._starts: list[tuple[int, int, Look, PictureSpec]] = []  # first frame, ticks added, look, spec
-        self._clock_end = 0
-        self.last_duration = 0
-
-    def begins_at(self, picture: Decoded) -> bool:
-        """Whether a new run begins at this frame."""
-        return picture.look != self._look or picture.restarted
-
-    def begin(self, index: int, picture: Decoded) -> PictureSpec:
-        """Returns: the pictures of the new run."""
-        look, clip = picture.look, self._clip
-        spec = picture_spec(
-            picture.frame,
-            look.orientation,
-            clip.codec,
-            clip.short_side,
-            pixel_aspect=look.pixel_aspect,
-            square_pixels=clip.square_pixels,
-        )
-        added = self._starts[-1][1] if self._starts else 0
-        if picture.restarted:
-            added = self._clock_end - _pts(picture.frame)
-        self._end_cuts()
-        self._starts.append((index, added, look, spec))
-        self._look, self._detector = look, CutDetector(clip)
-        self.thumbnails = Thumbnails(look.orientation, THUMBNAIL_SIDE, spec)
-        return spec
-
-    def add(self, frame: av.VideoFrame, small: np.ndarray) -> None:
-        """The next frame of the run."""
-        assert self._detector is not None  # begin was called
-        self._detector.add(small)
-        self.last_duration = frame.duration or 0
-        self._clock_end = _pts(frame) + self._starts[-1][1] + max(1, self.last_duration)
-
-    def _end_cuts(self) -> None:
-        if self._detector is not None:
-            first = self._starts[-1][0]
-            self._cuts.extend(first + cut for cut in self._detector.finish())
-
-    def finish_cuts(self) -> list[int]:
-        """First frame of every shot that begins inside of a run, ascending."""
-        self._end_cuts()
-        self._detector = None
-        return self._cuts
-
-    def stretches(self, pts: np.ndarray, keyframes: np.ndarray, video: AnyVideo) -> list[SourceStretch]:
-        """The runs, divided where the rate changes."""
-        found = []
-        ends = [start[0] for start in self._starts[1:]] + [len(pts)]
-        for (first, added, look, spec), end in zip(self._starts, ends, strict=True):
-            last_duration = self.last_duration if end == len(pts) else 0
-            own_keys = {int(i) - first for i in keyframes if first <= i < end}
-            clocks = measure_clocks(pts[first:end], video.time_base, last_duration, video.rates, own_keys)
-            inner_ends = [first + start for start, _ in clocks[1:]] + [end]
-            for (start, rate), inner_end in zip(clocks, inner_ends, strict=True):
-                found.append(
-                    SourceStretch(
-                        first=first + start, last=inner_end, rate=rate, clock_offset=added, spec=spec, look=look
-                    )
-                )
-        return found
-
-
-def _pts(frame: av.VideoFrame) -> int:
-    assert frame.pts is not None  # the decoder sees to that
-    return frame.pts
+    if samples is not None:
+        arrays["motion_shares"] = samples.shares(len(frames.pts))
+    scan = FrameScan(source=source_id, content_hash="", facts=facts, **arrays)
+    return scan if samples is None or all(span.copied for span in scan.clips(clip)[0]) else None

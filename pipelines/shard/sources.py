@@ -15,12 +15,12 @@ import fsspec
 
 from kinema.pipelines.shard.labels import plain_labels
 from kinema.pipelines.shard.lists import Entry, read_listing
-from kinema.pipelines.shard.media import Source, is_remote, local_path, read_all
+from kinema.pipelines.shard.media import Source, ask, is_remote, local_path, read_all
 from kinema.pipelines.shard.tars import is_tar, read_tar
 
 VIDEO_EXTENSIONS = frozenset(
     "mp4 m4v mov qt mkv webm avi mpg mpeg mpe m1v m2v mpv ts m2ts mts vob flv f4v wmv asf ogv ogm 3gp 3g2 mxf gif "
-    "y4m ivf nut dv divx h264 264 h265 hevc 265 rm rmvb amv mjpeg mjpg".split()
+    "y4m ivf nut dv apng divx h264 264 h265 hevc 265 rm rmvb amv mjpeg mjpg".split()
 )
 PICTURE_EXTENSIONS = frozenset("jpg jpeg png bmp webp tif tiff".split())
 LIST_EXTENSIONS = frozenset("csv tsv parquet jsonl ndjson json txt list lst".split())
@@ -105,7 +105,7 @@ class _Place:
         self.given = videos
         self.remote = is_remote(videos)
         if self.remote:
-            self.filesystem, path = fsspec.core.url_to_fs(videos)
+            _, path = fsspec.core.url_to_fs(videos)
             self.protocol = videos.partition("://")[0]
             self.root = path.rstrip("/")
         else:
@@ -117,9 +117,9 @@ class _Place:
         self.unreadable: dict[str, str] = {}
 
     def _kind(self) -> str:
-        if self.filesystem.isdir(self.root) if self.remote else os.path.isdir(self.root):
+        if self._ask("isdir", self.root) if self.remote else os.path.isdir(self.root):
             return "folder"
-        if self.filesystem.isfile(self.root) if self.remote else os.path.isfile(self.root):
+        if self._ask("isfile", self.root) if self.remote else os.path.isfile(self.root):
             return "file"
         if any(c in self.root for c in "*?["):
             parts = self.root.split("/")
@@ -128,6 +128,10 @@ class _Place:
             self.root = "/".join(parts[:fixed]) or "/"
             return "glob"
         raise ValueError(f"videos={self.given} does not exist; check the path")
+
+    def _ask(self, method: str, path: str) -> Any:
+        """What a method of the store's file system says about a path of it."""
+        return ask(self.given, lambda files, _: getattr(files, method)(path))
 
     def parent(self) -> _Place:
         """The folder of a file."""
@@ -144,12 +148,12 @@ class _Place:
     def exists(self, name: str) -> bool:
         """Whether a file of this relative name is there."""
         path = f"{self.root}/{name}"
-        return self.filesystem.isfile(path) if self.remote else os.path.isfile(path)
+        return self._ask("isfile", path) if self.remote else os.path.isfile(path)
 
     def files(self) -> list[str]:
         """Every file below, sorted relative names; hidden ones and the excluded folder are left out."""
         if self.remote:
-            names = [posixpath.relpath(path, self.root) for path in self.filesystem.find(self.root)]
+            names = [posixpath.relpath(path, self.root) for path in self._ask("find", self.root)]
         else:
             names = list(self._walk())
         self.seen = sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
@@ -175,7 +179,7 @@ class _Place:
     def glob(self) -> list[str]:
         """Files that match the pattern, and every file in folders that match it."""
         if self.remote:
-            matches = self.filesystem.glob(f"{self.root}/{self.pattern}")
+            matches = self._ask("glob", f"{self.root}/{self.pattern}")
             matches = [posixpath.relpath(path, self.root) for path in matches]
         else:
             matches = glob.glob(self.pattern, root_dir=self.root, recursive=True)
@@ -343,7 +347,10 @@ def _resolve(entry: str, base: _Place) -> str:
         return entry
     if posixpath.isabs(entry) and not base.remote:
         return posixpath.normpath(entry)
-    return base.url(entry)
+    url = base.url(entry)
+    if "\\" in entry and not _is_file(url):
+        return base.url(entry.replace("\\", "/"))  # written on Windows
+    return url
 
 
 def _is_file(url: str) -> bool:
@@ -351,8 +358,7 @@ def _is_file(url: str) -> bool:
     try:
         if not is_remote(url):
             return os.path.isfile(local_path(url))
-        filesystem, path = fsspec.core.url_to_fs(url)
-        return filesystem.isfile(path)
+        return ask(url, lambda files, path: files.isfile(path))
     except (OSError, ValueError, ImportError):
         return False
 

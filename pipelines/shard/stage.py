@@ -34,7 +34,7 @@ from kinema.pipelines.video.masks import parse_palette
 MAX_ATTEMPTS = 6
 """Times a source is tried, over all runs, whose decoder crashes or hangs."""
 _RETRIES = 2  # within one run
-_RETRIED = frozenset({"WorkerCrashed", "OutOfMemory", "Timeout"})
+_RETRIED = frozenset({"WorkerCrashed", "NodeLost", "OutOfMemory", "Timeout"})
 _HASH_THREADS = 8
 
 
@@ -129,8 +129,18 @@ def scan_sources(artifact: Artifact, sources: list[Source], config: ShardConfig)
     scans = {source.id: scan for source, scan in zip(sources, states, strict=True) if scan is not None}
     wanted = [source for source in sources if source.id not in scans]
     tasks = [
-        ScanTask(artifact, s, config.clip, config.frames_fps, _stall_s(config), config.stream, config.masks.palette)
-        for s in wanted
+        ScanTask(
+            artifact,
+            source,
+            config.clip,
+            config.frames_fps,
+            _stall_s(config),
+            config.stream,
+            config.masks.palette,
+            _memory_bytes(config),
+            config.motion,
+        )
+        for source in wanted
     ]
     progress = Progress("scan", len(tasks), "videos")
     for done, (task, outcome) in enumerate(_run_tasks(scan_task, tasks, config), start=1):
@@ -248,6 +258,7 @@ def _build_task(artifact: Artifact, shard: int, by_id: dict[str, Source], config
         _stall_s(config),
         config.stream,
         config.masks.palette,
+        _memory_bytes(config),
     )
 
 
@@ -282,6 +293,10 @@ def _run_tasks(fn: Callable, tasks: list, config: ShardConfig, retries: int = _R
     return engine.run_tasks(
         fn, tasks, max_in_flight=config.num_workers, retries=retries, timeout_s=config.source_timeout_s
     )
+
+
+def _memory_bytes(config: ShardConfig) -> int:
+    return int(config.source_memory_gb * 2**30)
 
 
 def _stall_s(config: ShardConfig) -> float | None:

@@ -63,9 +63,8 @@ def _pair(value: Fraction) -> list[int]:
     return [value.numerator, value.denominator]
 
 
-def can_be_copied(stretch: SourceStretch, interlaced: bool) -> bool:
+def keeps_pictures(spec: PictureSpec, look: Look) -> bool:
     """Whether the clips' pictures are the source's own, pixel by pixel, in a form that every reader takes."""
-    spec, look = stretch.spec, stretch.look
     return (
         (spec.width, spec.height) == (look.width, look.height)
         and not (spec.pad_right or spec.pad_bottom)
@@ -73,10 +72,13 @@ def can_be_copied(stretch: SourceStretch, interlaced: bool) -> bool:
         and spec.pixel_aspect == (1, 1)
         and look.pix_fmt in ("yuv420p", "yuvj420p")
         and matrix_fallback(look.pix_fmt, look.matrix, look.primaries) is None
-        and not interlaced
-        and not stretch.rate.variable
-        and not stretch.rate.sparse
     )
+
+
+def can_be_copied(stretch: SourceStretch, interlaced: bool) -> bool:
+    """Whether packets can be taken over: nothing is to be done to the pictures, and the rate is constant."""
+    steady = not stretch.rate.variable and not stretch.rate.sparse
+    return keeps_pictures(stretch.spec, stretch.look) and steady and not interlaced
 
 
 def with_groups(

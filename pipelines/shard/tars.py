@@ -6,7 +6,6 @@ member. Of members with one name the last counts, as when it is unpacked.
 
 from __future__ import annotations
 
-import json
 import lzma
 import posixpath
 import re
@@ -16,6 +15,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from kinema.configs.json_text import json_text
 from kinema.pipelines.shard.labels import plain_labels, read_json
 from kinema.pipelines.shard.media import Source, open_unpacked
 
@@ -169,7 +169,7 @@ def _add(labels: dict[str, Any], extension: str, middle: str, data: bytes) -> No
         value = read_json(text) if extension == "json" else text
     found = value if isinstance(value, dict) else {f"{middle}.{extension}" if middle else extension: value}
     for key, item in found.items():
-        same = json.dumps(labels.get(key), default=str) == json.dumps(item, default=str)
+        same = json_text(labels.get(key), default=str) == json_text(item, default=str)
         if key not in labels or same or not middle:
             labels[key] = item
         else:  # two members say different things: the second is kept under its own name

@@ -33,6 +33,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Int16
 
+from kinema.configs.json_text import json_text
+
 MAGIC = b"KINEFLOW"
 VERSION = 1
 UNCERTAIN_VERSION = 2
@@ -124,7 +126,7 @@ def encode_clip_flow(
             raise ValueError(f"flow pair t={pair.t} gap={pair.gap} was given twice; each pair is stored once")
         encoded[pair.t, pair.gap] = _encode_pair(pair, scale)
 
-    header_json = json.dumps(asdict(header), sort_keys=True, separators=(",", ":")).encode()
+    header_json = json_text(asdict(header), sort_keys=True, separators=(",", ":")).encode()
     version = VERSION
     for needed, size in ((UNCERTAIN_VERSION, "uncertainty_size"), (PARTIAL_VERSION, "valid_size")):
         version = needed if any(fields[size] for fields, _ in encoded.values()) else version

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import av
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import UInt8
 
+from kinema.models.weights import licence_notice
 from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact, read_range
 from kinema.pipelines.artifacts.layout import MAKERS
@@ -149,15 +151,17 @@ def place_actors(device: str, num_actors: int, threads: int, *, uses_gpu: bool, 
     Args: uses_gpu, whether the work can run on one; actor_bytes, memory of an actor on a CPU, 0 where it is small.
     Raises: ValueError when a device or that many CPUs are not there.
     """
-    resources = engine.resources()
+    resources = engine.resources(num_gpus=1.0 if device == "cuda" else 0.0)
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     if device == "cuda" and not gpus:
         raise ValueError("device=cuda, but there is no GPU; use device=auto or device=cpu")
     if uses_gpu and gpus and device != "cpu":
         return Place("cuda", num_actors or gpus, threads)
-    if threads > cpus:
-        raise ValueError(f"threads_per_actor={threads}, but there are {cpus} CPUs; use at most {cpus}")
-    fitting = cpus // threads
+    nodes = [int(node.get("CPU", 0)) for node in engine.resources_of_nodes()]
+    largest = max(nodes, default=cpus)
+    if threads > largest:
+        raise ValueError(f"threads_per_actor={threads}, but there are {largest} CPUs; use at most {largest}")
+    fitting = sum(number // threads for number in nodes)
     if actor_bytes:
         fitting = min(fitting, int(resources.get("memory", actor_bytes)) // actor_bytes)
     return Place("cpu", num_actors or max(1, fitting), threads)
@@ -173,22 +177,34 @@ def complete(
     allowed_quarantine: float,
     started: float,
     say: Callable[[str], None],
+    notices: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """What teach, track and embed have in common once they know what to do: plan, build what is missing, sum up.
 
     Args: title, what computes, for people; prepare, called if there is work: `make` and `place` as `build_shards` takes
-        them; started, `time.monotonic()` when the stage began.
+        them; started, `time.monotonic()` when the stage began; notices, what a user must know of it, is said.
     Returns: the fields of `SidecarSummary`.
     """
     todo = plan_shards(inputs, sidecar)
     num_clips, num_shards = sidecar.plan.num_rows, len(sidecar.planned_shards())
     say(f"{MAKERS[sidecar.kind]}: {title} on {num_clips} clips, {len(todo)} of {num_shards} shards to compute")
+    for notice in notices:
+        say(f"{MAKERS[sidecar.kind]}: {notice}")
     with sidecar.swept_on_failure():
         if todo:
             make, place = prepare()
             build_shards(sidecar, todo, make, place, unit)
     sidecar.finalize()
-    return totals(sidecar, allowed_quarantine, len(todo), time.monotonic() - started, say)
+    return {**totals(sidecar, allowed_quarantine, len(todo), time.monotonic() - started, say), "notices": notices}
+
+
+def weights_notices(name: str, weights: str) -> tuple[str, ...]:
+    """What must be said of weights of a network of the table: their licence, unless they come from a run of the user's.
+
+    Args: name, in the ledger; weights, as `weights=` gave them.
+    """
+    notice = "" if weights and Path(weights).expanduser().is_dir() else licence_notice(name)
+    return (notice,) if notice else ()
 
 
 def build_shards(
@@ -349,6 +365,8 @@ class SidecarSummary:
     """Size of all shards."""
     out: str
     """Where the artifact is."""
+    notices: tuple[str, ...] = ()
+    """What a user must know of the network that made it, its weights' licence above all."""
     exit_status: int = 0
     """3 when more than the allowed share of the clips is quarantined."""
 

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
+from kinema.configs.json_text import json_text
 from kinema.pipelines.sidecars.flow_codec import CODEC, ReadRange, decompress, pack_differences, unpack_differences
 
 MAGIC = b"KINETRKS"
@@ -84,7 +85,7 @@ def encode_tracks(tracks: Tracks, *, tracker: str, weights_hash: str) -> bytes:
     num_saturated = int(((steps < limits.min) | (steps > limits.max)).sum())
     integers = np.clip(steps, limits.min, limits.max).astype(np.int16)
     header = TracksHeader(height, width, scale, tracker, weights_hash, num_frames, num_saturated)
-    header_json = json.dumps(asdict(header), sort_keys=True, separators=(",", ":")).encode()
+    header_json = json_text(asdict(header), sort_keys=True, separators=(",", ":")).encode()
     index = header_json + np.ascontiguousarray(tracks.queries, "<f4").tobytes()
     points = CODEC.compress(pack_differences(np.ascontiguousarray(integers.transpose(2, 1, 0))), asbytes=True)
     visible = CODEC.compress(np.packbits(np.asarray(tracks.visible, bool).ravel()).tobytes(), asbytes=True)

@@ -28,6 +28,7 @@ from kinema.pipelines.sidecars.sidecar import (
     fullest_flow,
     open_input,
     place_actors,
+    weights_notices,
 )
 from kinema.pipelines.teach.consensus import open_members
 from kinema.pipelines.teach.protocol import Pairing
@@ -89,6 +90,8 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         return partial(_shard_teacher, make), place
 
     options: dict[str, Any] = {"allowed_quarantine": config.allowed_quarantine, "started": started, "say": say}
+    if weights:
+        options["notices"] = weights_notices(MODELS[config.teacher].weights or config.teacher, config.weights)
     done = complete(flow, inputs, config.teacher, prepare, unit="pairs", **options)
     samples = flow.samples()
     return TeachSummary(

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from kinema.configs import TrackConfig
+from kinema.configs.models.table import MODELS
 from kinema.models.tracks.chaining import check_pairs
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.sidecars.sidecar import (
@@ -23,6 +24,7 @@ from kinema.pipelines.sidecars.sidecar import (
     fullest_flow,
     open_input,
     place_actors,
+    weights_notices,
 )
 from kinema.pipelines.track.shard_tracker import ShardTracker, Starts
 from kinema.pipelines.track.trackers import TrackerSpec, facts_of, locate_weights
@@ -74,6 +76,8 @@ def run(config: TrackConfig, *, report: Callable[[str], None] | None = None) -> 
         return partial(ShardTracker, inputs, tracks, placed, starts), place
 
     options: dict[str, Any] = {"allowed_quarantine": config.allowed_quarantine, "started": started, "say": say}
+    if weights:
+        options["notices"] = weights_notices(MODELS[config.tracker].weights or config.tracker, config.weights)
     done = complete(tracks, inputs, config.tracker, prepare, unit="tracks", **options)
     samples = tracks.samples()
     return TrackSummary(

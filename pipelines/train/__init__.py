@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import kinema
 from kinema.configs import TrainConfig
+from kinema.configs.json_text import json_text
 from kinema.configs.load import config_hash, to_mapping
 from kinema.configs.rendered import RENDERED
 from kinema.pipelines import engine, tracking
@@ -25,9 +27,11 @@ from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.bucket_run import fetch_run, is_url, local_folder
 from kinema.pipelines.train.launch import launch
 from kinema.pipelines.train.loop import Finished, TrainJob, rank_batch_size, refuse_other_identity
+from kinema.pipelines.train.meter import read_metrics
 from kinema.pipelines.train.mirror import RunMirror
 from kinema.pipelines.train.parallel import seed_step
 from kinema.pipelines.train.recipes.choose import make_recipe
+from kinema.pipelines.train.sharded import shard_units
 from kinema.pipelines.train.source import ClipLoader, check_source, source_inputs
 from kinema.pipelines.train.trained import load_model
 
@@ -35,12 +39,19 @@ __all__ = ["ClipLoader", "Stopped", "TrainSummary", "build_model", "load_model",
 
 # Settings that change how a run is carried out or watched, not what it computes. `steps` may grow.
 _FREE = frozenset(
-    "clips flow other_flow tracks out steps num_workers use_gpu cpus_per_worker checkpoint_every keep_checkpoints "
-    "log_every pictures_every max_failures experiment run_name loader.num_workers loader.prefetch "
-    "loader.lookahead loader.cache_dir loader.cache_gb".split()
+    "clips flow other_flow tracks out steps num_workers min_workers use_gpu cpus_per_worker checkpoint_every "
+    "keep_checkpoints keep_best log_every pictures_every measure_every max_failures experiment run_name "
+    "loader.num_workers loader.prefetch loader.lookahead loader.cache_dir loader.cache_gb".split()
 )
 # Settings that runs of earlier versions do not know; at these values they decide nothing.
-_LATER = {"loader.mode": "random", "loader.lanes": 1}
+_LATER = {
+    "loader.mode": "random",
+    "loader.lanes": 1,
+    "sharding": "none",
+    "dismo.offset_rate_per_s": 12.0,
+    "dismo.pixel_gain": 1.0,
+    "dismo.initial_spread": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -91,28 +102,35 @@ def run(config: TrainConfig, *, report: Callable[[dict[str, Any]], None] | None 
 
 
 def _run_in_bucket(config: TrainConfig, report: Callable[[dict[str, Any]], None] | None) -> TrainSummary:
-    """Train in a folder of this machine that is copied to the URL meanwhile; go on from what is there."""
-    num_nodes = engine.num_nodes() if engine.backend() == "ray" else 1
-    if num_nodes > 1:
-        raise ValueError(
-            f"out={config.out}: the ranks of a run share its folder, and Ray has {num_nodes} nodes; give a folder that "
-            "all of them see, or train on one node"
-        )
+    """Train in a folder of this machine that is copied to the URL meanwhile; go on from what is there.
+
+    On several nodes rank 0's machine has that folder, and this one only what it needs to begin and to sum up.
+    """
     folder = local_folder(config.out)
-    here = checkpoint.latest_checkpoint(folder)
-    fetch_run(config.out, folder, "" if here is None else here.name)
+    _fetch(config.out, folder)
+    spread = engine.backend() == "ray" and engine.num_nodes() > 1
     try:
-        with RunMirror(config.out, folder, config.keep_checkpoints):
+        if spread:
+            return _at_url(_run_in(config, folder, report, config.out), config.out)
+        with RunMirror(config.out, folder, config.keep_checkpoints, config.keep_best):
             return _at_url(_run_in(config, folder, report), config.out)
     except Stopped as stopped:
         raise Stopped(str(stopped), _at_url(stopped.summary, config.out)) from None
+
+
+def _fetch(url: str, folder: Path) -> None:
+    here = checkpoint.latest_checkpoint(folder)
+    fetch_run(url, folder, "" if here is None else here.name)
 
 
 def _at_url(summary: TrainSummary, url: str) -> TrainSummary:
     return replace(summary, checkpoint=f"{url.rstrip('/')}/checkpoints/{Path(summary.checkpoint).name}")
 
 
-def _run_in(config: TrainConfig, folder: Path, report: Callable[[dict[str, Any]], None] | None = None) -> TrainSummary:
+def _run_in(
+    config: TrainConfig, folder: Path, report: Callable[[dict[str, Any]], None] | None = None, url: str = ""
+) -> TrainSummary:
+    """Args: url, of the run, where its ranks share no folder."""
     started = time.monotonic()
     recipe = make_recipe(config)
     inputs = source_inputs(config, recipe.needs)
@@ -129,7 +147,7 @@ def _run_in(config: TrainConfig, folder: Path, report: Callable[[dict[str, Any]]
     sys.stderr.write(f"train: {make_loader.index().describe()}\n")
     is_new = _make_folder(folder)
     with _alone(folder, is_new):
-        return _train(config, recipe, make_loader, folder, identity, inputs, report, started)
+        return _train(config, recipe, make_loader, folder, identity, inputs, report, started, url)
 
 
 def _train(
@@ -141,20 +159,38 @@ def _train(
     inputs: dict[str, tuple[str, str]],
     report: Callable[[dict[str, Any]], None] | None,
     started: float,
+    url: str,
 ) -> TrainSummary:
     tracker = _open_run(config, folder, identity, inputs, notices_of(recipe))
     for notice in notices_of(recipe):
         sys.stderr.write(f"kinema train: {notice}\n")
-    job = TrainJob(config, recipe, make_loader, folder, identity, tracker.handle)
+    # A database of this machine cannot be reached from the ranks' nodes: it gets the metrics at the end.
+    logs_here = bool(url) and tracking.sqlite_path(tracker.handle.uri) is not None
+    first_step = _newest_step(folder)
+    handle = None if logs_here else tracker.handle
+    job = TrainJob(config, recipe, make_loader, folder, identity, handle, url, make_loader.held_out)
+    if url:
+        RunMirror(url, folder, config.keep_checkpoints, config.keep_best).copy()  # run.json: rank 0 finds it there
     total = {"stage": "train", "steps": config.steps}
     on_progress = (lambda step, loss: report(total | {"step": step, "loss": loss})) if report else None
     status = "FAILED"
     try:
         finished = launch(job, on_progress)
         status = "KILLED" if finished.stopped else "FINISHED"
+        if url:
+            _fetch(url, folder)
+        for point in read_metrics(folder) if logs_here else []:
+            if point["step"] > first_step:
+                values = {name: math.nan if value is None else value for name, value in point.items() if name != "step"}
+                tracker.log_metrics(values, point["step"])
     finally:
         tracker.end(status)
     return _finish(finished, folder, config, started)
+
+
+def _newest_step(folder: Path) -> int:
+    newest = checkpoint.latest_checkpoint(folder)
+    return 0 if newest is None else int(checkpoint.read_meta(newest)["step"])
 
 
 def notices_of(recipe: Any) -> tuple[str, ...]:
@@ -176,7 +212,7 @@ def run_identity(config: TrainConfig, inputs: dict[str, tuple[str, str]]) -> dic
     # What is rendered is data, and known by its hash.
     kept = {name: value for name, value in kept.items() if not name.startswith(f"{RENDERED}.")}
     found = kept | {f"data.{name}": digest for name, (_, digest) in inputs.items()}
-    return json.loads(json.dumps(found))
+    return json.loads(json_text(found))
 
 
 def absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -207,7 +243,19 @@ def _check(config: TrainConfig, recipe: Any) -> None:
     if not config.out:
         raise ValueError("train.out is empty; name the run's folder: out=DIR")
     check_source(config, recipe.needs)
+    if config.measure_every and not hasattr(recipe, "measure"):
+        raise ValueError(
+            f"train.measure_every={config.measure_every}, but {config.model} has nothing to measure while it trains; "
+            "use measure_every=0, and `kinema evaluate` afterwards"
+        )
+    if config.measure_every and config.sharding != "none":
+        raise ValueError(
+            f"train.measure_every={config.measure_every}: one rank measures, which has a part of a sharded model only; "
+            "use measure_every=0 or sharding=none"
+        )
     rank_batch_size(config, config.num_workers)
+    if config.sharding == "full":
+        shard_units(recipe)
 
 
 @contextlib.contextmanager
@@ -269,7 +317,7 @@ def _open_run(
         "code_version": kinema.__version__,
     }
     temporary = folder / f".{RUN_FILE}.partial"
-    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    temporary.write_text(json_text(record, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, folder / RUN_FILE)
     return tracker
 

@@ -3,7 +3,7 @@
 RUN_URL/
     checkpoints.json          names and file sizes of the checkpoints that are whole; written after they are
     checkpoints/step_00000500/...
-    run.json, metrics.jsonl, pictures/
+    run.json, metrics.jsonl, measures.jsonl, pictures/
 
 A checkpoint counts only when checkpoints.json names it and its files have those sizes, so one whose copy was cut is
 never picked.
@@ -20,7 +20,7 @@ from pathlib import Path
 from kinema.pipelines.artifacts.layout import MANIFEST, RUN_FILE
 from kinema.pipelines.artifacts.object_store import ObjectStore
 from kinema.pipelines.artifacts.store import disk_full_is_clear, open_store
-from kinema.pipelines.train.meter import METRICS_FILE
+from kinema.pipelines.train.meter import MEASURES_FILE, METRICS_FILE
 
 WHOLE = "checkpoints.json"
 _COPY_BYTES = 8 << 20
@@ -80,8 +80,8 @@ def fetch_run(url: str, folder: Path, newest_here: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if newest:
         fetch_checkpoint(store, newest, folder)
-    if METRICS_FILE in store.sizes():
-        (folder / METRICS_FILE).write_bytes(store.read(METRICS_FILE))
+    for name in {METRICS_FILE, MEASURES_FILE} & set(store.sizes()):
+        (folder / name).write_bytes(store.read(name))
     (folder / RUN_FILE).write_bytes(record)
 
 

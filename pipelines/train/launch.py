@@ -1,13 +1,15 @@
 """From a job to its ranks: in this process, or on Ray Train with lost workers replaced.
 
-Ray Train only places the ranks, forms their process group and starts them again after a loss. Checkpoints, metrics
-and the request to stop travel through the run folder, which every rank and the driver can see.
+Ray Train only places the ranks, forms their process group and starts them again after a loss. Checkpoints and metrics
+lie in the run folder, which every rank and the driver can see, or, for a run in a bucket on several nodes, in a folder
+of rank 0's machine that is copied to the bucket; small messages take the same way or go through an actor (exchange.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -19,12 +21,15 @@ from typing import Any
 
 import torch
 
+from kinema.configs.json_text import json_text
 from kinema.pipelines import engine
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.progress import Progress
+from kinema.pipelines.train.exchange import ActorExchange, Exchange, FolderExchange
 from kinema.pipelines.train.loop import Finished, TrainJob, train_worker
 from kinema.pipelines.train.meter import PROGRESS_FILE
 from kinema.pipelines.train.parallel import Place
+from kinema.pipelines.train.rank_folder import rank_folder
 from kinema.pipelines.train.stop import CatchSignals, Stop
 
 # Files between driver and ranks, under RUN/_ranks; gone when the run ends.
@@ -76,8 +81,12 @@ def _on_ray(job: TrainJob, exchange: Path, follower: _Follower) -> Finished:
     # Ray Train watches its ranks every 2 s by default; a lost one should be noticed sooner.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    resources = engine.connect(worker_logs=False)
-    trainer = _trainer(job, exchange, resources)
+    config = job.config
+    needs = {"num_cpus": config.cpus_per_worker, "num_gpus": float(config.use_gpu == "yes")}
+    resources = engine.resources("ray", **needs, count=config.min_workers or config.num_workers)
+    messages: Exchange = ActorExchange() if job.url else FolderExchange(exchange)
+    trainer = _trainer(job, exchange, messages, resources)
+    follower.read = lambda: _read(messages, PROGRESS_FILE) if job.url else follower.from_file()
     failed: list[BaseException] = []
 
     def fit() -> None:
@@ -88,40 +97,42 @@ def _on_ray(job: TrainJob, exchange: Path, follower: _Follower) -> Finished:
 
     # In the main thread `fit` would install its own handler for SIGINT, which ends ranks without a checkpoint.
     thread = threading.Thread(target=fit, name="kinema-ray-train", daemon=True)
-    with CatchSignals(lambda name: _write(exchange / "stop", name)):
+    with CatchSignals(lambda name: messages.put("stop", name)):
         thread.start()
         follower.start()
         while thread.is_alive():
             thread.join(_POLL_S)
-    raised = _read(exchange / "failed.json")
+    raised = _read(messages, "failed.json")
     if raised:
         raise (ValueError if raised["kind"] == "ValueError" else StageError)(raised["message"])
-    finished = _read(exchange / "finished.json")
+    finished = _read(messages, "finished.json")
     if failed or finished is None:
         why = " ".join(str(failed[0]).split())[-500:] if failed else "no rank reported an end"
         raise StageError(f"training lost more workers than max_failures={job.config.max_failures} allows: {why}")
     return Finished(**finished)
 
 
-def _trainer(job: TrainJob, exchange: Path, resources: dict[str, float]) -> Any:
+def _trainer(job: TrainJob, exchange: Path, messages: Exchange, resources: dict[str, float]) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config = job.config
     gpu = use_gpu(config.use_gpu)
+    fewest = config.min_workers or config.num_workers
     for name, each in (("CPU", config.cpus_per_worker), ("GPU", float(gpu))):
-        if each * config.num_workers > resources.get(name, 0):
+        if each * fewest > resources.get(name, 0):
+            setting = "min_workers" if config.min_workers else "num_workers"
             raise ValueError(
-                f"train.num_workers={config.num_workers} with {each:g} {name} each needs "
-                f"{each * config.num_workers:g} {name}, Ray has {resources.get(name, 0):g}; use fewer workers or set "
-                "train.cpus_per_worker"
+                f"train.{setting}={fewest} with {each:g} {name} each needs {each * fewest:g} {name}, Ray has "
+                f"{resources.get(name, 0):g}; use fewer workers or set train.cpus_per_worker"
             )
+    ranks: Any = (fewest, config.num_workers) if config.min_workers else config.num_workers
     workers = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if gpu else {})
     return TorchTrainer(
         _rank_main,
-        train_loop_config={"job": job, "exchange": str(exchange)},
+        train_loop_config={"job": job, "messages": messages},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=gpu, resources_per_worker=workers),
+        scaling_config=ScalingConfig(num_workers=ranks, use_gpu=gpu, resources_per_worker=workers),
         run_config=RunConfig(
             # A name of its own: the run folder decides what is resumed, not Ray Train's memory of a name.
             name=f"{os.getpid()}-{time.time_ns()}",
@@ -136,37 +147,38 @@ def _rank_main(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    job, exchange = settings["job"], Path(settings["exchange"])
+    job, messages = settings["job"], settings["messages"]
     # A rank that failed for good fails again on any other worker: Ray Train's restart ends here.
-    if (exchange / "failed.json").exists():
+    if messages.get("failed.json") is not None:
         return
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
     place = Place(context.get_world_rank(), context.get_world_size(), device)
     try:
-        finished = train_worker(job, place, Stop(exchange / "stop"))
+        with rank_folder(job, place, messages) as own_job:
+            finished = train_worker(own_job, place, Stop(lambda: messages.get("stop")))
     except (OSError, RuntimeError) as error:
         # Among these are the other ranks' "connection closed by peer" when one is lost: worth another start.
         if isinstance(error, StageError | torch.OutOfMemoryError):
-            _report_failure(exchange, error)
+            _report_failure(messages, error)
         raise
     except Exception as error:
-        _report_failure(exchange, error)
+        _report_failure(messages, error)
         raise
     if place.rank == 0:
-        _write(exchange / "finished.json", json.dumps(dataclasses.asdict(finished)))
+        messages.put("finished.json", json_text(dataclasses.asdict(finished)))
 
 
-def _report_failure(exchange: Path, error: Exception) -> None:
+def _report_failure(messages: Exchange, error: Exception) -> None:
     known = isinstance(error, ValueError | StageError)
     message = str(error) if known else f"{type(error).__name__}: {error}"
     kind = "ValueError" if isinstance(error, ValueError) else "StageError"
-    _write(exchange / "failed.json", json.dumps({"kind": kind, "message": message}))
+    messages.put("failed.json", json_text({"kind": kind, "message": message}))
 
 
 class _Follower:
-    """Shows `progress.json` of the run as it changes, from a thread."""
+    """Shows rank 0's progress as it changes, from a thread."""
 
     def __init__(self, job: TrainJob, on_progress: Callable[[int, float], None] | None):
         self.path = job.run / PROGRESS_FILE
@@ -175,6 +187,11 @@ class _Follower:
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._follow, name="kinema-progress", daemon=True)
         self.shown = -1
+        self.read: Callable[[], dict[str, Any] | None] = self.from_file
+
+    def from_file(self) -> dict[str, Any] | None:
+        """What `progress.json` of the run says."""
+        return _read(FolderExchange(self.path.parent), self.path.name)
 
     def start(self) -> None:
         """Begin to follow."""
@@ -185,15 +202,16 @@ class _Follower:
             self._show()
 
     def _show(self) -> None:
-        found = _read(self.path)
+        found = self.read()
         if found is None or found["step"] == self.shown:
             return
         if self.shown < 0:
             self.progress.start_at(found["step"])
         self.shown = found["step"]
-        self.progress.update(self.shown, f"loss {found['loss']:.4g}")
+        loss = math.nan if found["loss"] is None else found["loss"]  # null stands for what is no number
+        self.progress.update(self.shown, f"loss {loss:.4g}")
         if self.on_progress:
-            self.on_progress(self.shown, found["loss"])
+            self.on_progress(self.shown, loss)
 
     def close(self) -> None:
         """Show the last state and end."""
@@ -205,15 +223,6 @@ class _Follower:
         sys.stderr.flush()
 
 
-def _write(path: Path, text: str) -> None:
-    """A small file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
+def _read(messages: Exchange, name: str) -> dict[str, Any] | None:
+    text = messages.get(name)
+    return None if text is None else json.loads(text)

@@ -24,9 +24,9 @@ from kinema.configs.load import to_mapping
 from kinema.configs.models.table import MODELS
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.pictures.images import write_png
-from kinema.pipelines.tracking import RunHandle, Tracker
+from kinema.pipelines.tracking import PENDING_FILE, RunHandle, Tracker
 from kinema.pipelines.train import checkpoint as checkpoints
-from kinema.pipelines.train.meter import MetricsFile, ProgressFile, StepSums, Window, memory_mb
+from kinema.pipelines.train.meter import MEASURES_FILE, MetricsFile, ProgressFile, StepSums, Window, memory_mb
 from kinema.pipelines.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from kinema.pipelines.train.parallel import (
     Place,
@@ -39,6 +39,7 @@ from kinema.pipelines.train.parallel import (
     without_sync,
 )
 from kinema.pipelines.train.recipes.protocol import Batch, Recipe, to_device
+from kinema.pipelines.train.sharded import load_parts, shard
 from kinema.pipelines.train.stop import Stop
 
 MAX_EMPTY_STEPS = 10
@@ -57,6 +58,10 @@ class TrainJob:
     """What a checkpoint must agree on to be continued: settings and hashes of the data."""
     tracking: RunHandle | None = None
     """MLflow run that rank 0 logs to."""
+    url: str = ""
+    """Where the run is kept, when its ranks share no folder: each then has its own `run`."""
+    held_out: Callable[[], Any] | None = None
+    """Called on rank 0 for the clips that `recipe.measure` looks at, where `config.measure_every` asks for it."""
 
 
 @dataclass(frozen=True)
@@ -94,19 +99,24 @@ def train_worker(job: TrainJob, place: Place, stop: Stop) -> Finished:
     """
     config, recipe = job.config, job.recipe
     state = _State.create(job, place)
-    parallel = replicate(recipe, state.module, place)
+    parallel = replicate(recipe, state.module, place, state.sharded)
     log = _Log(job, state) if place.rank == 0 else None
     # A stop is saved by a thread, at once, while the step that is under way goes on; see stop.py.
-    stop.watch(state.save if place.rank == 0 else lambda: None)
+    # A sharded one takes all ranks, and waits for the end of the step.
+    stop.watch(state.save if place.rank == 0 and not state.sharded else lambda: None)
     batches, batch = iter(state.loader), None
     started, first_step, empty_steps = time.perf_counter(), state.step, 0
     stopped = False
     try:
         while True:
             last = state.step >= config.steps
-            if log and batch is not None and (last or _due(state.step, config.pictures_every)):
-                log.pictures(state, batch)
-            if log and (last or stopped or _due(state.step, config.checkpoint_every)):
+            if batch is not None and (last or _due(state.step, config.pictures_every)) and (log or state.sharded):
+                made = state.pictures(batch)
+                if log:
+                    log.pictures(state, made)
+            if log and batch is not None and config.measure_every and (last or _due(state.step, config.measure_every)):
+                log.measure(state)
+            if (last or stopped or _due(state.step, config.checkpoint_every)) and (log or state.sharded):
                 state.save()
             if last or stopped:
                 break
@@ -159,6 +169,11 @@ class _State:
 
     def __init__(self, job: TrainJob, place: Place, module: nn.Module, loader: Any):
         self.job, self.place, self.module, self.loader = job, place, module, loader
+        # One rank alone holds everything, but writes what several can go on from.
+        self.in_parts = job.config.sharding == "full"
+        self.sharded = self.in_parts and place.world_size > 1
+        if self.sharded:
+            shard(job.recipe, module, place.device)
         self.optimizer = make_optimizer(module, job.config)
         self.window = Window()
         self.step, self.loss, self.saved_step = 0, math.nan, -1
@@ -166,6 +181,7 @@ class _State:
         self.lock = threading.Lock()
         self.started = time.perf_counter()
         self.steps_here = 0
+        self.losses_since: list[float] = []
 
     @classmethod
     def create(cls, job: TrainJob, place: Place) -> _State:
@@ -175,9 +191,10 @@ class _State:
         state = cls(job, place, module, job.make_loader(place))
         if place.rank == 0:
             checkpoints.sweep_partial(job.run)
-        newest = same_on_all_ranks(checkpoints.latest_checkpoint(job.run), place)
-        if newest is not None:
-            state.restore(newest)
+        newest = checkpoints.latest_checkpoint(job.run)
+        name = same_on_all_ranks("" if newest is None else newest.name, place)
+        if name:
+            state.restore(checkpoints.checkpoint_folder(job.run, name))
         return state
 
     def restore(self, folder: Path) -> None:
@@ -185,12 +202,16 @@ class _State:
         meta = checkpoints.read_meta(folder)
         refuse_other_identity(meta["identity"], self.job.identity, self.job.run)
         saved = checkpoints.read_state(folder)
-        self.module.load_state_dict(checkpoints.read_tensors(folder))
-        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.in_parts:
+            load_parts(folder, self.module, self.optimizer)
+        else:
+            self.module.load_state_dict(checkpoints.read_tensors(folder))
+            self.optimizer.load_state_dict(saved["optimizer"])
         self.window.load_state_dict(saved["window"])
         self.loader.load_state_dict(saved["loader"])
         self.position = saved["loader"]
-        self.step, self.loss, self.saved_step = meta["step"], meta["loss"], meta["step"]
+        self.step, self.saved_step = meta["step"], meta["step"]
+        self.loss = math.nan if meta["loss"] is None else meta["loss"]
 
     def update(self, means: dict[str, float], num_samples: float, wait_s: float) -> None:
         """One optimizer step and everything that moves with it."""
@@ -203,6 +224,7 @@ class _State:
         self.position = self.loader.state_dict()
         self.window.add(num_samples, means, wait_s)
         self.loss = means["loss"]
+        self.losses_since.append(self.loss)
         self.steps_here += 1
 
     def save(self) -> None:
@@ -211,23 +233,35 @@ class _State:
             if self.saved_step == self.step:
                 return
             state = {
-                "optimizer": self.optimizer.state_dict(),
                 "loader": self.position,
                 "window": self.window.state_dict(),
                 # Every step seeds its own generators from these two; there is no other state to keep.
                 "random": {"seed": self.job.config.seed, "step": self.step},
             }
-            checkpoints.save_checkpoint(
-                self.job.run, self.step, module_tensors(self.module), state, self.meta(),
-                keep=self.job.config.keep_checkpoints,
-            )  # fmt: skip
+            run, meta, config = self.job.run, self.meta(), self.job.config
+            kept = {"keep": config.keep_checkpoints, "best": config.keep_best}
+            if self.in_parts:
+                checkpoints.save_sharded_checkpoint(run, self.step, self.module, self.optimizer, state, meta, **kept)
+            else:
+                state["optimizer"] = self.optimizer.state_dict()
+                checkpoints.save_checkpoint(run, self.step, module_tensors(self.module), state, meta, **kept)
             self.saved_step = self.step
+            self.losses_since = []
+
+    def pictures(self, batch: Batch) -> dict[str, Any]:
+        """What the model sees and says."""
+        self.module.eval()
+        with torch.no_grad(), _autocast(self.job.config, self.place):
+            made = self.job.recipe.pictures(self.module, batch)
+        self.module.train()
+        return made
 
     def meta(self) -> dict[str, Any]:
         """What a reader of the checkpoint wants to know without loading it."""
         rate = self.steps_here * self.job.config.batch_size / max(time.perf_counter() - self.started, 1e-9)
         return {
             "loss": self.loss,
+            "mean_loss": sum(self.losses_since) / len(self.losses_since) if self.losses_since else None,
             "samples_per_second": rate,
             "identity": self.job.identity,
             "train_config": to_mapping(self.job.config),
@@ -254,8 +288,9 @@ class _Log:
     def __init__(self, job: TrainJob, state: _State):
         self.job = job
         self.metrics = MetricsFile(job.run, state.step)
+        self.measures = MetricsFile(job.run, state.step, MEASURES_FILE) if job.config.measure_every else None
         self.progress = ProgressFile(job.run)
-        self.tracker = Tracker.attach(job.tracking) if job.tracking else None
+        self.tracker = Tracker.attach(job.tracking, job.run / PENDING_FILE) if job.tracking else None
         state.window.started = time.perf_counter()
         self.batch_size = job.config.batch_size
         self.steps_before = state.window.steps
@@ -283,27 +318,38 @@ class _Log:
         return values
 
     def send(self, point: dict[str, float], step: int) -> None:
-        """A metric point to MLflow, which may take its time."""
+        """A metric point to MLflow; does not wait for it."""
         if self.tracker:
             self.tracker.log_metrics(point, step)
 
-    def pictures(self, state: _State, batch: Batch) -> None:
-        """What the model sees and says, as PNG in the run folder and in MLflow."""
-        state.module.eval()
-        with torch.no_grad(), _autocast(self.job.config, state.place):
-            made = self.job.recipe.pictures(state.module, batch)
-        state.module.train()
+    def pictures(self, state: _State, made: dict[str, Any]) -> None:
+        """Pictures as PNG in the run folder and in MLflow."""
         for name, picture in made.items():
             path = self.job.run / "pictures" / f"{name}_{state.step:08d}.png"
             write_png(path, picture)
             if self.tracker:
-                self.tracker.log_artifact(path, "pictures")
+                self.tracker.log_file_later(path, "pictures")
+
+    def measure(self, state: _State) -> None:
+        """What held-out clips say of the model, in measures.jsonl and in MLflow."""
+        if self.measures is None or self.job.held_out is None:
+            return
+        state.module.eval()
+        with torch.no_grad(), _autocast(self.job.config, state.place):
+            measured: Any = self.job.recipe  # `measure` is there only in some, as `_check` of train/ has seen
+            values = measured.measure(state.module, self.job.held_out())
+        state.module.train()
+        self.measures.write(state.step, values)
+        if self.tracker:
+            self.tracker.log_metrics(values, state.step)
 
     def close(self) -> None:
         """Flush everything; the driver ends the MLflow run."""
         self.metrics.close()
+        if self.measures:
+            self.measures.close()
         if self.tracker:
-            self.tracker.flush()
+            self.tracker.close()
 
 
 def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:

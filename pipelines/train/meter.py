@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -15,7 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kinema.configs.json_text import json_text
+
 METRICS_FILE = "metrics.jsonl"
+MEASURES_FILE = "measures.jsonl"
+"""What was measured on held-out clips, a line for each time."""
 PROGRESS_FILE = "progress.json"
 
 
@@ -97,10 +100,10 @@ def memory_mb(device: torch.device) -> dict[str, float]:
 class MetricsFile:
     """`metrics.jsonl` of a run, on rank 0; a resumed run drops the lines after the step it starts from."""
 
-    def __init__(self, run: Path, step: int):
-        self.path = run / METRICS_FILE
-        kept = [line for line in read_metrics(run) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+    def __init__(self, run: Path, step: int, name: str = METRICS_FILE):
+        self.path = run / name
+        kept = [line for line in read_metrics(run, name) if line["step"] <= step]
+        text = "".join(json_text(line) + "\n" for line in kept)
         temporary = self.path.with_suffix(".jsonl.partial")
         temporary.write_text(text)
         os.replace(temporary, self.path)
@@ -108,8 +111,7 @@ class MetricsFile:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one point; a value that is not finite is written as null."""
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.file.write(json_text({"step": step, **values}) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -117,9 +119,9 @@ class MetricsFile:
         self.file.close()
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: Path, name: str = METRICS_FILE) -> list[dict[str, Any]]:
     """All points of a run; a last line that was cut off by a kill is left out."""
-    path = Path(run) / METRICS_FILE
+    path = Path(run) / name
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
@@ -141,5 +143,5 @@ class ProgressFile:
             return
         self.written = now
         temporary = self.path.with_suffix(".partial")
-        temporary.write_text(json.dumps({"step": step, "loss": loss}))
+        temporary.write_text(json_text({"step": step, "loss": loss}))
         os.replace(temporary, self.path)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kinema.configs.json_text import json_text
 from kinema.pipelines.artifacts.layout import RUN_FILE
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.bucket_run import WHOLE, listed_checkpoints, run_store
-from kinema.pipelines.train.meter import METRICS_FILE
+from kinema.pipelines.train.meter import MEASURES_FILE, METRICS_FILE
 
 _EVERY_S = 5.0
 
@@ -24,8 +25,9 @@ class RunMirror:
     Losing the bucket meanwhile is said once and does not stop the training; only what is missing at the end does.
     """
 
-    def __init__(self, url: str, folder: Path, keep: int, every_s: float = _EVERY_S):
-        self.url, self.folder, self.keep, self.every_s = url, folder, keep, every_s
+    def __init__(self, url: str, folder: Path, keep: int, best: int = 0, every_s: float = _EVERY_S):
+        self.url, self.folder, self.keep, self.best, self.every_s = url, folder, keep, best, every_s
+        self._losses: dict[str, float] = {}
         self.store = run_store(url)
         self._sent: dict[str, Any] = {}
         self._ended = threading.Event()
@@ -71,21 +73,29 @@ class RunMirror:
                 continue  # the training has dropped it meanwhile
             listed[folder.name] = files
             self._list(listed)
-        old = sorted(listed)[: -self.keep]
+        old = checkpoint.to_drop(list(listed), self.keep, self.best, self._losses_of(listed))
         if old:
             dropped = {name: listed.pop(name) for name in old}
             self._list(listed)
             for name, files in dropped.items():
                 for file in files:
                     self.store.remove(f"checkpoints/{name}/{file}")
-        small = [self.folder / RUN_FILE, self.folder / METRICS_FILE, *sorted(self.folder.glob("pictures/*"))]
-        for path in small:
+        small = [self.folder / name for name in (RUN_FILE, METRICS_FILE, MEASURES_FILE)]
+        for path in (*small, *sorted(self.folder.glob("pictures/*"))):
             if path.is_file() and self._sent.get(path.name) != (state := _state(path)):
                 self.store.write(path.relative_to(self.folder).as_posix(), path.read_bytes())
                 self._sent[path.name] = state
 
+    def _losses_of(self, listed: Iterable[str]) -> dict[str, float]:
+        """Mean losses of the checkpoints in the bucket, by name, if they matter."""
+        for name in listed if self.best else ():
+            if name not in self._losses:
+                meta = json.loads(self.store.read(f"checkpoints/{name}/{checkpoint.META_FILE}"))
+                self._losses[name] = checkpoint.mean_loss(meta)
+        return self._losses
+
     def _list(self, listed: dict[str, dict[str, int]]) -> None:
-        self.store.write(WHOLE, json.dumps(listed, indent=2, sort_keys=True).encode())
+        self.store.write(WHOLE, json_text(listed, indent=2, sort_keys=True).encode())
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """Ranks: where a worker is, and how a recipe's module is replicated.
 
-The only place that knows DistributedDataParallel; a recipe that asks for sharded parameters gets its wrapping,
-its gradient norm and its full state dict here.
+The only place that knows DistributedDataParallel; what is sharded instead is so already (`sharded.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kinema.pipelines.train.batch_norm import synchronise_batch_norms
 from kinema.pipelines.train.recipes.protocol import Batch, Loss, Recipe
+from kinema.pipelines.train.sharded import whole_tensor
 
 T = TypeVar("T")
 
@@ -46,10 +46,10 @@ class LossModule(nn.Module):
         return loss.value, loss.num_samples, loss.metrics
 
 
-def replicate(recipe: Recipe, module: nn.Module, place: Place) -> nn.Module:
-    """The loss as a callable module whose gradients are averaged over ranks."""
+def replicate(recipe: Recipe, module: nn.Module, place: Place, sharded: bool = False) -> nn.Module:
+    """The loss as a callable module whose gradients are averaged over ranks. Args: sharded, whether they are anyway."""
     loss_module = LossModule(recipe, module)
-    if place.world_size == 1:
+    if place.world_size == 1 or sharded:
         return loss_module
     ids = [place.device.index] if place.device.type == "cuda" else None
     synchronise_batch_norms(module)
@@ -71,7 +71,7 @@ def scale_gradients(module: nn.Module, factor: float) -> None:
 
 def gradient_norm(module: nn.Module) -> Tensor:
     """Euclidean norm over all gradients, scalar."""
-    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    return whole_tensor(nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
 
 
 def module_tensors(module: nn.Module) -> Mapping[str, Tensor]:

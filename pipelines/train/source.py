@@ -32,8 +32,9 @@ class ClipLoader:
 
     def __call__(self, place: Place) -> Any:
         config = self.config
+        index: Any = self.index()  # a RenderedIndex answers what the loader asks of a ClipIndex
         return Loader(
-            self.index(),
+            index,
             self.recipe.read_sample,
             config.loader,
             batch_size=rank_batch_size(config, place.world_size),

@@ -1,4 +1,4 @@
-"""Stopping on request: a signal in this process, or a file written by the process that got the signal.
+"""Stopping on request: a signal in this process, or a message of the process that got the signal.
 
 `ray job stop` gives the driver SIGTERM and, three seconds later, SIGKILL. A training step may take longer, and
 Python runs signal handlers between byte codes only. So the signal arrives through a wake-up pipe in a thread of
@@ -12,7 +12,6 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -22,8 +21,9 @@ POLL_S = 0.2
 class Stop:
     """A request to end, with its reason. `watch` calls back once, in a thread, as soon as the request arrives."""
 
-    def __init__(self, file: Path | None = None):
-        self.file = file
+    def __init__(self, look: Callable[[], str | None] | None = None):
+        """Args: look, where somebody else's request is found: its reason, or None."""
+        self.look = look
         self.reason: str | None = None
         self._event = threading.Event()
         self._closed = threading.Event()
@@ -31,9 +31,9 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """Whether the run should end; looks at the file too."""
-        if not self._event.is_set() and self.file is not None and self.file.exists():
-            self.request(self.file.read_text().strip() or "stop file")
+        """Whether the run should end; looks for others' requests too."""
+        if not self._event.is_set() and self.look is not None and (reason := self.look()) is not None:
+            self.request(reason.strip() or "a request")
         return self._event.is_set()
 
     def request(self, reason: str) -> None:
@@ -50,7 +50,7 @@ class Stop:
                 if self.requested:
                     callback()
                     return
-                self._event.wait(POLL_S) if self.file is None else self._closed.wait(POLL_S)
+                self._event.wait(POLL_S) if self.look is None else self._closed.wait(POLL_S)
 
         self._thread = threading.Thread(target=wait, name="kinema-stop", daemon=True)
         self._thread.start()

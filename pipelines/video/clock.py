@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 _JITTER = 0.25  # of a slot; timestamps within it count as on the grid
+_NEAREST = 0.45  # of a slot; frames within it lie in their own slot and in no other
 _MAX_DENOMINATOR = 100_000
 FILLED_SLOTS = 4
 """Longest run of empty slots that is seen as lost frames rather than as a hole in the recording."""
@@ -74,6 +75,9 @@ def measure_clocks(
     steps = np.diff(pts)
     runs = _grid_runs(steps.astype(np.float64))
     runs = _at_joins(runs, steps, keyframes) if runs else None
+    steady = _jittered(pts, time_base, container_rates) if runs is None or len(runs) == 1 else None
+    if steady is not None:
+        return [(0, steady)]
     if runs is None:
         return [(0, _variable(pts, time_base, last_duration, container_rates))]
     clocks = []
@@ -95,8 +99,42 @@ def _constant(pts: Int64[np.ndarray, "N"], time_base: Fraction, rates: tuple[Fra
     uneven = np.abs(steps - interval).max()
     if deviation > max(1, _JITTER * interval) or uneven > max(1, 2 * _JITTER * interval) or steps.min() <= 0:
         return None
+    if deviation > max(1, 0.02 * interval) and len(pts) >= _WINDOW:  # the ends are as uneven as the rest
+        fps = _fitted_rate(*_fit(pts), len(pts), time_base, rates)
+        return Rate(fps, False, _rounding(steps, interval))
     measured = (Fraction(len(pts) - 1) / (span * time_base)).limit_denominator(1001)
     return Rate(_agreeing(rates, measured, max(1e-3, 2 / span)), False, _rounding(steps, interval))
+
+
+def _jittered(pts: Int64[np.ndarray, "N"], time_base: Fraction, rates: tuple[Fraction, ...]) -> Rate | None:
+    """The rate if every frame is nearer to its slot of one grid than to the next, however late or early it is.
+
+    Webcams and screen recorders stamp frames when they get them. Rates that really vary leave any grid soon, and
+    cadences have few steps that are nearly a slot long.
+    """
+    steps = np.diff(pts)
+    if len(pts) < _WINDOW or steps.min() <= 0:
+        return None
+    interval, deviation = _fit(pts)
+    if deviation > _NEAREST * interval or (np.abs(steps - interval) <= 0.2 * interval).mean() < 0.35:
+        return None
+    return Rate(_fitted_rate(interval, deviation, len(pts), time_base, rates), False, 0)
+
+
+def _fit(pts: Int64[np.ndarray, "N"]) -> tuple[float, float]:
+    """Ticks of a slot by least squares, and how far frames are off their slots at most."""
+    slots, offsets = np.arange(len(pts)), (pts - pts[0]).astype(np.float64)
+    interval, start = np.polyfit(slots, offsets, 1)
+    return float(interval), float(np.abs(offsets - start - interval * slots).max())
+
+
+def _fitted_rate(
+    interval: float, deviation: float, num_frames: int, time_base: Fraction, rates: tuple[Fraction, ...]
+) -> Fraction:
+    """The nearest of the stated and usual rates that agrees with a fit, else the fitted one."""
+    measured = (1 / (Fraction(interval).limit_denominator(10_000) * time_base)).limit_denominator(1001)
+    near = sorted((*rates, *_USUAL_RATES), key=lambda rate: abs(rate / measured - 1))[:1]
+    return _agreeing(tuple(near), measured, max(1e-3, 4 * deviation / interval / num_frames**1.5))
 
 
 def _rounding(steps: Int64[np.ndarray, "M"], interval: float) -> int:

@@ -18,6 +18,33 @@ class SeekableReader(Protocol):
         """Move as files do; returns the new position."""
 
 
+class _OwnPosition:
+    """A view of a reader that does not mind where others move it: several containers read one file in turn."""
+
+    def __init__(self, file: SeekableReader):
+        self._file, self._position = file, 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        self._file.seek(self._position)
+        data = self._file.read(size)
+        self._position += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        if whence == 1:
+            offset, whence = offset + self._position, 0
+        self._position = self._file.seek(offset, whence)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+
+def own_position(file: str | SeekableReader) -> str | SeekableReader:
+    """The same file for one more container, from its beginning."""
+    return file if isinstance(file, str) else _OwnPosition(file)
+
+
 def missing_end(file: SeekableReader, num_bytes: int) -> str | None:
     """What shows that the file ends too early, or None when nothing does.
 

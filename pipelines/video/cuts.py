@@ -34,6 +34,29 @@ _SAME_BRIGHTNESS = 16
 _BRIDGE = 3  # frames a flash or an occluder may span, counted from the frame before to the frame after
 
 
+class _QuickScore(ContentDetector):
+    """PySceneDetect's score in half the time: the same sums of differences, taken by OpenCV."""
+
+    _last_hsv: np.ndarray | None = None
+
+    def _calculate_frame_score(self, timecode: FrameTimecode, frame_img: np.ndarray) -> float:
+        hsv = cv2.cvtColor(frame_img, cv2.COLOR_BGR2HSV)
+        before, self._last_hsv = self._last_hsv, hsv
+        if before is None:
+            return 0.0
+        num_pixels = float(hsv.shape[0] * hsv.shape[1])
+        hue, saturation, value, _ = cv2.sumElems(cv2.absdiff(hsv, before))
+        return (hue / num_pixels + saturation / num_pixels + value / num_pixels) / 3.0
+
+
+class _Content(_QuickScore):
+    """ContentDetector."""
+
+
+class _Adaptive(AdaptiveDetector, _QuickScore):
+    """AdaptiveDetector, with the score above."""
+
+
 class CutDetector:
     """Feed every frame in order; `finish` returns where new shots start.
 
@@ -43,9 +66,9 @@ class CutDetector:
     def __init__(self, clip: ClipConfig):
         self._detector: ContentDetector | None = None
         if clip.cuts == "content":
-            self._detector = ContentDetector(threshold=clip.cut_threshold, min_scene_len=1)
+            self._detector = _Content(threshold=clip.cut_threshold, min_scene_len=1)
         elif clip.cuts == "adaptive":
-            self._detector = AdaptiveDetector(
+            self._detector = _Adaptive(
                 adaptive_threshold=_ADAPTIVE_RATIO,
                 min_content_val=clip.cut_threshold * _ADAPTIVE_CONTENT_SHARE,
                 min_scene_len=1,

@@ -13,14 +13,13 @@ from dataclasses import replace
 from fractions import Fraction
 
 import av
-import numpy as np
-from jaxtyping import Int64
 
-from kinema.pipelines.video.container_size import SeekableReader, is_whole
-from kinema.pipelines.video.copy import closed_groups, copy_clip
+from kinema.pipelines.video.container_size import SeekableReader, is_whole, own_position
+from kinema.pipelines.video.copy import ClosedGroups, PacketCopier, closed_groups
 from kinema.pipelines.video.decoded import Decoded
 from kinema.pipelines.video.deinterlace import deinterlaced
 from kinema.pipelines.video.errors import Corrupt, SourceError, Truncated, Undecodable
+from kinema.pipelines.video.joints import JointDecoder
 from kinema.pipelines.video.look import look_of
 from kinema.pipelines.video.order import in_order
 from kinema.pipelines.video.streams import choose_stream, need_codec
@@ -53,6 +52,9 @@ class VideoFile:
     def __init__(self, file: str | SeekableReader, cut: str | None = None, stream: int = -1, deinterlace: bool = True):
         self._stack = ExitStack()
         self._file, self._cut, self._wanted, self._deinterlace = file, cut, stream, deinterlace
+        self._skips_loop_filter = False
+        self._for_packets = ExitStack()
+        self._copier: PacketCopier | None = None
         self._open()
         self._formats = self._container.format.name.split(",")
         assert self._stream.time_base is not None  # FFmpeg gives one to every stream it reads
@@ -65,10 +67,9 @@ class VideoFile:
 
     def _open(self) -> None:
         self._stack.close()
-        if not isinstance(self._file, str):
-            self._file.seek(0)
+        file = own_position(self._file)
         try:
-            self._container = self._stack.enter_context(av.open(self._file, "r", metadata_errors="replace"))
+            self._container = self._stack.enter_context(av.open(file, "r", metadata_errors="replace"))
         except av.FFmpegError as error:
             if self._cut:
                 raise Truncated(f"{self._cut}; it does not open") from None
@@ -86,13 +87,19 @@ class VideoFile:
         self._stream = next(s for s in self._container.streams.video if s.index == self._wanted)
         need_codec(self._stream)
         self._stream.thread_count = 1
-        self._used = False
+        self._set_loop_filter()
+        self._used = self._moved = False
+
+    def _set_loop_filter(self) -> None:
+        if self._skips_loop_filter:
+            self._stream.codec_context.options = {"skip_loop_filter": "all"}
 
     def __enter__(self) -> VideoFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        self._for_packets.close()
 
     @property
     def format_name(self) -> str:
@@ -139,7 +146,7 @@ class VideoFile:
                 self._container.seek(from_pts, stream=self._stream, backward=True)
             except av.FFmpegError as error:
                 raise Corrupt(f"seeking to tick {from_pts} fails: {error.strerror}") from None
-        elif self._used:
+        elif self._used or self._moved:
             self._open()  # seeking back to the start is not exact in every container
         self._used = True
         decoded = self._with_pts(self._decoded(check_end=from_pts is None))
@@ -147,19 +154,37 @@ class VideoFile:
         placed = (replace(item, restarted=True) if restarted else item for item, restarted in ordered)
         yield from deinterlaced(placed) if self._deinterlace else placed
 
-    def closed_groups(self) -> Int64[np.ndarray, "G"] | None:
-        """Timestamps at which closed groups of pictures begin; None where packets cannot be taken over."""
+    def skip_loop_filter(self, skips: bool) -> None:
+        """Frames from now on lack what smoothes the borders of blocks: good for small pictures, a quarter cheaper."""
+        self._skips_loop_filter = skips
+        if self._used or not skips:
+            self._open()
+        else:
+            self._set_loop_filter()
+
+    def closed_groups(self) -> ClosedGroups | None:
+        """Where closed groups of pictures begin; None where packets cannot be taken over."""
         return closed_groups(self._file, self.stream_index)
 
     def copy(self, pts: Sequence[int], fps: Fraction) -> bytes:
         """An mp4 of the packets with these timestamps. Raises: Corrupt."""
-        return copy_clip(self._file, self.stream_index, pts, fps)
+        if self._copier is None and self._used:  # frames are read from this container: another one for packets
+            file = own_position(self._file)
+            container = self._for_packets.enter_context(av.open(file, "r", metadata_errors="replace"))
+            stream = next(s for s in container.streams.video if s.index == self.stream_index)
+            self._copier = PacketCopier(container, stream)
+        self._moved = True
+        return (self._copier or PacketCopier(self._container, self._stream)).clip(pts, fps)
 
     def _decoded(self, check_end: bool) -> Iterator[Decoded]:
         num_packets = num_frames = 0
         end_s = 0.0
         packets = self._container.demux()
         aspects = _PixelAspects(self)
+        decoder = JointDecoder(
+            self._stream.codec_context, self.time_base, self._nominal_step(), watches=self._starts_anywhere
+        )
+        part = good_in_part = 0
         flushed = False
         while not flushed:
             try:
@@ -173,21 +198,25 @@ class VideoFile:
                     if packet.stream_index != self._stream.index:
                         continue
                     num_packets += 1
-                frames = self._stream.codec_context.decode(packet)
+                frames = decoder.decode(packet)
             except av.FFmpegError as error:
                 raise self._damage(num_frames, num_packets, error) from None
             aspects.note(packet)
-            for frame in frames:
-                if frame.is_corrupt and num_frames == 0 and (self._starts_anywhere or not frame.key_frame):
+            for number, frame in frames:
+                if number != part:
+                    part, good_in_part = number, 0
+                if frame.is_corrupt and good_in_part == 0 and (self._starts_anywhere or not frame.key_frame):
                     self.num_dropped += check_end
                     continue
                 if frame.is_corrupt and self._cut:
                     raise Truncated(f"{self._cut}; {num_frames} good frames")
                 if frame.is_corrupt:
                     raise Corrupt(f"frame {num_frames} comes out damaged, after {num_frames} good frames")
-                num_frames += 1
-                yield Decoded(frame, look_of(frame, aspects.of_frame(frame.pts)), bool(frame.interlaced_frame))
+                num_frames, good_in_part = num_frames + 1, good_in_part + 1
+                look, restarted = look_of(frame, aspects.of_frame(frame.pts)), part > 0 and good_in_part == 1
+                yield Decoded(frame, look, bool(frame.interlaced_frame), restarted)
         if check_end:
+            self.num_dropped += decoder.num_lost
             self._check_end(num_packets, num_frames, end_s)
 
     def _damage(self, num_frames: int, num_packets: int, error: av.FFmpegError) -> SourceError:
@@ -199,7 +228,9 @@ class VideoFile:
         return Corrupt(f"{num_frames} good frames{declared}, then packet {num_packets - 1}: {error.strerror}")
 
     def _check_end(self, num_packets: int, num_frames: int, end_s: float) -> None:
-        indexed = self._indexed_end()
+        indexed = self._indexed_end() if num_packets <= self._stream.frames else None  # fragments have no index
+        if self._cut and self._cut.startswith("the moof box"):
+            indexed = None
         lacks_bytes = indexed is not None and indexed > self._container.size
         if self._cut and (lacks_bytes or indexed is None):
             raise Truncated(f"{self._cut}; {num_frames} good frames")
@@ -260,9 +291,18 @@ class _PixelAspects:
         stated = stream.sample_aspect_ratio
         self._fixed = bool(stated) and stated != self._of_codec()
         self._by_pts: dict[int, deque[Fraction]] = {}
+        self._raw = self._context.sample_aspect_ratio
+        self._believed = _believed(self._of_codec())
 
     def _of_codec(self) -> Fraction:
         return Fraction(self._context.sample_aspect_ratio or 1) or Fraction(1)
+
+    def _now(self) -> Fraction:
+        """Of the codec, as it is believed."""
+        raw = self._context.sample_aspect_ratio
+        if raw != self._raw:
+            self._raw, self._believed = raw, _believed(self._of_codec())
+        return self._believed
 
     def note(self, packet: av.Packet | None) -> None:
         """After each packet was decoded."""
@@ -270,7 +310,7 @@ class _PixelAspects:
             return
         if len(self._by_pts) > _PACKETS_HELD:
             self._by_pts.pop(next(iter(self._by_pts)))  # of a packet that shows no frame
-        self._by_pts.setdefault(packet.pts, deque()).append(_believed(self._of_codec()))
+        self._by_pts.setdefault(packet.pts, deque()).append(self._now())
 
     def of_frame(self, pts: int | None) -> Fraction:
         """Of a frame that came out by now; each is asked for once."""

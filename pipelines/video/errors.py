@@ -33,3 +33,7 @@ class Corrupt(SourceError):
 
 class TooShort(SourceError):
     """No shot has enough frames for a clip."""
+
+
+class TooMuchMemory(SourceError):
+    """Decoding asks for more memory than a source may have."""

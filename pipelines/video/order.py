@@ -19,6 +19,10 @@ class Timed(Protocol):
     def frame(self) -> av.VideoFrame:
         """The frame."""
 
+    @property
+    def restarted(self) -> bool:
+        """Whether it is known that the clock starts anew here."""
+
 
 T = TypeVar("T", bound=Timed)
 
@@ -36,7 +40,7 @@ def in_order(items: Iterable[T], usual_step: int) -> Iterator[tuple[T, bool]]:
     restarted = False
     for count, item in enumerate(items):
         pts = _pts(item)
-        if held and _restarts(item.frame, held, last, usual_step):
+        if held and (item.restarted or _restarts(item.frame, held, last, usual_step)):
             while held:
                 yield heapq.heappop(held)[2], restarted
                 restarted = False

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import av
 import numpy as np
-from av.sidedata.sidedata import SideDataContainer, Type
+from av.sidedata.sidedata import Type
+
+from kinema.pipelines.video.side_data import side_data
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def orientation_of(frame: av.VideoFrame) -> Orientation:
 
     Angles between quarter turns are rounded to the nearest one.
     """
-    for data in cast(SideDataContainer, frame.side_data):  # PyAV's stubs name its element here
+    for data in side_data(frame):
         if data.type == Type.DISPLAYMATRIX:
             return orientation_of_matrix(np.frombuffer(bytes(data), np.int32)[:9])
     return Orientation()

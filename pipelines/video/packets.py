@@ -44,7 +44,8 @@ def packet_table(mp4: bytes) -> PacketTable:
     size: list[int] = []
     pts: list[int] = []
     keyframe: list[bool] = []
-    with av.open(io.BytesIO(mp4), "r", format="mp4") as container:
+    # the index says all: nothing has to be decoded to find out what the streams are
+    with av.open(io.BytesIO(mp4), "r", format="mp4", options={"probesize": "32"}) as container:
         stream = container.streams.video[0]
         for packet in container.demux(stream):
             if packet.size == 0:

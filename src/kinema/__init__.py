@@ -5,7 +5,7 @@
     kinema.shard(videos="videos", out="clips")                        # stages, with the settings of the command line
     kinema.teach(clips="clips", teacher="dis")
     clips = kinema.open("clips", flow="flow/dis")                     # artifacts: iterate, index by key, arrays
-    clips[0].frames, clips[0].flow(0, 1)
+    clips[0].frames(), clips[0].flow(0, 1)
     model = kinema.load_model("raft_small", weights="raft-small.pth") # a name, a run, a registry address
     flow = kinema.predict_flow(image1, image2, model)
 
@@ -22,34 +22,38 @@ if TYPE_CHECKING:
     from kinema.pipelines.api import (
         embed,
         evaluate,
+        list_models,
         load_model,
-        models,
         open,
         predict_features,
         predict_flow,
         register,
         run,
+        search,
         shard,
         teach,
         track,
         train,
+        transfer,
     )
 
 __all__ = [
     "__version__",
     "embed",
     "evaluate",
+    "list_models",
     "load_model",
-    "models",
     "open",
     "predict_features",
     "predict_flow",
     "register",
     "run",
+    "search",
     "shard",
     "teach",
     "track",
     "train",
+    "transfer",
 ]
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kinema.configs import STAGES, WorkflowConfig, build, config_hash, load_stage, resolve_config_path
-from kinema.configs.describe import describe, field_docs
+from kinema.configs.describe import describe, field_docs, key_names
+from kinema.configs.required import COMMON, REQUIRED
 
 CONFIGS = sorted(p.name for p in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -75,12 +76,35 @@ def test_every_packaged_config_loads_for_every_stage(name):
         assert isinstance(load_stage(stage, name), schema)
 
 
+def test_the_experiment_of_a_workflow_is_that_of_its_stages(tmp_path):
+    for stage in ("train", "evaluate"):
+        assert load_stage(stage, "demo.yaml").experiment == "kinema-demo"
+        assert load_stage(stage, "demo.yaml", ["experiment=mine"]).experiment == "mine"
+    own = tmp_path / "own.yaml"
+    own.write_text("experiment: all\ntrain: {experiment: own}\n")
+    assert load_stage("train", str(own)).experiment == "own", "what a section says itself stays"
+    assert load_stage("evaluate", str(own)).experiment == "all"
+
+
 def test_every_field_is_described():
     for schema in STAGES.values():
         text = describe(schema)
         for line in text.splitlines():
             assert line.strip(), f"{schema.__name__}: a field has no docstring"
     assert set(field_docs(WorkflowConfig)) == {f.name for f in dataclasses.fields(WorkflowConfig)}
+
+
+def test_help_has_what_is_often_set_before_the_rest():
+    for stage, keys in COMMON.items():
+        lines = describe(STAGES[stage], REQUIRED[stage], keys).splitlines()
+        shown = [line.strip().partition("=")[0] for line in lines if re.match(r"  [a-z_.0-9]+=", line)]
+        assert set(keys) <= set(key_names(STAGES[stage])), f"{stage}: {set(keys) - set(key_names(STAGES[stage]))}"
+        assert sorted(shown) == sorted(key_names(STAGES[stage])), "every key is there, once"
+        assert set(shown[: len(REQUIRED[stage])]) == set(REQUIRED[stage])
+        if "  rarely set:" in lines:
+            before = "\n".join(lines[: lines.index("  rarely set:")])
+            assert all(f"  {key}=" in before for key in (*REQUIRED[stage], *keys))
+    assert "  rarely set:" in describe(STAGES["train"], REQUIRED["train"], COMMON["train"])
 
 
 def test_every_field_is_read_somewhere():

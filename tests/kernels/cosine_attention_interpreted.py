@@ -1,8 +1,9 @@
 """Runs the Triton kernels of cosine attention in Triton's interpreter, on the CPU; prints one JSON object per case.
 
 In a process of its own, since an out-of-bounds read there is a segmentation fault, and since the interpreter has to be
-chosen before Triton is imported. With "cuda" as argument the same cases run compiled, on a GPU. With "compile" the
-reference goes through torch.compile and torch.export instead, away from the tests' import hook, which breaks graphs.
+chosen before Triton is imported. With "more" as argument it runs the shapes that the ordinary tests leave out, with
+"cuda" all cases compiled, on a GPU. With "compile" the reference goes through torch.compile and torch.export instead,
+away from the tests' import hook, which breaks graphs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 
 MODE = sys.argv[1] if len(sys.argv) > 1 else "interpreter"
 DEVICE = "cuda" if MODE == "cuda" else "cpu"
-if MODE == "interpreter":
+if MODE in ("interpreter", "more"):
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
@@ -24,30 +25,33 @@ from kinema.kernels.cosine_attention import cosine_attention, why_not_triton  # 
 
 torch.set_num_threads(1)
 
-# pattern, N, M, head size, angles, dtype, layout
+# pattern, N, M, head size, angles, dtype, layout: each pattern, dtype and layout, odd sizes, more than one block.
 SHAPES = [
-    ("full", 1, 1, 32, 16, "float32", "heads last"),
     ("full", 7, 63, 64, 32, "float32", "packed"),
-    ("full", 63, 7, 72, 18, "float32", "contiguous"),
-    ("full", 127, 1, 96, 48, "float32", "heads last"),
     ("full", 7, 70, 128, 64, "float16", "contiguous"),
-    ("full", 70, 63, 72, 18, "bfloat16", "packed"),
     ("full", 7, 7, 34, 5, "float32", "columns first"),
     ("causal", 1, 1, 64, None, "float32", "contiguous"),
-    ("causal", 7, 7, 32, 16, "float16", "packed"),
-    ("causal", 127, 127, 64, 24, "float32", "heads last"),
     ("causal", 63, 63, 80, 0, "bfloat16", "contiguous"),
     (("query-causal", 7), 28, 28, 64, 32, "float32", "packed"),
-    (("query-causal", 40), 160, 160, 64, 32, "float32", "heads last"),
-    (("query-causal", 63), 126, 126, 32, 8, "float16", "contiguous"),
     (("query-causal", 9), 36, 36, 64, 32, "bfloat16", "heads last"),
-    (("query-causal", 2), 130, 130, 48, 12, "float32", "columns first"),
     (("query-causal", 7), 7, 7, 64, 32, "float32", "contiguous"),
     (("query-inference", 1), 8, 8, 64, 32, "float32", "packed"),
     (("query-inference", 33), 70, 70, 96, 40, "float16", "heads last"),
+    (("query-inference", 7), 7, 7, 32, 16, "float32", "contiguous"),
+]
+# Not in the ordinary run.
+MORE_SHAPES = [
+    ("full", 1, 1, 32, 16, "float32", "heads last"),
+    ("full", 63, 7, 72, 18, "float32", "contiguous"),
+    ("full", 127, 1, 96, 48, "float32", "heads last"),
+    ("full", 70, 63, 72, 18, "bfloat16", "packed"),
+    ("causal", 7, 7, 32, 16, "float16", "packed"),
+    ("causal", 127, 127, 64, 24, "float32", "heads last"),
+    (("query-causal", 40), 160, 160, 64, 32, "float32", "heads last"),
+    (("query-causal", 63), 126, 126, 32, 8, "float16", "contiguous"),
+    (("query-causal", 2), 130, 130, 48, 12, "float32", "columns first"),
     (("query-inference", 63), 64, 64, 64, 32, "float32", "contiguous"),
     (("query-inference", 5), 70, 70, 72, 18, "bfloat16", "packed"),
-    (("query-inference", 7), 7, 7, 32, 16, "float32", "contiguous"),
 ]
 # Nobody sees anything but itself: the output is v, and q, k and the scale have no influence.
 ALONE = [(("query-causal", 1), 4, 4, 64, 32), (("query-inference", 0), 7, 7, 64, 32), ("causal", 1, 1, 32, 16)]
@@ -103,8 +107,8 @@ def errors(found: list[Tensor], right: list[Tensor]) -> dict[str, float]:
     return rows
 
 
-def accuracy() -> Iterator[dict]:
-    for shape in SHAPES:
+def accuracy(shapes: list[tuple]) -> Iterator[dict]:
+    for shape in shapes:
         for batch in (2, 1) if shape[1] < 10 else (1,):
             case = inputs(*shape, batch=batch)
             found = results(case, "triton")
@@ -143,7 +147,10 @@ def poison() -> None:
 
 
 def repeated() -> dict:
-    case = inputs(("query-causal", 40), 160, 160, 64, 32, "float32", "heads last")
+    """Of more rows and keys than one block holds."""
+    num_pokes, batch = (40, 2) if DEVICE == "cuda" else (20, 1)
+    length = 4 * num_pokes
+    case = inputs(("query-causal", num_pokes), length, length, 64, 32, "float32", "heads last", batch)
     once, twice = results(case, "triton"), results(case, "triton")
     return {"case": "same bytes twice", "same": all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))}
 
@@ -243,13 +250,18 @@ def wrong_arguments() -> Iterator[dict]:
         yield {"case": f"wrong {name}", "raised": raised}
 
 
+def more_cases() -> Iterator[dict]:
+    poison()
+    yield from accuracy(MORE_SHAPES)
+
+
 def all_cases() -> Iterator[dict]:
     yield operator_checks() if DEVICE == "cpu" else {"case": "opcheck", "forward": {}, "backward": {}}
     yield compiled_kernel()
     yield from refusals()
     yield from wrong_arguments()
     poison()
-    yield from accuracy()
+    yield from accuracy(SHAPES + MORE_SHAPES if DEVICE == "cuda" else SHAPES)
     yield from alone()
     yield repeated()
     yield broadcast_gradient()
@@ -279,5 +291,5 @@ def compiled_and_exported() -> Iterator[dict]:
 
 
 if __name__ == "__main__":
-    for row in compiled_and_exported() if MODE == "compile" else all_cases():
+    for row in {"compile": compiled_and_exported, "more": more_cases}.get(MODE, all_cases)():
         print(json.dumps(row), flush=True)

@@ -32,6 +32,7 @@ from tests.kernels.correlation_lookup_interpreted import (
     TOLERANCES,
     case_name,
     interpreted_cases,
+    quick_cases,
     relative_errors,
 )
 
@@ -346,21 +347,39 @@ def test_free_memory_is_no_more_than_the_machine_has():
 @pytest.fixture(scope="module")
 def interpreted():
     """What the kernels' source gives in the interpreter, by case name."""
+    return _run_script()
+
+
+def _run_script(*arguments):
     pytest.importorskip("triton", reason="triton has no wheel for this platform")
     script = Path(__file__).with_name("correlation_lookup_interpreted.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=280)
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
-@pytest.mark.parametrize("case", interpreted_cases(), ids=case_name)
-def test_kernels_in_the_interpreter_are_as_precise_as_their_dtype(interpreted, case):
-    """Results and gradients; memory that a kernel left unwritten would be nan."""
-    errors = interpreted[case_name(case)]
+def _assert_precise(errors, case):
     assert len(errors) == 2 + case[0][6]
     assert all(error < TOLERANCES[case[1]] for error in errors.values()), errors
     assert errors["result"] < 1e-5
+
+
+@pytest.mark.parametrize("case", quick_cases(), ids=case_name)
+def test_kernels_in_the_interpreter_are_as_precise_as_their_dtype(interpreted, case):
+    """Results and gradients; memory that a kernel left unwritten would be nan."""
+    _assert_precise(interpreted[case_name(case)], case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(660)
+def test_so_are_they_on_every_other_shape():
+    found = _run_script("more")
+    others = [case for case in interpreted_cases() if case not in quick_cases()]
+    assert len(found) == len(others) >= 25
+    for case in others:
+        _assert_precise(found[case_name(case)], case)
 
 
 def test_kernels_in_the_interpreter_keep_the_contract(interpreted):

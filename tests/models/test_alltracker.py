@@ -115,29 +115,42 @@ def test_one_window_equals_the_published_network(name, num_frames, iters, networ
         reference.check(key, value, **TOLERANCE)
 
 
-def test_windows_equal_the_published_network_in_both_calls(network, fill, golden):
-    reference, video = golden("alltracker__s0_t27_72x104"), _video(fill, 1, 27, 72, 104)
-    begins, begin = [], network._begin
+@pytest.fixture
+def begins(network):
+    """What every window of the network starts from, once it was called."""
+    kept, begin = [], network._begin
 
-    def kept(*arguments):
-        begins.append(begin(*arguments))
-        return begins[-1]
+    def keeping(*arguments):
+        kept.append(begin(*arguments))
+        return kept[-1]
 
-    network._begin = kept
-    with torch.no_grad():
-        whole = network(video, iters=2)
-        reference.check("window2_flow_start", begins[1][0], **TOLERANCE)
-        reference.check("window2_visconf_start", begins[1][1], **TOLERANCE)
-        begins.clear()
-        sliding = network.sliding(video, iters=2)
+    network._begin = keeping
+    yield kept
     del network._begin
+
+
+@pytest.mark.slow
+def test_windows_equal_the_published_network(network, begins, fill, golden):
+    reference = golden("alltracker__s0_t27_72x104")
+    with torch.no_grad():
+        found = network(_video(fill, 1, 27, 72, 104), iters=2)
+    reference.check("window2_flow_start", begins[1][0], **TOLERANCE)
+    reference.check("window2_visconf_start", begins[1][1], **TOLERANCE)
+    reference.check("flow", found.flow, **TOLERANCE)
+    reference.check("visconf", found.visconf, **TOLERANCE)
+
+
+@pytest.mark.slow  # windows of 8 frames: test_parts_equal_the_published_ones
+def test_sliding_windows_equal_the_published_network(network, begins, fill, golden):
+    reference = golden("alltracker__s0_t27_72x104")
+    with torch.no_grad():
+        found = network.sliding(_video(fill, 1, 27, 72, 104), iters=2)
     reference.check("sliding_window3_flow_start", begins[2][0], **TOLERANCE)
     # The second window starts from the second half of the first one's end.
     half = torch.from_numpy(reference.data["window1_flow_end"]).view(16, 2, 16, 16)[8:]
     assert (begins[1][0][:8] - half).abs().max() < 2e-5
-    for prefix, found in (("", whole), ("sliding_", sliding)):
-        reference.check(f"{prefix}flow", found.flow, **TOLERANCE)
-        reference.check(f"{prefix}visconf", found.visconf, **TOLERANCE)
+    reference.check("sliding_flow", found.flow, **TOLERANCE)
+    reference.check("sliding_visconf", found.visconf, **TOLERANCE)
 
 
 def test_parts_equal_the_published_ones(network, fill, golden):

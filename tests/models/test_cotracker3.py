@@ -134,7 +134,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# Each kind in the ordinary run: queries and backward in one, a grid and a mask in the other.
+REPEATED = ("queries", "grid5_frame3_backward")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in REPEATED)) for c in CASES])
 def test_predictor_equals_the_published_one(case, filled, fill, golden):
     model, reference = filled(resolution=(96, 128)), golden("cotracker3_predictor__s0_t8")
     video, queries = _video(fill, 0, 1, 8, 80, 112), _queries(fill, 0, 1, 5, 8, 80, 112)
@@ -147,7 +151,7 @@ def test_predictor_equals_the_published_one(case, filled, fill, golden):
     assert found.confidence.shape == found.visible.shape
 
 
-@pytest.mark.parametrize("name", ["joint", "single"])
+@pytest.mark.parametrize("name", ["joint", pytest.param("single", marks=pytest.mark.slow)])
 def test_benchmark_tracker_equals_the_published_wrapper(name, filled, fill, golden):
     model, reference = filled(resolution=(96, 128)), golden(f"cotracker3_evaluation__s0_{name}")
     video, queries = _video(fill, 0, 1, 8, 80, 112)[0] / 255, _queries(fill, 0, 1, 3, 8, 80, 112)[0]

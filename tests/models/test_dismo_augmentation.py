@@ -95,6 +95,8 @@ def test_targets_follow_their_probabilities_and_their_seed():
     assert (shares - offset_probabilities(torch.arange(17) / 24)).abs().max() < 0.02 and shares[0] == 0
     assert len(shares) == 17
     assert draw_target(times, 5, 4 / 6, torch.Generator().manual_seed(0)) - 5 == drawn[0]
+    further = [draw_target(times, 5, 4 / 6, generator, rate_per_s=1.5) - 5 for _ in range(500)]
+    assert np.mean(further) > 1.5 * np.mean(drawn)
     assert draw_target(times, 39, 4 / 6, generator) == 39
 
 

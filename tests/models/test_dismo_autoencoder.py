@@ -64,5 +64,8 @@ def test_pixels_there_and_back():
     frames = latent.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
     torch.testing.assert_close(autoencoder.encode(frames), latent)
     assert autoencoder.decode(latent).shape == frames.shape
+    louder = load_autoencoder("pixels", pixels_per_latent=4, pixel_gain=2.0)
+    torch.testing.assert_close(louder.encode(frames), 2 * latent)
+    torch.testing.assert_close(louder.decode(2 * latent), autoencoder.decode(latent))
     with pytest.raises(ValueError, match="not tiled"):
         autoencoder.encode(frames[:, :-1])

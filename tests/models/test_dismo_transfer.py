@@ -142,7 +142,7 @@ def test_adapters_load_without_the_base(tiny):
     tiny.load_adapter({**state, "motion_extractor.proj.weight": torch.zeros(1)})
     assert all((value == 0.5).all() for value in tiny.adapter_state().values())
     name = next(iter(state))
-    with pytest.raises(ValueError, match=f"1 keys are missing.*{name}"):
+    with pytest.raises(ValueError, match=f"missing: {name}"):
         tiny.load_adapter({k: v for k, v in state.items() if k != name})
-    with pytest.raises(ValueError, match="1 are not known.*other"):
+    with pytest.raises(ValueError, match="unexpected: other"):
         tiny.load_adapter({**state, "other": torch.zeros(1)})

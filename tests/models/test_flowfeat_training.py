@@ -49,6 +49,22 @@ def module(fill, manifest):
     return module
 
 
+@pytest.fixture(scope="module")
+def whole(module, inputs):
+    """Losses of the golden step, and the gradient of one weight."""
+    module.zero_grad()
+    losses = module.training_losses(*inputs)
+    losses.total.backward()
+    return losses, module.decoder.scratch.output_conv1[2].weight.grad.clone()
+
+
+@pytest.fixture(scope="module")
+def alone(module, inputs):
+    """Losses of its first sample."""
+    with torch.no_grad():
+        return module.training_losses(*(value[:1] for value in inputs))
+
+
 def test_checkpoint_keys_equal_published_training_runs(module, manifest, assert_state_matches):
     assert_state_matches(module, manifest("flowfeat_train_dinov2_vits14"))
 
@@ -100,9 +116,8 @@ def test_gradient_reaches_the_trained_decoder_only(module, inputs):
 
 
 @pytest.mark.parametrize("broken", ["constant", "constant_px", "constant_v", "nan", "infinite"])
-def test_sample_without_a_defined_loss_is_left_out(module, inputs, broken):
+def test_sample_without_a_defined_loss_is_left_out(module, inputs, alone, broken):
     frame, teacher, params1, params2 = inputs
-    alone = module.training_losses(frame[:1], teacher[:1], params1[:1], params2[:1])
     teacher = teacher.clone()
     if broken == "constant":
         teacher[1] = 0.25
@@ -295,18 +310,15 @@ def test_equal_confidence_changes_nothing_and_pixels_without_any_do_not_count(mo
 
 
 @pytest.mark.parametrize("pixels", [1000, 112 * 112, 3 * 112 * 112], ids=["part", "sample", "batch"])
-def test_step_does_not_depend_on_the_pieces(module, inputs, monkeypatch, pixels):
+def test_step_does_not_depend_on_the_pieces(module, inputs, whole, monkeypatch, pixels):
     """Pieces smaller than a sample, of a sample, and of several samples."""
-    module.zero_grad()
-    whole = module.training_losses(*inputs)
-    whole.total.backward()
+    losses, gradient = whole
     weight = module.decoder.scratch.output_conv1[2].weight
-    gradient = weight.grad.clone()
     monkeypatch.setattr("kinema.models.flowfeat.training.PIXELS_PER_PIECE", {"cpu": pixels})
     module.zero_grad()
     pieces = module.training_losses(*inputs)
     pieces.total.backward()
-    torch.testing.assert_close(pieces.student_flow, whole.student_flow, rtol=0, atol=1e-4)
+    torch.testing.assert_close(pieces.student_flow, losses.student_flow, rtol=0, atol=1e-4)
     torch.testing.assert_close(weight.grad, gradient, rtol=0, atol=1e-2 * gradient.abs().max().item())
 
 

@@ -26,7 +26,10 @@ def load(entry, **options):
     return torch.hub.load(str(REPO_ROOT), entry, source="local", **options)
 
 
-@pytest.mark.parametrize(("name", "facts"), BACKBONES.items())
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [pytest.param(*item, marks=[pytest.mark.slow] * ("vitl14" in item[0])) for item in BACKBONES.items()],
+)
 @torch.no_grad()
 def test_backbones(name, facts):
     patch, width, prefix = facts

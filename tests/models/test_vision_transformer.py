@@ -25,7 +25,9 @@ def small() -> VisionTransformer:
     return vision_transformer("dino_vits16")
 
 
-@pytest.mark.parametrize("name", GOLDENS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("vitl14" in name)) for name in GOLDENS]
+)
 @torch.no_grad()
 def test_tokens_equal_the_published_networks(name, golden, manifest, fill, normalised_image, assert_state_matches):
     reference = golden(name)

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import sys
 
 import pytest
 
@@ -19,3 +20,12 @@ def ray_session():
     yield ray
     ray.shutdown()
     os.environ.update(saved)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of injected faults, after chaos tests."""
+    chaos = sys.modules.get("chaos")
+    if chaos is not None and chaos.ROWS:
+        terminalreporter.section("injected faults")
+        for line in chaos.table():
+            terminalreporter.write_line(line)

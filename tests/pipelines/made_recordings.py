@@ -92,6 +92,8 @@ def draw_recording(seed: int, folder: Path) -> Recording:
             if _macroblocks(part, turn) == _macroblocks(parts[-1], turn):  # and the cropping of the first header
                 part.size, part.pixel_aspect = parts[-1].size, parts[-1].pixel_aspect
         part.interlaced &= stored_size(part, turn)[1] % 4 == 0  # x264 refuses others
+        if codec == "mpeg2video" and parts and _macroblocks(part, turn)[1] % 2:
+            part.interlaced = parts[0].interlaced  # nor does it keep that frame where fields need another row of blocks
         part.start = start
         start += (part.slots[-1] + 1) / part.fps
         parts.append(part)

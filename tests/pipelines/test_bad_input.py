@@ -289,7 +289,12 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on_later(made, kinema
 # Ray alone may need some minutes to start on a loaded machine.
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("number", "engine"), [(signal.SIGINT, "serial"), (signal.SIGTERM, "serial"), (signal.SIGTERM, "ray")]
+    ("number", "engine"),
+    [
+        (signal.SIGINT, "serial"),
+        (signal.SIGTERM, "serial"),
+        pytest.param(signal.SIGTERM, "ray", marks=pytest.mark.slow),  # a Ray of its own for one command
+    ],
 )
 def test_a_stopped_shard_says_so_and_the_rerun_finishes(tmp_path, number, engine):
     for name in "abcdefgh":

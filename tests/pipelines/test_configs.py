@@ -1,13 +1,16 @@
 """Every packaged workflow file trains: two steps with its recipe on a tiny rendered scene."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from kinema.configs import load_stage
+from kinema.models.backbones.vision_transformer import CONFIGS as ENCODERS
 from kinema.pipelines import train
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow, write_scene_tracks
+from tests.tiny_video_model import HEIGHT, WIDTH, write_dismo_run
 
 CONFIGS = sorted(p.name for p in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -22,8 +25,20 @@ def scene_data(tmp_path_factory):
     return folder
 
 
-def tiny_settings(config):
+@pytest.fixture(autouse=True)
+def narrow_encoders(monkeypatch):
+    """Encoders of 22 and 86 M weights, and decoders as wide, are built by the models' own tests."""
+    for name in ("dinov2_vits14", "dinov2_vitb14"):
+        monkeypatch.setitem(ENCODERS, name, dataclasses.replace(ENCODERS[name], width=32, num_heads=2))
+
+
+def tiny_settings(config, tmp_path, request):
     """Overrides under which the config's model trains on one small scene."""
+    if config.model == "cogvideox5b_i2v_large":
+        base = request.getfixturevalue("tiny_video_base")
+        small = {"base": base, "extractor": write_dismo_run(tmp_path / "dismo"), "rank": 4, "d_cond": 16, "fps": 24.0}
+        small |= {"num_frames": 9, "height": HEIGHT, "width": WIDTH, "sample_steps": 1}
+        return {"precision": "fp32"} | {f"transfer.{key}": value for key, value in small.items()}
     if config.model == "flowfeat":
         patch = 14 if "dinov2" in config.settings.variant else 16
         return {"flowfeat.resize": 4 * patch, "flowfeat.crop": 2 * patch, "flowfeat.backbone_weights": ""}
@@ -53,7 +68,7 @@ def tiny_settings(config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_steps_with_every_packaged_config(name, scene_data, tmp_path, monkeypatch):
+def test_two_steps_with_every_packaged_config(name, scene_data, tmp_path, monkeypatch, request):
     monkeypatch.setenv("KINEMA_ENGINE", "serial")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     tiny = {
@@ -65,7 +80,7 @@ def test_two_steps_with_every_packaged_config(name, scene_data, tmp_path, monkey
         "batch_size": 2,
         "num_workers": 1,
         "loader.num_workers": 0,
-        **tiny_settings(load_stage("train", name)),
+        **tiny_settings(load_stage("train", name), tmp_path, request),
     }
     config = load_stage("train", name, [f"{key}={value}" for key, value in tiny.items()])
     summary = train.run(config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +23,33 @@ from kinema.pipelines.train import checkpoint, load_model
 from kinema.pipelines.train.recipes.choose import make_recipe
 
 
-@pytest.fixture(autouse=True)
-def tiny_model(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def tiny_model():
     """A ViT of width 32 in place of DINO S/16, in this process, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setitem(CONFIGS, "dino_vits16", dataclasses.replace(CONFIGS["dino_vits16"], width=32, num_heads=2))
-    monkeypatch.setenv("KINEMA_ENGINE", "serial")
-    yield
+    small = dataclasses.replace(CONFIGS["dino_vits16"], width=32, num_heads=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, "dino_vits16", small)
+        patch.setenv("KINEMA_ENGINE", "serial")
+        yield
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def made(tiny_model, tmp_path_factory) -> Path:
+    """`run` and `clips` as every test gets them."""
+    folder = tmp_path_factory.mktemp("made")
+    make_run(folder / "run", seed=0)
+    scenes = [Scene(seed, height=48, width=64, num_frames=5) for seed in range(5)]
+    write_scene_clips(scenes, folder / "clips", clips_per_shard=2)
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path) -> Path:
+def run(made, tmp_path) -> Path:
     """A run with a checkpoint of an untrained model."""
-    return make_run(tmp_path / "run", seed=0)
+    return shutil.copytree(made / "run", tmp_path / "run")
 
 
 def make_run(folder: Path, seed: int) -> Path:
@@ -49,9 +62,8 @@ def make_run(folder: Path, seed: int) -> Path:
 
 
 @pytest.fixture
-def clips(tmp_path) -> Artifact:
-    scenes = [Scene(seed, height=48, width=64, num_frames=5) for seed in range(5)]
-    return write_scene_clips(scenes, tmp_path / "clips", clips_per_shard=2)
+def clips(made, tmp_path) -> Artifact:
+    return Artifact.read(shutil.copytree(made / "clips", tmp_path / "clips"))
 
 
 def config(source: Artifact, run: Path, folder: Path, **changes) -> EmbedConfig:

@@ -38,7 +38,7 @@ class Multiplier:
 def test_an_exception_is_a_failure_with_its_reason_and_place(backend, request):
     if backend == "ray":
         request.getfixturevalue("ray_session")
-    outcomes = dict(run_tasks(square_or_fail, range(5), engine=backend, num_cpus=0.5))
+    outcomes = dict(run_tasks(square_or_fail, range(5), engine=backend))
     failure = outcomes.pop(3)
     assert outcomes == {i: Result(i * i) for i in (0, 1, 2, 4)}
     assert (failure.kind, failure.error_class, failure.message) == ("error", "ValueError", "three is not allowed")
@@ -69,7 +69,7 @@ def test_what_concerns_the_run_stops_it(backend, request):
     if backend == "ray":
         request.getfixturevalue("ray_session")
     with pytest.raises(StageError, match="disk full while writing x"):
-        list(run_tasks(full_disk, [1, 2], engine=backend, num_cpus=0.5))
+        list(run_tasks(full_disk, [1, 2], engine=backend))
     with pytest.raises(ValueError, match="raft needs weights="):
         list(run_on_actors(no_weights, [1, 2], num_actors=2, num_cpus=0.5, engine=backend))
 
@@ -105,7 +105,7 @@ def sleep_if_odd(item: int) -> int:
 
 def test_a_task_that_takes_too_long_is_ended(ray_session):
     started = time.monotonic()
-    outcomes = dict(run_tasks(sleep_if_odd, [0, 1], num_cpus=0.5, retries=0, timeout_s=1.0))
+    outcomes = dict(run_tasks(sleep_if_odd, [0, 1], retries=0, timeout_s=1.0))
     assert outcomes[0] == Result(0)
     assert (outcomes[1].kind, outcomes[1].message) == ("timeout", "took longer than 1 s")
     assert time.monotonic() - started < 30
@@ -200,3 +200,16 @@ def test_a_local_ray_that_does_not_start_is_tried_again_and_leaves_nothing(monke
     with pytest.raises(StageError, match="is the machine overloaded.*timed out during startup"):
         ray_start._init("local", {}, num_cpus=1)
     assert not psutil.pid_exists(left[-1].pid)
+
+
+def test_a_lost_node_is_not_held_against_the_item():
+    """It is tried again beyond its retries, but not for ever: it may be what takes the nodes down."""
+    lost, crash = (Failure("crash", name, "m") for name in ("NodeLost", "WorkerCrashed"))
+    one, tries = engine._Try("item"), 0
+    while (again := one.after(lost, retries=0)) is not None:
+        one, tries = again, tries + 1
+    assert tries == 8 and one.attempt == 1
+    assert engine._Try("item").after(crash, retries=1) == engine._Try("item", attempt=2)
+    assert engine._Try("item", attempt=2).after(crash, retries=1) is None
+    assert engine._Try("item").after(Failure("error", "ValueError", "m"), 3) is None
+    assert engine._Try("item").after(Result(1), 3) is None

@@ -134,6 +134,7 @@ def test_raft_small_on_kitti(published, shared_data):
     assert published.padding == "sintel"
 
 
+@pytest.mark.slow
 def test_raft_small_on_sintel(published, shared_data):
     seen, flows = [], []
     recording = published.register_forward_hook(lambda _network, _args, flow: flows.append(flow[0].numpy()))

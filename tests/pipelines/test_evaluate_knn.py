@@ -12,10 +12,11 @@ from kinema.configs.load import to_mapping
 from kinema.pipelines.evaluate import stage
 from kinema.pipelines.evaluate.knn.embedders import flow_histogram
 from kinema.pipelines.evaluate.knn.neighbours import knn_accuracy
-from kinema.pipelines.evaluate.knn.videos import find_labelled, read_video
+from kinema.pipelines.evaluate.knn.videos import find_labelled
 from kinema.pipelines.scenes.motion_classes import LABELS, MOTIONS, MotionClip, motion_clips
 from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.recipes.choose import make_recipe
+from kinema.pipelines.video.at_rate import read_video
 
 
 def clip(motion="right", seed=3, **options):
@@ -154,7 +155,7 @@ def run(tmp_path_factory):
 def test_the_table(run, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     rendered = stage.run(
-        EvaluateConfig(model=str(run), benchmark="knn", data="scenes", knn=KNNConfig(num_videos=16, k=3))
+        EvaluateConfig(model=str(run), benchmark="knn", data="scenes", knn=KNNConfig(num_videos=8, k=3))
     )
     for label in LABELS:
         chance = rendered.metrics[f"knn_{label}_chance"]

@@ -139,7 +139,7 @@ def test_an_exact_model_errs_less_with_every_poke_and_is_calibrated(exact):
     assert (summary["samples"], summary["queries"]) == (300, 8)
 
 
-@pytest.mark.parametrize(("sharper", "side"), [(2.0, -1), (0.5, 1)])
+@pytest.mark.parametrize(("sharper", "side"), [(2.0, -1), pytest.param(0.5, 1, marks=pytest.mark.slow)])
 def test_a_model_that_is_too_sure_or_too_unsure_is_seen_as_such(samples, exact, sharper, side):
     other = scores_of(RigidParts(quarters, sharper), samples)
     assert other.summary["calibration_error"] > 0.25

@@ -381,6 +381,7 @@ def test_leaving_without_close_does_not_hang(packed):
     assert program.returncode == 0 and "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_program_is_killed(packed):
     program, started = start_script(packed, sleep_s=100)
     program.kill()

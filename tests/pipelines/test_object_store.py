@@ -1,10 +1,13 @@
 """Artifacts in a bucket, on a server that is slow, refuses, hangs up and cuts: same bytes, or one clear line."""
 
 import hashlib
+import random
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import fsspec
 import pyarrow as pa
 import pytest
 
@@ -69,7 +72,7 @@ def test_a_server_that_hangs_is_left_and_asked_again(s3, monkeypatch):
 
 def test_the_total_time_is_bounded_and_the_end_is_one_line_without_secrets(s3, monkeypatch, capsys):
     open_store("s3://kinema/x").write("a", b"abc")
-    monkeypatch.setenv("KINEMA_STORE_TIMEOUT_S", "3")
+    monkeypatch.setenv("KINEMA_STORE_TIMEOUT_S", "1")
     monkeypatch.setattr(remote, "_SAY_AFTER_S", 0.0)
     monkeypatch.setattr(remote, "_said_at", float("-inf"))  # said at most every half minute in a process
     s3.add("503", 1000, "^GET /kinema/x/a")
@@ -168,3 +171,52 @@ def test_secrets_are_taken_out_of_any_text(monkeypatch):
     text = f"GET https://h/x?X-Amz-Credential=a%2Fb&X-Amz-Signature=0ff&y=1 with {SECRET} by http://u:pw@host/"
     cleaned = remote.without_secrets(text)
     assert SECRET not in cleaned and "0ff" not in cleaned and "pw" not in cleaned and "&y=1" in cleaned
+
+
+def test_retries_draw_from_no_generator_that_training_uses(s3):
+    """Copies of a run and fetches of shards run beside training steps, whose numbers must not depend on the store."""
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    s3.add("500", 3)
+    open_store("s3://kinema/r").write("a", b"x")
+    assert s3.queue == [] and random.random() == expected
+
+
+def test_sources_in_a_bucket_are_asked_for_again_and_a_refused_one_is_quarantined(s3, tmp_path, monkeypatch):
+    """Listing, hashing, tars and lists go through the same retries; what the store denies costs that file."""
+    import tarfile
+
+    from kinema.pipelines.shard.media import Source, content_hash, open_bytes, read_all
+    from kinema.pipelines.shard.sources import find_sources
+    from kinema.pipelines.video.errors import Missing
+    from kinema.pipelines.workflow import listing_hash, source_listing
+
+    files = fsspec.filesystem("s3")
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        (tmp_path / "x.mp4").write_bytes(b"x" * 1000)
+        tar.add(tmp_path / "x.mp4", "x.mp4")
+    files.put_file(str(tmp_path / "t.tar"), "kinema/v/t.tar")
+    files.pipe_file("kinema/v/a.mp4", b"a" * 1000)
+    for fault in ("500", "503", "500"):
+        s3.add(fault)
+    found = find_sources("s3://kinema/v")
+    assert [source.id for source in found.sources] == ["a.mp4", "t.tar/x.mp4"] and not found.missing
+    calm = [content_hash(source) for source in found.sources]
+    for fault, where in (("500", "GET"), ("cut", "GET"), ("503", "GET"), ("cut", "GET")):
+        s3.add(fault, where=where)
+    assert [content_hash(source) for source in found.sources] == calm
+    assert s3.queue == []
+    s3.add("500", 2)
+    assert read_all("s3://kinema/v/a.mp4") == b"a" * 1000 and open_bytes("s3://kinema/v/a.mp4").read(3) == b"aaa"
+    s3.add("503", 2)
+    assert len(source_listing("s3://kinema/v")) == 2 and len(listing_hash("s3://kinema/v")) == 32
+    with pytest.raises(Missing):
+        content_hash(Source("gone.mp4", "s3://kinema/v/gone.mp4"))
+
+    def denied(*_: object, **__: object) -> int:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(remote, "filesystem", lambda url: (SimpleNamespace(size=denied), url))
+    with pytest.raises(Missing, match="access denied"):
+        content_hash(Source("a.mp4", "s3://kinema/v/a.mp4"))

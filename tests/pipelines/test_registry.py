@@ -109,6 +109,12 @@ def test_only_a_better_version_becomes_champion(store, tmp_path, monkeypatch):
     assert [s.version for s in (one, equal, unknown, better)] == [1, 2, 3, 4]
     assert [s.champion for s in (one, equal, unknown, better)] == [True, False, False, True]
     assert equal.uri == "models:/contest@candidate" and better.champion_before == 1
+    client = tracking.open_client(store)
+    said = [client.get_model_version("contest", str(number)).description for number in (1, 2, 3, 4)]
+    assert "Champion: a 1, no other to beat." in said[0]
+    assert "Candidate: a 1, version 1 has 1; version 1 stays champion." in said[1]
+    assert "Candidate: not evaluated, unlike version 1; version 1 stays champion." in said[2]
+    assert "Champion: a 1.5, version 1 has 1." in said[3] and said[3].startswith("**FlowFeat**")
     lower = registry.run(RegisterConfig(model=str(runs[0]), higher_is_better=False, **name))
     assert (lower.version, lower.champion) == (1, True)
     aliases = tracking.open_client(store).get_registered_model("contest").aliases
@@ -351,7 +357,9 @@ def test_a_version_says_what_it_is_and_belongs_to_its_run(store, first):
     assert [spec.name for spec in info.signature.params.params] == ["outputs", "pooled", "stride", "dtype"]
 
 
-@pytest.mark.parametrize("name", ["raft_small", "sea_raft_s", "cotracker3", "fpt_tiny"])
+@pytest.mark.parametrize(
+    "name", ["raft_small", "fpt_tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sea_raft_s", "cotracker3"))]
+)
 def test_networks_of_the_table_register_by_name(store, tmp_path, name):
     """Weights from a file; what comes back equals the network, code and all."""
     row = named_row(name)

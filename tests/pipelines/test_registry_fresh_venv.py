@@ -20,6 +20,7 @@ from PIL import Image
 
 from kinema.configs import (
     ClipConfig,
+    DisMoConfig,
     FlowFeatConfig,
     FlowNetworkConfig,
     FPTConfig,
@@ -69,6 +70,9 @@ names = ("image", "poke_pos", "poke_flow", "query_pos")
 found = pokes.predict({{name: given[name] for name in names}}, params={{"camera_static": False}})
 flow = mlflow.pyfunc.load_model("models:/kinema-raft-small@champion")
 found["flow"] = flow.predict({{"image1": given["image1"], "image2": given["image2"]}}, params={{"iters": 3}})["flow"]
+assert all(importlib.util.find_spec(n) is None for n in ("diffusers", "transformers"))
+motion = mlflow.pyfunc.load_model("models:/kinema-dismo@champion")
+found["motion"] = motion.predict({{"video": given["video"]}})["motion"]
 numpy.savez("{out}", **found)
 """
 
@@ -83,7 +87,7 @@ for images in (
     try:
         model.predict(images)
         print("accepted")
-    except ValueError as error:
+    except (ValueError, mlflow.MlflowException) as error:
         print(error)
 """
 
@@ -251,13 +255,18 @@ def test_predict_gives_the_trainers_features(consumer, registered, tmp_path):
     assert worst <= 1e-6
 
 
-def test_pokes_and_flow_are_the_trainers(consumer, registered, tmp_path, monkeypatch):
-    """A Flow Poke Transformer and RAFT-small, registered beside the features."""
+def test_pokes_flow_and_motion_are_the_trainers(consumer, registered, tmp_path, monkeypatch):
+    """A Flow Poke Transformer, RAFT-small and DisMo's motion extractor, registered beside the features."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registered[1])
     monkeypatch.chdir(registered[0].parent)
     rng = np.random.default_rng(1)
     runs = {}
-    for model, settings in (("fpt", FPTConfig(preset="fpt_nano", image_px=48)), ("raft_small", FlowNetworkConfig())):
+    small = {
+        "fpt": FPTConfig(preset="fpt_nano", image_px=48),
+        "raft_small": FlowNetworkConfig(),
+        "dismo": DisMoConfig(preset="dismo_tiny", autoencoder="pixels", pixels_per_latent=4, frame_px=32),
+    }
+    for model, settings in small.items():
         config = TrainConfig(model=model, settings=settings)
         recipe = make_recipe(config)
         module = recipe.build()
@@ -275,6 +284,7 @@ def test_pokes_and_flow_are_the_trainers(consumer, registered, tmp_path, monkeyp
         "query_pos": rng.random((5, 2)),
         "image1": rng.random((1, 128, 144, 3)).astype(np.float32),
         "image2": rng.random((1, 128, 144, 3)).astype(np.float32),
+        "video": rng.integers(0, 256, (1, 11, 40, 56, 3), dtype=np.uint8),
     }
     np.savez(tmp_path / "inputs.npz", **inputs)
     consumer(OTHERS.format(inputs=tmp_path / "inputs.npz", out=tmp_path / "out.npz"))
@@ -286,9 +296,11 @@ def test_pokes_and_flow_are_the_trainers(consumer, registered, tmp_path, monkeyp
         seen = poker.embed_image(torch.from_numpy(inputs["image"]).permute(0, 3, 1, 2).float() / 127.5 - 1)
         mixture = poker.predict_parallel(pos, flow, query, False, seen)
         expected = train.load_model(runs["raft_small"])(first, second, iters=3)
+        motion = train.load_model(runs["dismo"]).forward_sliding(torch.from_numpy(inputs["video"]))
     np.testing.assert_allclose(found["means"], mixture.loc, atol=1e-5)
     np.testing.assert_allclose(found["weights"], mixture.weights, atol=1e-5)
     np.testing.assert_allclose(found["flow"], expected, atol=1e-3, rtol=1e-4)
+    np.testing.assert_allclose(found["motion"], motion, atol=1e-4)
 
 
 def test_images_that_cannot_be_meant_are_refused_in_words(consumer):
@@ -302,7 +314,7 @@ def test_images_that_cannot_be_meant_are_refused_in_words(consumer):
         "float images are in 255..255; give 0..1",
         "float images are in nan..nan; give 0..1",
         "image 'image.png' is no base64 of a PNG or JPEG",
-        "images are NoneType; give uint8",
+        "Failed to enforce schema of data 'None'",  # MLflow's own word: the model is not asked
     ]
     assert len(lines) == len(wanted)
     assert all(line.startswith(start) for line, start in zip(lines, wanted, strict=True)), lines

@@ -85,7 +85,10 @@ def undisturbed(videos) -> dict[str, str]:
     return tree(out)
 
 
-@pytest.mark.parametrize("moment", [4, 13, 22])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("moment", [pytest.param(4, marks=SLOW), pytest.param(13, marks=SLOW), 22])
 def test_killed_before_a_file_becomes_visible(videos, undisturbed, tmp_path, moment):
     """While scanning, before the plan, while building."""
     out = tmp_path / "clips"

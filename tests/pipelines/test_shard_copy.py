@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tarfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from kinema.pipelines.shard import ShardSummary, run
 from kinema.pipelines.video.packets import decode_gop, group_of_frame, to_rgb
 
 sys.path.insert(0, str(Path(__file__).parent))
-from made_videos import decode, numbered, set_display_matrix
+from made_videos import decode, numbered, set_display_matrix, write_video
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +96,51 @@ def test_what_does_not_qualify_is_encoded(tmp_path, why):
     summary, rows = copied(tmp_path / "v", tmp_path / "out", **clip)
     assert (summary.copied, summary.quarantined) == (0, 0)
     assert {row["codec"] for row in rows} == {"h264"} and sum(row["num_frames"] for row in rows) == 60
+
+
+def test_motion_of_copied_clips_is_that_of_encoded_ones(tmp_path):
+    """It is sampled: three frames of every group, at the same small size."""
+    numbered(tmp_path / "v" / "still.mp4", 48, **H264)
+    numbered(tmp_path / "v" / "moving.mp4", 48, speed=2, **H264)
+    _, taken = copied(tmp_path / "v", tmp_path / "taken")
+    _, encoded = copied(tmp_path / "v", tmp_path / "encoded", codec="h264", preset="ultrafast")
+    scores = [{row["source"]: row["motion_score"] for row in rows} for rows in (taken, encoded)]
+    assert scores[0]["moving.mp4"] == pytest.approx(scores[1]["moving.mp4"], rel=0.3)
+    assert scores[0]["still.mp4"] < 0.6 * scores[0]["moving.mp4"]  # the number in its corner changes
+
+
+def test_clips_are_taken_out_of_a_tar(tmp_path):
+    """A member is read through one open file by several containers."""
+    path = numbered(tmp_path / "a.mp4", 60, speed=1, **H264)
+    (tmp_path / "v").mkdir()
+    with tarfile.open(tmp_path / "v" / "x.tar", "w") as tar:
+        tar.add(path, "a.mp4")
+        tar.add(path, "b.mp4")
+    summary, rows = copied(tmp_path / "v", tmp_path / "out")
+    assert (summary.copied, summary.clips, summary.quarantined) == (4, 4, 0)
+    shown = [picture for row in rows[:2] for picture in decode(row["mp4"])]
+    np.testing.assert_array_equal(np.stack(shown), np.stack(source_pictures(path)))
+
+
+def test_damage_between_keyframes_is_seen_although_nothing_is_encoded(tmp_path):
+    path = numbered(tmp_path / "v" / "a.mp4", 60, speed=3, **H264)
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size, p.is_keyframe) for p in container.demux(video=0) if p.size]
+    at, size, _ = max((p for p in packets[24:] if not p[2]), key=lambda p: p[1])
+    data = bytearray(path.read_bytes())
+    data[at + 8 : at + size] = bytes((255 * (i % 3 == 0)) for i in range(size - 8))
+    path.write_bytes(bytes(data))
+    summary, rows = copied(tmp_path / "v", tmp_path / "out")
+    assert (summary.quarantined, rows) == (1, [])
+
+
+def test_a_shot_that_begins_inside_of_a_group_is_encoded_and_the_others_are_taken(tmp_path):
+    """The quick look is thrown away then: clips that are encoded are checked against whole pictures."""
+    path = tmp_path / "v" / "a.mp4"
+    frames = [np.full((96, 128, 3), 30 if i < 18 else 220, np.uint8) for i in range(36)]
+    for number, frame in enumerate(frames):
+        frame[20:80, 20 + number % 12 : 60 + number % 12] = 255 - frame[0, 0]
+    write_video(path, frames, options={"g": "12", "sc_threshold": "0", "bf": "0", "preset": "veryfast"})
+    summary, rows = copied(tmp_path / "v", tmp_path / "out", cuts="content", min_frames=2)
+    assert [row["num_frames"] for row in rows] == [18, 18]
+    assert summary.copied == 0 and summary.quarantined == 0

@@ -101,6 +101,10 @@ def test_listing_a_tar_takes_time_in_proportion_to_its_members(tmp_path):
         ("g.jsonl", '{"video": "v/a.mp4", "label": 0}\nnonsense\n{"video": "v/b.mp4", "label": NaN}\n', [0, None]),
         ("h.json", '[{"path": "v/a.mp4", "label": 2}, {"path": "v/b.mp4", "label": 3}]', [2, 3]),
         ("i.csv", "name,label\nv/a.mp4,0\nv/b.mp4,1\n", ["0", "1"]),
+        ("j.json", '{"v/a.mp4": {"label": 2}, "v/b.mp4": 3}', [2, 3]),
+        ("k.json", '{"licence": "x", "clips": [{"file": "v/a.mp4"}, {"file": "v/b.mp4", "label": 1}]}', [None, 1]),
+        ("l.txt", "ffconcat version 1.0\nfile 'v/a.mp4'\nduration 2\nfile v/b.mp4\n", [None, None]),
+        ("m.txt", "v\\a.mp4 4\nv\\b.mp4 5\n", [4, 5]),
     ],
 )
 def test_lists_in_the_forms_people_use(tmp_path, video, name, text, expected):

@@ -23,7 +23,8 @@ import fcntl, json, os, socket, struct, subprocess, sys, time, urllib.request
 plain = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 fcntl.ioctl(plain, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))
 head = ["start", "--head", "--port=6399", "--num-cpus=3", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-        "--dashboard-port=8299", "--disable-usage-stats", "--object-store-memory=200000000", "--temp-dir", sys.argv[1]]
+        "--dashboard-port=8299", "--disable-usage-stats", "--metrics-export-port=8298",
+        "--object-store-memory=200000000", "--temp-dir", sys.argv[1]]
 ray = os.path.join(os.path.dirname(sys.executable), "ray")
 subprocess.run([ray, *head], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 for _ in range(120):
@@ -41,6 +42,14 @@ def run(command):
 for kind, *command in json.loads(sys.argv[2]):
     if kind == "ray":  # a job of Ray's own client
         results.append(run([*job, "submit", *where, *command]))
+    elif kind == "metrics":  # lines of Ray's Prometheus endpoint that begin so, as soon as there are some
+        for _ in range(60):
+            text = urllib.request.urlopen("http://127.0.0.1:8298/metrics").read().decode()
+            lines = [line for line in text.splitlines() if line.startswith(command[0])]
+            if lines:
+                break
+            time.sleep(1)
+        results.append({"status": 0, "out": "\\n".join(lines), "err": ""})
     elif kind == "kinema":
         results.append(run([sys.executable, "-m", "kinema.pipelines.cli", *command]))
     else:  # a job that is stopped as soon as its log has what `kind` says
@@ -96,6 +105,7 @@ def two_films(folder: Path) -> Path:
 
 
 @NO_NAMESPACE
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_shard_and_two_worker_training_as_jobs(tmp_path):
     """Results come back as of the stage itself; runs are logged beside out=; workers' warnings are the driver's."""

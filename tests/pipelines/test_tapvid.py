@@ -295,6 +295,7 @@ def test_command_evaluates_chain_on_rendered_scenes(monkeypatch):
     assert metrics["tapvid_pts_within_2"] > 0.8 and metrics["tapvid_occlusion_accuracy"] > 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tracking_store")
 def test_command_evaluates_cotracker3(tmp_path):
     """Points that hardly move, and a network that leaves every point where it was given."""

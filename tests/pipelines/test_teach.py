@@ -585,7 +585,7 @@ def random_weights(name: str, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["sea_raft_s", "smurf", "waft"])
+@pytest.mark.parametrize("name", ["sea_raft_s", "smurf", pytest.param("waft", marks=pytest.mark.slow)])
 def test_other_networks_teach_what_they_say_directly(tmp_path, name):
     write_clips(tmp_path / "clips", {0: ["turn.mp4"]})
     weights = random_weights(name, tmp_path / "weights.pth")

@@ -40,7 +40,7 @@ def frame_folders(flow: Path, target: Path) -> dict[str, Path]:
     return truth
 
 
-@pytest.mark.parametrize("iters", [12, 24, 32])
+@pytest.mark.parametrize("iters", [12, 24, pytest.param(32, marks=pytest.mark.slow)])
 def test_error_of_stored_flow_is_the_published_one(shared_data, tmp_path, monkeypatch, iters):
     monkeypatch.setenv("KINEMA_ENGINE", "serial")
     truth = frame_folders(shared_data / "flow", tmp_path / "frames")

@@ -98,6 +98,7 @@ def test_two_runs_give_equal_bytes_and_a_third_computes_nothing(data, tmp_path, 
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
+@pytest.mark.slow  # actors at work are in the ordinary run with `teach`
 def test_ray_actors_write_the_same_bytes(data, tmp_path, monkeypatch, ray_session):
     track.run(config(data, tmp_path / "calm"))
     monkeypatch.setenv("KINEMA_ENGINE", "ray")
@@ -255,7 +256,7 @@ def cotracker_weights(tmp_path_factory, fill, manifest) -> Path:
     return path
 
 
-def test_cotracker3_stores_what_the_network_gives(data, tmp_path, cotracker_weights):
+def test_cotracker3_stores_what_the_network_gives(data, tmp_path, cotracker_weights, capfd):
     from kinema.models.tracks.cotracker3.network import cotracker3
     from kinema.models.tracks.cotracker3.predictor import CoTracker3Predictor
 
@@ -275,6 +276,8 @@ def test_cotracker3_stores_what_the_network_gives(data, tmp_path, cotracker_weig
     assert np.abs(found.points_px - expected.tracks.numpy()).max() <= 1 / 128 + 1e-3
     np.testing.assert_array_equal(found.visible, expected.visible.numpy())
     row = Artifact.read(tmp_path / "tracks").samples().to_pylist()[0]
+    assert summary.notices == ("weights of cotracker3_offline: licence CC BY-NC 4.0; not for commercial use",)
+    assert summary.notices[0] in capfd.readouterr().err, "said by the process the user looks at"
     assert row["tracker"] == "cotracker3" and len(row["weights_hash"]) == 64
 
 

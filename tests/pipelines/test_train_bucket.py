@@ -59,6 +59,24 @@ def test_the_newest_are_kept_and_one_that_is_not_whole_is_never_picked(url, tmp_
         checkpoint.resolve_checkpoint("memory://nowhere/run")
 
 
+def test_the_best_are_kept_beside_the_newest(url, tmp_path):
+    """By the mean loss of each checkpoint's steps; one without a number is never the best."""
+    folder = tmp_path / "here"
+    for step, loss in enumerate((0.5, 0.1, float("nan"), 0.3, 0.2, 0.4), start=1):
+        meta = {"loss": 9.0, "mean_loss": loss}
+        checkpoint.save_checkpoint(folder, step, {"w": torch.zeros(4)}, {}, meta, keep=1, best=2)
+        with RunMirror(url, folder, 1, 2, every_s=600):
+            pass
+    kept = [f"step_{step:08d}" for step in (2, 5, 6)]
+    assert [path.name for path in checkpoint.complete_checkpoints(folder)] == kept
+    (folder / "run.json").write_text("{}")
+    assert whole_checkpoints(ObjectStore(url)) == kept
+    shutil.rmtree(folder / "checkpoints" / "step_00000002")  # another machine knows only the newest
+    with RunMirror(url, folder, 1, 2, every_s=600):
+        pass
+    assert whole_checkpoints(ObjectStore(url)) == kept
+
+
 def test_a_copy_that_is_killed_between_any_two_writes_leaves_a_run_to_go_on_from(url, tmp_path, monkeypatch):
     folder = tmp_path / "here"
     save(folder, 1)

@@ -274,3 +274,11 @@ def test_loader_is_closed_and_gets_its_share(tmp_path):
 
     train_worker(dataclasses.replace(job, make_loader=Keep(job.config)), Place(), Stop())
     assert made[0].closed and made[0].batch_size == 4
+
+
+def test_best_checkpoints_are_judged_by_the_mean_loss_since_the_one_before(tmp_path):
+    train(tmp_path, config(steps=8, checkpoint_every=2, keep_checkpoints=1, keep_best=8, log_every=1))
+    points = {point["step"]: point["loss"] for point in read_metrics(tmp_path)}
+    for folder in checkpoint.complete_checkpoints(tmp_path):
+        meta = checkpoint.read_meta(folder)
+        assert meta["mean_loss"] == pytest.approx((points[meta["step"]] + points[meta["step"] - 1]) / 2)

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scenedetect import FrameTimecode
+from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
 from kinema.configs import ClipConfig
+from kinema.pipelines.video import cuts
 from kinema.pipelines.video.cuts import CutDetector
 from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.orient import Orientation
@@ -121,3 +124,16 @@ def test_real_cuts_of_a_film(shared_data):
     found = detector.finish()
     assert set(found) >= set(TEARS_CUTS)
     assert len(found) <= len(TEARS_CUTS) + 2
+
+
+@pytest.mark.parametrize("plain, quick", [(ContentDetector, cuts._Content), (AdaptiveDetector, cuts._Adaptive)])
+def test_scores_are_pyscenedetects(plain, quick):
+    rng = np.random.default_rng(0)
+    detectors = plain(min_scene_len=1), quick(min_scene_len=1)
+    scenes, found = rng.integers(0, 256, (2, 96, 131, 3)), 0
+    for index in range(30):
+        picture = (scenes[index // 15] + rng.integers(-6, 7, scenes[0].shape)).clip(0, 255).astype(np.uint8)
+        a, b = (detector.process_frame(FrameTimecode(index, fps=25.0), picture) for detector in detectors)
+        assert a == b and detectors[0]._frame_score == detectors[1]._frame_score
+        found += len(a)
+    assert found == 1

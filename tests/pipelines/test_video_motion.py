@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from kinema.pipelines.video import motion
 from kinema.pipelines.video.motion import MOTION
 from kinema.pipelines.video.signature import (
     clip_signature,
@@ -111,3 +112,25 @@ def test_two_stretches_of_one_steady_camera_are_not_copies():
 def test_flat_pictures_are_recognised_as_such():
     assert is_flat(signature([np.full((90, 160, 3), value, np.uint8) for value in (0, 0, 0)]))
     assert not is_flat(signature(moving(7, 1, 0)))
+
+
+def test_what_saves_time_does_not_change_the_vectors(monkeypatch):
+    """Entropy coding and the decoder's loop filter come after the encoder's decisions."""
+    rng = np.random.default_rng(3)
+    frames = [np.clip(f.astype(int) + rng.integers(-9, 10, f.shape), 0, 255).astype(np.uint8) for f in moving(2, 3, 1)]
+    quick = score(frames, "vectors")
+    make = motion._vector_encoder
+
+    def with_cabac(width, height):
+        encoder = make(width, height)
+        params = encoder.options["x264-params"]
+        assert ":cabac=0" in params
+        encoder.options = {**encoder.options, "x264-params": params.replace(":cabac=0", ":cabac=1")}
+        return encoder
+
+    monkeypatch.setattr(motion, "_vector_encoder", with_cabac)
+    measure = MOTION["vectors"]()
+    measure._decoder.options = {"flags2": "+export_mvs"}
+    for frame in frames:
+        measure.add(frame)
+    assert measure.score() == quick > 0

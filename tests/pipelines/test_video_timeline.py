@@ -214,3 +214,20 @@ def test_filling_is_a_choice():
         spans, _ = divided(pts, [], 1, rate, Fraction(1, 25), fps=0, seconds=60.0, min_frames=2, fill_slots=fill)
         assert [len(span.frames) for span in spans] == lengths
         assert [span.repeats for span in spans if span.repeats] == {1: [(20,)], 3: [(20, 40, 41, 42)]}.get(fill, [])
+
+
+@pytest.mark.parametrize("spread", [0.2, 0.4])
+def test_a_clock_that_jitters_is_constant_if_every_frame_has_a_slot_of_its_own(spread):
+    """Webcams: 30 frames per second, each stamped when it arrived."""
+    rng = np.random.default_rng(4)
+    pts = np.rint((np.arange(90) + 1 + rng.uniform(-spread, spread, 90)) * 1000 / 30).astype(np.int64)
+    rate = measure_rate(pts, MS, 0, ())
+    assert (rate.fps, rate.variable, rate.sparse) == (30, False, False)
+    spans, dropped = divided(pts, [], 33, rate, MS, fps=0, seconds=10, min_frames=2)
+    assert dropped == 0 and spans[0].frames.tolist() == list(range(90))
+
+
+def test_steps_at_random_leave_every_grid():
+    for seed in range(20):
+        steps = np.random.default_rng(seed).integers(15, 55, 90)
+        assert measure_rate(np.cumsum(steps), MS, 0, (Fraction(30),)).variable

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from kinema.configs import TrainConfig
-from kinema.pipelines.train.loop import TrainJob, rank_batch_size
+from kinema.pipelines.train.loop import TrainJob, rank_batch_size, train_worker
 from kinema.pipelines.train.parallel import Place
 from kinema.pipelines.train.recipes.protocol import Loss
+from kinema.pipelines.train.stop import Stop
 
 NUM_SAMPLES = 23
 WIDTH = 5
@@ -131,3 +133,12 @@ def toy_job(run: Path, config: TrainConfig, recipe: ToyRecipe | None = None, ski
 
 
 SKIPPED_IN_RANKS = (1, 2, 3, 5, 8, 13)
+
+
+def one_rank(rank: int, folder: Path, cfg: TrainConfig) -> None:
+    """One of two ranks without Ray; here, since a process that is spawned imports the module of its function."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "rendezvous"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    train_worker(toy_job(folder, cfg, ToyRecipe(noise=0), SKIPPED_IN_RANKS), Place(rank, 2), Stop())
+    dist.destroy_process_group()

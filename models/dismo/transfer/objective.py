@@ -45,11 +45,11 @@ def latent_loss(
     return (error / (1 - _at(shares, steps, latent))).flatten(1).mean(dim=1)
 
 
-def image_noise(image_latent: Tensor) -> Tensor:
-    """The condition picture's latent under noise of a random size, exp(N(-3, 0.5)), as in training."""
-    shape = (len(image_latent), *[1] * (image_latent.ndim - 1))
-    size = (torch.randn(shape, device=image_latent.device, dtype=image_latent.dtype) * 0.5 - 3).exp()
-    return image_latent + size * torch.randn_like(image_latent)
+def image_noise(picture: Tensor) -> Tensor:
+    """The condition picture, in -1..1, under noise of a random size, exp(N(-3, 0.5)), as in training."""
+    shape = (len(picture), *[1] * (picture.ndim - 1))
+    size = (torch.randn(shape, device=picture.device, dtype=picture.dtype) * 0.5 - 3).exp()
+    return picture + size * torch.randn_like(picture)
 
 
 def _at(shares: Tensor, steps: Tensor, like: Tensor) -> Tensor:

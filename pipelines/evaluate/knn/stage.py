@@ -23,11 +23,11 @@ from kinema.pipelines.evaluate.knn.videos import (
     SCENES,
     LabelledVideo,
     find_labelled,
-    read_video,
     rendered_videos,
 )
 from kinema.pipelines.model_address import load_address
 from kinema.pipelines.progress import Progress
+from kinema.pipelines.video.at_rate import read_video
 from kinema.pipelines.video.errors import SourceError
 
 

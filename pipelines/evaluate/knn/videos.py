@@ -11,15 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from kinema.models.dismo.target_offset import frames_at_rate
 from kinema.pipelines.scenes.motion_classes import LABELS, motion_clips
-from kinema.pipelines.video.decode import VideoFile
-from kinema.pipelines.video.errors import SourceError
-from kinema.pipelines.video.orient import orientation_of
 
 SCENES = "scenes"
 VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg"})
@@ -66,34 +61,6 @@ def rendered_videos(count: int, seed: int, side: int, num_frames: int) -> Iterat
     """Clips in which motion and appearance vary independently."""
     for clip in motion_clips(count, seed, side=side, num_frames=num_frames):
         yield LabelledVideo(f"{clip.motion}-{clip.seed}", clip.frames(), {name: getattr(clip, name) for name in LABELS})
-
-
-def read_video(path: Path, fps: float, short_side: int, max_seconds: float) -> UInt8[np.ndarray, "T H W 3"]:
-    """Frames of a video file at this rate, nearest in time, upright, its shorter side at most `short_side` pixels.
-
-    Raises: SourceError (pipelines/video/errors.py) for a file that cannot be read.
-    """
-    times: list[float] = []
-    frames: list[np.ndarray] = []
-    with VideoFile(str(path)) as video:
-        for frame in video.frames():
-            assert frame.pts is not None  # as `frames` promises; the frames' own time base is missing from the last
-            time_s = float(frame.pts * video.time_base)
-            if times and time_s - times[0] > max_seconds:
-                break
-            times.append(time_s)
-            frames.append(_shrunk(orientation_of(frame).apply(frame.to_ndarray(format="rgb24")), short_side))
-    if not frames:
-        raise SourceError("no frame comes out of it")
-    return np.stack([frames[i] for i in frames_at_rate(np.asarray(times), fps)])
-
-
-def _shrunk(frame: np.ndarray, short_side: int) -> np.ndarray:
-    scale = short_side / min(frame.shape[:2])
-    if scale >= 1:
-        return np.ascontiguousarray(frame)
-    size = (max(1, round(frame.shape[1] * scale)), max(1, round(frame.shape[0] * scale)))
-    return cv2.resize(np.ascontiguousarray(frame), size, interpolation=cv2.INTER_AREA)
 
 
 def _from_folders(root: Path) -> list[tuple[Path, dict[str, str]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from kinema.configs import EvaluateConfig
+from kinema.configs.json_text import json_text
 from kinema.models.fpt.data_rules import SamplingRule
 from kinema.models.fpt.model import FlowPokeTransformer
 from kinema.pipelines.evaluate.pokes.data import TrackSamples
@@ -227,7 +227,7 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _whole(path, lambda partial: partial.write_text(json.dumps(_plain(value), indent=1) + "\n"))
+    _whole(path, lambda partial: partial.write_text(json_text(_plain(value), indent=1) + "\n"))
 
 
 def _plain(value: Any) -> Any:

@@ -164,8 +164,8 @@ class RenderedShot:
         if image is not None:
             blur = self.effects.streak(self.layers[0], t)
             image = image if blur is None else _background_blurred(image, labels, blur)
-            image = cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)
-        return Surface(labels, targets, image)
+            return Surface(labels, targets, np.asarray(cv2.cvtColor(image, cv2.COLOR_RGBA2RGB), np.uint8))
+        return Surface(labels, targets, None)
 
     def _draw_layers(self) -> list[Layer]:
         settings, rng = self.settings, self._rng

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +22,10 @@ import pyarrow as pa
 import torch
 from jaxtyping import UInt8
 
+from kinema.configs.json_text import json_text
 from kinema.configs.shard import ClipConfig
-from kinema.pipelines.artifacts.tables import finite
 from kinema.pipelines.shard.build import ROWS
-from kinema.pipelines.shard.scan import THUMBNAIL_SIDE
+from kinema.pipelines.shard.runs import THUMBNAIL_SIDE
 from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair, encode_clip_flow
 from kinema.pipelines.sidecars.sidecar import Sample
 from kinema.pipelines.teach import quality
@@ -112,7 +111,7 @@ def clip_sample(
         "fps_num": facts.fps.numerator,
         "fps_den": facts.fps.denominator,
         "phash": phash,
-        "labels": json.dumps(facts.labels, sort_keys=True, ensure_ascii=False),
+        "labels": json_text(facts.labels, sort_keys=True, ensure_ascii=False),
         "masks_offset": 0,
         "masks_size": 0,
         "extradata": table.extradata,
@@ -121,7 +120,7 @@ def clip_sample(
         "packet_frame": table.frame,
         "packet_keyframe": table.keyframe,
     }
-    text = json.dumps(finite(meta), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json_text(meta, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return {"mp4": mp4, "json": text.encode()}, row
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
+from kinema.configs.json_text import json_text
 from kinema.configs.shard import ClipConfig, ShardConfig
 from kinema.pipelines import engine
 from kinema.pipelines.artifacts import Artifact, sample_key
@@ -208,7 +209,7 @@ def _read_notes(clips: Artifact) -> dict[str, Checked]:
 
 def _write_notes(clips: Artifact, checked: dict[str, Checked]) -> None:
     notes = {name: asdict(found) for name, found in sorted(checked.items())}
-    clips.store.write(_NOTES, json.dumps(notes, sort_keys=True, separators=(",", ":")).encode())
+    clips.store.write(_NOTES, json_text(notes, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _settle_quarantine(clips: Artifact, dataset: FlowDataset, bad: dict[str, tuple[str, str]]) -> None:

@@ -73,7 +73,10 @@ class Recipe(Protocol):
 
         A recipe may also have `read_samples(clip, rngs)`, which gives for each generator what `read_sample` would, but
         opens and decodes once; it is used where `loader.samples_per_clip` > 1. One may have `notices()`: sentences that
-        a user must know of a model trained so, such as an untrained encoder or a licence; the driver says them.
+        a user must know of a model trained so, such as an untrained encoder or a licence; the driver says them. One
+        whose model may be sharded has `shard_units(module)`: the modules whose weights are shared out over ranks and
+        gathered while their forward runs, inner ones first; together they hold all that is trained. And
+        `measure(module, clips)`: figures, by name, of what the module makes of held-out clips, for `measure_every`.
         """
 
     def loss(self, module: nn.Module, batch: Batch) -> Loss:

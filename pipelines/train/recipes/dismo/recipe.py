@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from kinema.configs import DisMoConfig, TrainConfig
 from kinema.models.dismo import DisMo, FrameGenerator, MotionExtractor
 from kinema.models.dismo.autoencoder import Autoencoder, load_autoencoder
+from kinema.models.dismo.layers import TransformerLayer
 from kinema.models.dismo.presets import PRESETS
 from kinema.models.weights import LEDGER, load_weights, published_file
-from kinema.pipelines.loader import Clip, Skip
+from kinema.pipelines.loader import Clip, ClipIndex, Skip
+from kinema.pipelines.train.recipes.dismo.measures import label_accuracies
 from kinema.pipelines.train.recipes.dismo.metrics import draw_noise_shares, spread, step_metrics
 from kinema.pipelines.train.recipes.dismo.module import DisMoTraining
 from kinema.pipelines.train.recipes.dismo.pictures import generated_pictures
@@ -74,6 +76,8 @@ class DisMoRecipe:
     def build(self) -> DisMoTraining:
         """The model and its average, from initialisation or from weights as the config asks."""
         model = self._new_model()
+        if self.config.initial_spread > 0:
+            _spread_out(model.motion_extractor, self.config.initial_spread)
         self._load_start(model)
         module = DisMoTraining(model, self.config.ema_decay, self.config.ema_every).train()
         extractor, transformer = model.motion_extractor, model.frame_generator.transformer
@@ -82,6 +86,15 @@ class DisMoRecipe:
             for layer in (*extractor.layers, *transformer.layers):
                 layer.compile()
         return module
+
+    def shard_units(self, module: nn.Module) -> list[nn.Module]:
+        """The transformers' layers, then what is around them, of the model and of its average."""
+        assert isinstance(module, DisMoTraining)
+        units: list[nn.Module] = []
+        for model in (module.model, module.chosen()):
+            extractor, generator = model.motion_extractor, model.frame_generator
+            units += [*extractor.layers, *generator.transformer.layers, extractor, generator]
+        return units
 
     def read_sample(self, clip: Clip, rng: np.random.Generator) -> Sample | Skip:
         """See `samples.read_samples`."""
@@ -125,6 +138,11 @@ class DisMoRecipe:
         picture = generated_pictures(model, autoencoder, motion, source, target, batch["delta_time"], steps)
         return {"source_target_latent_generated": picture}
 
+    def measure(self, module: nn.Module, clips: ClipIndex) -> dict[str, float]:
+        """How well the averaged embeddings of held-out clips tell their labels; see `measures.label_accuracies`."""
+        assert isinstance(module, DisMoTraining)
+        return label_accuracies(module.chosen().motion_extractor, clips, self.config.fps)
+
     def published_model(self, tensors: Mapping[str, Tensor], ema: bool = True) -> MotionExtractor:
         """The motion extractor with a checkpoint's tensors."""
         return self.whole_model(tensors, ema).motion_extractor
@@ -162,7 +180,8 @@ class DisMoRecipe:
         return _without_weights(self.config.preset)
 
     def _autoencoder(self, device: torch.device) -> Autoencoder:
-        return _cached_autoencoder(self.config.autoencoder, self.config.pixels_per_latent, str(device))
+        config = self.config
+        return _cached_autoencoder(config.autoencoder, config.pixels_per_latent, str(device), config.pixel_gain)
 
     def _load_start(self, model: DisMo) -> None:
         params = PRESETS[self.config.preset]["motion_extractor_params"]
@@ -187,6 +206,15 @@ class DisMoRecipe:
             load_weights(model.motion_extractor, self.weights, "motion_extractor_large")
 
 
+def _spread_out(extractor: MotionExtractor, size: float) -> None:
+    """Draw the weights that end the extractor's blocks, which otherwise begin at 0."""
+    with torch.no_grad():
+        for layer in extractor.layers:
+            assert isinstance(layer, TransformerLayer)
+            for linear in (layer.self_out, layer.ff.down_proj):
+                linear.weight.normal_(0, size / linear.in_features**0.5)
+
+
 @cache
 def _without_weights(preset: str) -> tuple[MotionExtractor, FrameGenerator]:
     with torch.device("meta"):
@@ -195,9 +223,9 @@ def _without_weights(preset: str) -> tuple[MotionExtractor, FrameGenerator]:
 
 
 @cache
-def _cached_autoencoder(name: str, pixels_per_latent: int, device: str) -> Autoencoder:
+def _cached_autoencoder(name: str, pixels_per_latent: int, device: str, pixel_gain: float) -> Autoencoder:
     """One per process and device; it is frozen, and no part of the model."""
-    return load_autoencoder(name, pixels_per_latent, device)
+    return load_autoencoder(name, pixels_per_latent, device, pixel_gain)
 
 
 def _unit_range(frames: Tensor) -> Tensor:

@@ -64,6 +64,14 @@ def read_samples(
     return [Skip(TOO_SHORT) if sample is None else _make(sample, frames, times, config) for sample in drawn]
 
 
+def drawn_frames(
+    times: np.ndarray, rng: np.random.Generator, config: DisMoConfig, window: int, max_offset: int
+) -> set[int]:
+    """The frames of a clip that a sample is made of; none if the clip is too short."""
+    drawn = _draw(times, rng, config, window, max_offset)
+    return set() if drawn is None else drawn.frames
+
+
 def _draw(
     times: np.ndarray, rng: np.random.Generator, config: DisMoConfig, window: int, max_offset: int
 ) -> _Drawn | None:
@@ -72,7 +80,8 @@ def _draw(
         return None
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
     sources = motion[: window - max_offset]
-    targets = [draw_target(times, int(source), max_offset / config.fps, generator) for source in sources]
+    reach_s, rate = max_offset / config.fps, config.offset_rate_per_s
+    targets = [draw_target(times, int(source), reach_s, generator, rate) for source in sources]
     return _Drawn(motion.tolist(), targets, generator)
 
 

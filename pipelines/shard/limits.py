@@ -1,0 +1,32 @@
+"""Memory of decoding: a damaged header can ask a decoder for any amount."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def memory_limited(limit_bytes: int) -> Iterator[None]:
+    """Meanwhile this process may allocate at most `limit_bytes` more than it has; beyond that allocations fail.
+
+    Counted are private writable pages (RLIMIT_DATA), so that Ray's shared object store does not matter. Decoders report
+    the failed allocation, Python raises MemoryError; a library that does neither ends the worker process, which the
+    engine reports. 0: no limit. Systems without /proc have none either.
+    """
+    status = Path("/proc/self/status")
+    if not limit_bytes or not status.exists():
+        yield
+        return
+    in_use = next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmData"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = in_use + limit_bytes
+    for bound in (soft, hard):
+        wanted = wanted if bound == resource.RLIM_INFINITY else min(wanted, bound)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -1,0 +1,1 @@
+"""The motion adapter's side of training: captioned clips, loss, pictures, export."""
