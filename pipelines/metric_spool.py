@@ -17,8 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kinema.configs.json_text import json_text
+
 Entry = dict[str, Any]
-"""{"name", "value", "time_ms", "step"} of a metric, or {"file", "folder"} of a file to copy."""
+"""{"name", "value", "time_ms", "step"} of a metric (null on disk: nan or infinity), or {"file", "folder"} of a
+file to copy."""
 ENTRIES_PER_CALL = 500
 SEND_EVERY_S = 10.0
 _LONGEST_WAIT_S = 60.0
@@ -40,7 +43,7 @@ class Spool:
             return
         try:
             with self.path.open("a") as file:
-                file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+                file.write("".join(json_text(entry) + "\n" for entry in entries))
         except OSError:
             return
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import math
 import os
 import re
 import sys
@@ -302,7 +303,10 @@ class Tracker:
         from mlflow.entities import Metric
 
         if "file" not in entries[0]:
-            points = [Metric(e["name"], e["value"], e["time_ms"], e["step"]) for e in entries]
+            points = [
+                Metric(e["name"], math.nan if e["value"] is None else e["value"], e["time_ms"], e["step"])
+                for e in entries
+            ]
             patiently(lambda: self.client.log_batch(self.run_id, metrics=points))
         elif Path(entries[0]["file"]).is_file():  # it may be gone by now
             patiently(lambda: self.client.log_artifact(self.run_id, entries[0]["file"], entries[0]["folder"] or None))

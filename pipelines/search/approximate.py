@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
+from kinema.configs.json_text import json_text
 from kinema.pipelines.artifacts.tables import parquet_bytes, read_parquet
 from kinema.pipelines.search.exact import Match, Nearest, clip_scores, search
 from kinema.pipelines.search.windows import Block, MotionWindows
@@ -111,7 +112,7 @@ class ApproximateIndex:
             faiss.write_index(self.faiss_index, str(temporary / "windows.faiss"))
             table = pa.table({"key": list(self.keys), "first_window": self.first_window})
             (temporary / "clips.parquet").write_bytes(parquet_bytes(table))
-            (temporary / "index.json").write_text(json.dumps(self.facts, indent=2) + "\n")
+            (temporary / "index.json").write_text(json_text(self.facts, indent=2) + "\n")
             temporary.chmod(0o755)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)

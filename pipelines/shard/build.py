@@ -17,7 +17,7 @@ import pyarrow as pa
 from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact, ShardWriter
 from kinema.pipelines.artifacts.tables import canonical_json
-from kinema.pipelines.shard.limits import memory_limited
+from kinema.pipelines.shard.limits import memory_limited, needs_more
 from kinema.pipelines.shard.media import AnyVideo, Source, open_source, read_all
 from kinema.pipelines.shard.runs import THUMBNAIL_SIDE
 from kinema.pipelines.shard.scan import FrameScan, load_scan, stall_watch
@@ -142,7 +142,7 @@ def _build_source(task: BuildTask, source_id: str, rows: list[dict[str, Any]], w
         _quarantine(writer, rows[written:], type(error).__name__, str(error), 1)
         return False
     except MemoryError:
-        why = f"making its clips needs more than source_memory_gb={task.memory_bytes / 2**30:g}"
+        why = needs_more("making its clips", task.memory_bytes)
         _quarantine(writer, rows[written:], TooMuchMemory.__name__, why, 1)
         return False
     return True

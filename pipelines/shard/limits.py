@@ -8,6 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def needs_more(what: str, limit_bytes: int) -> str:
+    """Why `what` ended in a MemoryError, for the quarantine."""
+    has = f"source_memory_gb={limit_bytes / 2**30:g}" if limit_bytes else "this machine has"
+    return f"{what} needs more memory than {has}"
+
+
 @contextmanager
 def memory_limited(limit_bytes: int) -> Iterator[None]:
     """Meanwhile this process may allocate at most `limit_bytes` more than it has; beyond that allocations fail.

@@ -26,7 +26,7 @@ import numpy as np
 from kinema.configs import ClipConfig
 from kinema.configs.json_text import json_text
 from kinema.pipelines.artifacts import Artifact
-from kinema.pipelines.shard.limits import memory_limited
+from kinema.pipelines.shard.limits import memory_limited, needs_more
 from kinema.pipelines.shard.media import AnyVideo, Source, content_hash, fingerprint, open_source, read_all
 from kinema.pipelines.shard.motion_samples import MotionSamples
 from kinema.pipelines.shard.runs import PerFrame, Runs
@@ -188,7 +188,7 @@ def scan_task(task: ScanTask) -> tuple[str, str]:
         with memory_limited(task.memory_bytes):
             scan = scan_source(task.source, *settings)
     except MemoryError:
-        why = f"decoding it needs more than source_memory_gb={task.memory_bytes / 2**30:g}"
+        why = needs_more("decoding it", task.memory_bytes)
         scan = Scan(task.source.id, content_hash(task.source), fingerprint(task.source), TooMuchMemory.__name__, why)
     save_scan(task.artifact, scan)
     return scan.error_class, scan.message

@@ -155,7 +155,7 @@ def run(tmp_path_factory):
 def test_the_table(run, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     rendered = stage.run(
-        EvaluateConfig(model=str(run), benchmark="knn", data="scenes", knn=KNNConfig(num_videos=8, k=3))
+        EvaluateConfig(model=str(run), benchmark="knn", data="scenes", knn=KNNConfig(num_videos=16, k=3))
     )
     for label in LABELS:
         chance = rendered.metrics[f"knn_{label}_chance"]

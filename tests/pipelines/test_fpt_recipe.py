@@ -15,6 +15,7 @@ from kinema.models.fpt.data_rules import NoTrainingSample, SamplingRule, frame_t
 from kinema.models.fpt.mixture import GaussianMixture
 from kinema.models.fpt.model import FlowPokeTransformer
 from kinema.pipelines import train
+from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.bench import fpt_step
 from kinema.pipelines.bench.fpt_learning import fit_mixture
 from kinema.pipelines.bench.fpt_loader import decode_from_start, write_mpeg1
@@ -175,7 +176,7 @@ def test_tracks_are_asked_for_and_belong_to_the_identity_of_a_run(data, tmp_path
         train.run(config(data, tmp_path / "run", tracks=""))
     train.run(config(data, tmp_path / "run", steps=1))
     clips = index_of(data).clips_url
-    other = write_scene_tracks(scenes(), train.Artifact.read(clips), tmp_path / "tracks", grid=11)
+    other = write_scene_tracks(scenes(), Artifact.read(clips), tmp_path / "tracks", grid=11)
     with pytest.raises(ValueError, match="data.tracks"):
         train.run(config(data, tmp_path / "run", tracks=other.url))
     relative = train.absolute_paths(

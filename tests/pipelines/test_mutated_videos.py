@@ -54,10 +54,10 @@ def test_a_source_that_needs_too_much_is_quarantined_and_the_others_are_not(tmp_
         numbered(tmp_path / "v" / f"{name}.mp4", 12, seed=len(name))
     decode = scan._decode
 
-    def greedy(video, source_id, clip, alive):
+    def greedy(video, source_id, *rest):
         if source_id == "greedy.mp4":
             np.ones(512 << 20)
-        return decode(video, source_id, clip, alive)
+        return decode(video, source_id, *rest)
 
     monkeypatch.setattr(scan, "_decode", greedy)
     clip = ClipConfig(seconds=1, preset="ultrafast")
@@ -65,4 +65,4 @@ def test_a_source_that_needs_too_much_is_quarantined_and_the_others_are_not(tmp_
     assert run(config, report=lambda line: None).quarantined == 1
     (row,) = Artifact.read(tmp_path / "out").quarantined().to_pylist()
     assert (row["source"], row["error_class"]) == ("greedy.mp4", "TooMuchMemory")
-    assert "more than source_memory_gb=0.5" in row["message"]
+    assert "needs more memory than source_memory_gb=0.5" in row["message"]

@@ -213,7 +213,7 @@ def test_an_unexpected_error_costs_the_source_and_not_the_run(tmp_path, monkeypa
     monkeypatch.setattr(build, "encode_clip", failing)
     summary = shard(tmp_path / "v", tmp_path / "out", min_shards=1)
     assert {row["source"] for row in samples(tmp_path / "out")} == {"b.mp4"}
-    assert quarantine(tmp_path / "out")["a.mp4"][0] == "MemoryError" and summary.quarantined == 1
+    assert quarantine(tmp_path / "out")["a.mp4"][0] == "TooMuchMemory" and summary.quarantined == 1
 
 
 def fail_scan_of(name: str, failure: engine.Failure) -> Callable:
