@@ -5,7 +5,6 @@ import inspect
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 import hubconf
@@ -48,9 +47,7 @@ def test_recipes_have_the_whole_protocol_and_the_settings_of_their_row(name):
 
 @pytest.mark.parametrize("row", [p for p in ROWS if p.values[0].parameters])
 def test_numbers_of_parameters_are_true(row):
-    with torch.device("meta"):
-        network = resolve(row.network)
-    assert issubclass(network, nn.Module)
+    assert issubclass(resolve(row.network), nn.Module)
     if row.parameters > 30e6:
         pytest.skip(f"{row.parameters / 1e6:.0f} M parameters are built and counted in tests/models")
     assert sum(p.numel() for p in row.make().parameters()) == row.parameters
