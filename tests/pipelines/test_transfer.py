@@ -53,12 +53,12 @@ def folder(tmp_path_factory, tiny_video_base):
     return folder
 
 
-def settings(folder, base, **changes):
+def settings(folder, video_base, **changes):
     given = {
         "motion": folder / "motion.mp4",
         "image": folder / "image.png",
         "prompt": "a dog runs",
-        "base": base,
+        "base": video_base,
         "weights": folder / "a.pt",
         "extractor": folder / "dismo",
         "negative_prompt": "blur",
