@@ -17,9 +17,9 @@ from kinema.configs.search import is_clip_key
 from kinema.pipelines import tracking
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.embed.shard_embedder import ModelSpec
-from kinema.pipelines.evaluate.knn.videos import read_video
 from kinema.pipelines.registry.versions import version_of_content
 from kinema.pipelines.search.windows import MotionWindows
+from kinema.pipelines.video.at_rate import read_video
 from kinema.pipelines.video.errors import SourceError
 
 

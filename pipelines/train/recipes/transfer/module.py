@@ -17,7 +17,7 @@ class AdapterTraining(nn.Module):
         super().__init__()
         self.model = model
 
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         """The adapter; the base, tens of gigabytes that nobody changes, is not saved again."""
         return self.model.adapter_state()
 
