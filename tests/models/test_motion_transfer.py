@@ -21,8 +21,8 @@ def new_model(folder, rank=4) -> MotionTransfer:
     model = MotionTransfer(load_base(str(folder)), extractor, rank=rank, d_cond=16)
     # A new adapter changes nothing: give its closed ends, and what the extractor adds to its queries, something.
     with torch.no_grad():
-        for value in (*model.parameters(),):
-            if not value.any():
+        for name, value in model.named_parameters():
+            if (name in model.adapter_names or name.startswith("motion_extractor.")) and not value.any():
                 value.normal_(std=0.3)
     return model
 

@@ -53,12 +53,12 @@ def folder(tmp_path_factory, tiny_video_base):
     return folder
 
 
-def settings(folder, base, **changes):
+def settings(folder, video_base, **changes):
     given = {
         "motion": folder / "motion.mp4",
         "image": folder / "image.png",
         "prompt": "a dog runs",
-        "base": base,
+        "base": video_base,
         "weights": folder / "a.pt",
         "extractor": folder / "dismo",
         "negative_prompt": "blur",
@@ -83,8 +83,13 @@ def test_from_the_command_line_to_a_film_that_plays(folder, tiny_video_base, tmp
     assert frames.shape == (9, HEIGHT, WIDTH, 3) and rate == 8
     assert (summary["frames"], summary["height"], summary["width"], summary["fps"]) == (9, HEIGHT, WIDTH, 8.0)
     assert summary["guidance"] == 6.0 and summary["seconds"] > 0 and summary["out"] == str(out)
-    again = transfer.run(TransferConfig(**settings(folder, tiny_video_base, out=tmp_path / "y.mp4")))
-    assert (tmp_path / "y.mp4").read_bytes() == out.read_bytes() and again.frames == 9
+    unlike = []
+    for seed in (0, 1):
+        given = settings(folder, tiny_video_base, out=tmp_path / f"{seed}.mp4", seed=seed)
+        assert transfer.run(TransferConfig(**given)).frames == 9
+        unlike.append(np.abs(decoded(tmp_path / f"{seed}.mp4")[0].astype(float) - frames).mean())
+    # The same pictures; x264 may write them in other bytes (docs/LOG.md).
+    assert unlike[0] < 0.1 * unlike[1], unlike
 
 
 def test_motion_is_read_by_its_timestamps(folder):

@@ -4,7 +4,7 @@ Source: Ressler-Antal et al., DisMo, NeurIPS 2025, arXiv:2511.23428, section 3.3
 one. Deviations: pictures are cropped and resized with antialiasing, each video has its own generator where several are
 given, prompts that are too long are refused instead of cut.
 
-Shape legend: B batch, T frames, F latent frames, H W pixels, c h w latent, C condition width.
+Shape legend: B batch, T frames, F latent frames, H W pixels, h w pixels of the new videos, C condition width.
 """
 
 import warnings
@@ -129,7 +129,7 @@ class MotionTransfer(MotionVideoTransformer):
         negative_prompt: str | None = None,
         progress_bar: bool = False,
         on_step: Callable[[int], None] | None = None,
-    ) -> UInt8[Tensor, "B T H W 3"]:
+    ) -> UInt8[Tensor, "B T h w 3"]:
         """A video for each picture.
 
         Args:
@@ -179,7 +179,9 @@ class MotionTransfer(MotionVideoTransformer):
                     output_type="pt",
                     return_dict=False,
                 )[0]
-            videos.append(rearrange((made[0].float() * 255).round().byte(), "t c h w -> t h w c").cpu())
+            # Of an even number of latent frames the autoencoder makes four of the first one as well: its last is kept.
+            pixels = (made[0][-num_frames:].float() * 255).round().byte()
+            videos.append(rearrange(pixels, "t c h w -> t h w c").cpu())
         return torch.stack(videos)
 
     def _pipeline(self, progress_bar: bool) -> Any:

@@ -75,8 +75,7 @@ class TransferRecipe:
         if self.config.checkpoint_layers:
             model.keep_only_block_inputs()
         if self.config.compile:
-            blocks: Any = model.transformer.transformer_blocks
-            for block in blocks:
+            for block in model.base.transformer.transformer_blocks:
                 block.compile()
         return AdapterTraining(model).train()
 
