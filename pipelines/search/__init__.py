@@ -54,33 +54,15 @@ def run(config: SearchConfig, *, report: Callable[[str], None] | None = None) ->
     """
     started = time.monotonic()
     say = report or (lambda line: print(line, file=sys.stderr, flush=True))
-    if not (config.query and config.out):
-        missing = "query" if not config.query else "out"
-        what = "a clip's key, or a video file" if missing == "query" else "a folder for the page"
-        raise ValueError(f"{missing}= is empty; give {what}")
-    if "://" in config.out:
-        raise ValueError(f"out={config.out} is a URL; the page is written to a folder of this machine")
+    _check_places(config)
     clips = open_input(config.clips, "clips")
     windows = MotionWindows.open(config.features, clips)
-    approximate = config.method == "approximate" or (
-        config.method == "auto" and windows.num_windows > config.exact_up_to
-    )
-    if approximate:
-        load_faiss()  # what cannot be is refused before the work
-        if config.register:
-            registered_model(windows)
-    elif config.register or config.index:
-        named = "register=true" if config.register else f"index={config.index}"
-        raise ValueError(
-            f"{named} is about an approximate index, but {windows.num_windows:,} windows are compared exactly; add "
-            "method=approximate"
-        )
+    approximate = _is_approximate(config, windows)
     query = read_query(config, windows, clips)
     copies = {} if config.copies else copies_of(clips)
     nearest = Nearest(config.k, copies, [copies.get(query.key, query.key)] if query.key else [])
-    if config.copies and query.key:
-        nearest = Nearest(config.k, {}, [query.key])
-    index, registered = None, ""
+    index: ApproximateIndex | None = None
+    registered = ""
     if approximate:
         index, registered = _index(config, windows, say)
         matches = index.search(windows, query.windows, nearest, config.num_probes, config.candidates)
@@ -90,7 +72,7 @@ def run(config: SearchConfig, *, report: Callable[[str], None] | None = None) ->
     facts = facts_of(clips, [match.key for match in matches] + ([query.key] if query.key else []))
     found = tuple(_found(query, windows, matches, facts))
     known = index.facts.get("recall") if index else None
-    numbers = {"clips found": len(found), "windows compared with": windows.num_windows}
+    numbers: dict[str, int | float] = {"clips found": len(found), "windows compared with": windows.num_windows}
     if known is not None:
         numbers["recall of the index"] = known
     folder = Path(config.out)
@@ -107,6 +89,31 @@ def run(config: SearchConfig, *, report: Callable[[str], None] | None = None) ->
     )
     (folder / RESULTS).write_text(json_text(dataclasses.asdict(summary), indent=2) + "\n")
     return summary
+
+
+def _check_places(config: SearchConfig) -> None:
+    """Raises: ValueError without a query, or a folder to write to."""
+    for name, what in (("query", "a clip's key, or a video file"), ("out", "a folder for the page")):
+        if not getattr(config, name):
+            raise ValueError(f"{name}= is empty; give {what}")
+    if "://" in config.out:
+        raise ValueError(f"out={config.out} is a URL; the page is written to a folder of this machine")
+
+
+def _is_approximate(config: SearchConfig, windows: MotionWindows) -> bool:
+    """Whether an index is used. Raises: ValueError for what could not be done later on."""
+    if config.method == "approximate" or (config.method == "auto" and windows.num_windows > config.exact_up_to):
+        load_faiss()
+        if config.register:
+            registered_model(windows)
+        return True
+    if config.register or config.index:
+        named = "register=true" if config.register else f"index={config.index}"
+        raise ValueError(
+            f"{named} is about an approximate index, but {windows.num_windows:,} windows are compared exactly; add "
+            "method=approximate"
+        )
+    return False
 
 
 def _index(config: SearchConfig, windows: MotionWindows, say: Callable[[str], None]) -> tuple[ApproximateIndex, str]:
