@@ -287,8 +287,8 @@ class Artifact:
                 self.store.write(name, data)
 
     def rows_of(self, shard: int) -> pa.Table:
-        """The rows of one finished shard. Raises: FileNotFoundError before its commit."""
-        return tables.read_parquet(self.store.read(commit_rows(shard)))
+        """The rows of one finished shard. Raises: FileNotFoundError before its commit; ValueError when damaged."""
+        return self._table(commit_rows(shard), fix="remove it and run the same command, which builds its shard again")
 
     def committed_rows(self) -> pa.Table:
         """The rows of all finished shards, ordered by shard and position."""
@@ -314,14 +314,16 @@ class Artifact:
             maker = MAKERS.get(self.kind, self.kind)
             raise ValueError(f"{self.url} has no {SAMPLES}, {state}: run `kinema {maker}` on it to the end") from None
 
-    def _table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    def _table(
+        self, name: str, columns: Sequence[str] | None = None, fix: str = "restore it or choose another out="
+    ) -> pa.Table:
         """A Parquet file of the artifact. Raises: FileNotFoundError; ValueError when it is damaged."""
         data = self.store.read(name)
         try:
             return tables.read_parquet(data, columns=None if columns is None else list(columns))
         except (pa.ArrowInvalid, OSError) as error:
             where = self.store.url_of(name)
-            raise ValueError(f"{where} is damaged ({error}); restore it or choose another out=") from None
+            raise ValueError(f"{where} is damaged ({' '.join(str(error).split())}); {fix}") from None
 
     def manifest_hash(self) -> str:
         """sha256 over what the artifact is and the bytes of its finished shards; equal content, equal hash."""

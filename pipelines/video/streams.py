@@ -32,13 +32,16 @@ def choose_stream(container: av.container.InputContainer, wanted: int) -> int:
     if len(moving) == 1:
         return moving[0].index
     best = container.streams.best("video")
-    order = [s for s in moving if s == best] + sorted(
-        (s for s in moving if s != best), key=lambda s: -(s.width or 0) * (s.height or 0)
-    )
+    order = [s for s in moving if s == best] + sorted((s for s in moving if s != best), key=lambda s: -_num_pixels(s))
     lengths = _lengths(container, moving)
     longest = max(length for length, _ in lengths.values())
     several = [s for s in order if lengths[s.index][1] > 1] or order
     return next((s for s in several if lengths[s.index][0] >= _NEARLY_LONGEST * longest), several[0]).index
+
+
+def _num_pixels(stream: av.VideoStream) -> int:
+    """Of a picture; 0 for a codec that FFmpeg does not know, whose streams have no size."""
+    return 0 if stream.codec_context is None else (stream.width or 0) * (stream.height or 0)
 
 
 def _wanted_stream(videos: list[av.VideoStream], wanted: int) -> int:

@@ -469,3 +469,15 @@ def test_ranged_reads_name_the_file_that_is_missing_or_short(url):
         read_range(artifact.shard_url(0), 10, 1 << 20)
     with pytest.raises(ValueError, match=r"000009\.tar does not exist"):
         read_range(artifact.shard_url(9), 0, 1)
+
+
+def test_damaged_rows_of_a_shard_are_named_with_the_way_out(tmp_path):
+    artifact = make(str(tmp_path / "a"), {0: ["x", "y"], 1: ["z"]})
+    path = tmp_path / "a" / "_commits" / "000000.parquet"
+    whole = path.read_bytes()
+    for damaged in (whole[:40], b"NOTWHATITWAS" + whole[12:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"000000.parquet is damaged .*; remove it and run the same command"):
+            artifact.finalize()
+    path.unlink()
+    assert artifact.pending() == [0], "built again"
