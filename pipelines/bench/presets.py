@@ -61,7 +61,7 @@ def measure(path: Path, num_frames: int, presets: Sequence[str] = PRESETS) -> di
                 encoder.add(picture)
             mp4 = encoder.finish()
         used = time.process_time() - used
-        with av.open(io.BytesIO(mp4)) as container:
+        with av.open(io.BytesIO(mp4), "r") as container:
             shown = [plane_arrays(frame)[0] for frame in container.decode(video=0)]
         errors = [np.square(a.astype(np.float64) - b).mean() for a, b in zip(lumas, shown, strict=True)]
         psnr = 10 * np.log10(255**2 / max(1e-9, float(np.mean(errors))))
