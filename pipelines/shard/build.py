@@ -405,7 +405,7 @@ def irregularities(scan: FrameScan, span: ClipSpan) -> dict[str, Any]:
         found["matrix"] = fallback
     if interlaced := int(scan.interlaced[np.unique(span.frames)].sum()):
         found["interlaced_frames"] = interlaced
-    if scan.facts["dropped_damaged"] and span.stretch == 0:
+    if scan.facts["dropped_damaged"]:
         found["dropped_damaged"] = scan.facts["dropped_damaged"]
     return found
 
