@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kinema.configs import load_stage
+from kinema.configs.rendered import RENDERED
 from kinema.models.backbones.vision_transformer import CONFIGS as ENCODERS
 from kinema.pipelines import train
 from kinema.pipelines.scenes import Scene
@@ -55,7 +56,8 @@ def tiny_settings(config, tmp_path, request):
         small = {"backbone": "nano_vit8", "width": 16, "crop": "[48,64]", "backbone_weights": ""}
         return {f"dinoflow.{key}": value for key, value in small.items()}
     if config.model == "raft_small":
-        return {"flow_network.crop": "[128,128]", "flow_network.iters": 2}
+        crop = {} if config.clips == RENDERED else {"flow_network.crop": "[128,128]"}
+        return {**crop, "flow_network.iters": 2}
     return {
         "fpt.preset": "fpt_tiny",
         "fpt.encoder_weights": "",
@@ -71,16 +73,16 @@ def tiny_settings(config, tmp_path, request):
 def test_two_steps_with_every_packaged_config(name, scene_data, tmp_path, monkeypatch, request):
     monkeypatch.setenv("KINEMA_ENGINE", "serial")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    given = load_stage("train", name)
+    stored = {key: scene_data / key for key in ("clips", "flow", "tracks")}
     tiny = {
-        "clips": scene_data / "clips",
-        "flow": scene_data / "flow",
-        "tracks": scene_data / "tracks",
+        **({} if given.clips == RENDERED else stored),
         "out": tmp_path / "run",
         "steps": 2,
         "batch_size": 2,
         "num_workers": 1,
         "loader.num_workers": 0,
-        **tiny_settings(load_stage("train", name), tmp_path, request),
+        **tiny_settings(given, tmp_path, request),
     }
     config = load_stage("train", name, [f"{key}={value}" for key, value in tiny.items()])
     summary = train.run(config)

@@ -148,8 +148,9 @@ def run(tmp_path_factory):
     )
     meta = {"identity": {}, "train_config": to_mapping(config), "loss": 1.0, "samples_per_second": 1.0}
     state = make_recipe(config).build().state_dict()
-    checkpoint.save_checkpoint(tmp_path_factory.mktemp("runs") / "run", 1, state, {}, meta, keep=1)
-    return tmp_path_factory.getbasetemp() / "runs0" / "run"
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    checkpoint.save_checkpoint(folder, 1, state, {}, meta, keep=1)
+    return folder
 
 
 def test_the_table(run, folder, tmp_path, monkeypatch, capsys):

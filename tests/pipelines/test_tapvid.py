@@ -290,7 +290,7 @@ def tracking_store(tmp_path_factory):
 def test_command_evaluates_chain_on_rendered_scenes(monkeypatch):
     monkeypatch.setattr(tapvid_trackers, "CHAIN_GAPS", (1,))
     short = functools.partial(scene_videos, 1, num_frames=5, num_points=16)
-    monkeypatch.setattr("kinema.pipelines.evaluate.tapvid.scores.scene_videos", short)
+    monkeypatch.setattr("kinema.pipelines.evaluate.tapvid.stage.scene_videos", short)
     metrics = run(EvaluateConfig(model="chain", benchmark="tapvid", data="scenes")).metrics
     assert metrics["tapvid_pts_within_2"] > 0.8 and metrics["tapvid_occlusion_accuracy"] > 0.7
 
