@@ -31,9 +31,10 @@ def print_summary(summary: Any, as_json: bool, stdout: TextIO) -> None:
         mark = os.environ.get(RESULT_MARK_VARIABLE, "")
         stdout.write(f"{mark}{json_text(fields, default=str)}\n")
     else:
-        lines = {key: value for key, value in _dotted(fields) if value not in (None, "")}
+        lines = {key: value for key, value in _dotted(fields) if value not in (None, "", (), [])}
         width = max((len(key) for key in lines), default=0)
         for key, value in lines.items():
+            value = "; ".join(map(str, value)) if isinstance(value, tuple | list) else value
             shown = f"{value:.6g}" if isinstance(value, float) else value
             stdout.write(f"{key:<{width}}  {shown}\n")
     stdout.flush()
