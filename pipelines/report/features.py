@@ -49,13 +49,14 @@ def add_features(page: Page, features: Artifact, clips_url: str | None) -> None:
 
 
 def _add_maps(page: Page, features: Artifact, rows: dict[str, Any], dense: str, index: ClipIndex) -> None:
-    shown, maps = [], []
+    shown, maps, firsts = [], [], []
     keys = index.keys
     for number in varied(index, MAX_CLIPS):
         row = rows.get(keys[number])
         if row is None:
             continue
         stored = _read(features, row, dense)
+        firsts.append(len(shown))
         for i in spread(len(row["frames"]), FRAMES_PER_CLIP):
             frame = index.clip(number).frames([row["frames"][i]])[0]
             shown.append((frame, f"{caption_of(index.clip(number))}, frame {row['frames'][i]}"))
@@ -64,11 +65,13 @@ def _add_maps(page: Page, features: Artifact, rows: dict[str, Any], dense: str, 
         return
     basis = Projection.of(maps)
     page.section("Main components", "The same colour means the same feature in every picture.")
-    for (frame, caption), one in zip(shown, maps, strict=True):
-        picture = cv2.resize(basis.picture(one), _size(frame), interpolation=cv2.INTER_NEAREST)
-        page.pictures([(cv2.resize(frame, _size(frame), interpolation=cv2.INTER_AREA), caption), (picture, dense)])
+    for first, end in zip(firsts, [*firsts[1:], len(shown)], strict=True):
+        pictures = []
+        for (frame, caption), one in zip(shown[first:end], maps[first:end], strict=True):
+            picture = cv2.resize(basis.picture(one), _size(frame), interpolation=cv2.INTER_NEAREST)
+            pictures += [(cv2.resize(frame, _size(frame), interpolation=cv2.INTER_AREA), caption), (picture, dense)]
+        page.pictures(pictures)
     page.section("Nearest patches", "Which patches have features like the one that is clicked.")
-    firsts = [i for i in range(len(shown)) if i % FRAMES_PER_CLIP == 0][:MAX_CLIPS]
     page.patches(*_patches([shown[i] for i in firsts], [maps[i] for i in firsts]))
 
 
