@@ -19,6 +19,8 @@ from kinema.pipelines.report.variety import caption_of, spread, varied
 PATCHES_ALONG = 24
 PICTURE_WIDTH = 340
 MAX_CLIPS, FRAMES_PER_CLIP = 6, 4
+SHOWN_WIDTH = 290
+"""Pixels of the page; four fit beside one another."""
 WIDTH_KEPT = 48
 """Main components of a feature that the page carries for nearest patches."""
 
@@ -66,11 +68,13 @@ def _add_maps(page: Page, features: Artifact, rows: dict[str, Any], dense: str, 
     basis = Projection.of(maps)
     page.section("Main components", "The same colour means the same feature in every picture.")
     for first, end in zip(firsts, [*firsts[1:], len(shown)], strict=True):
-        pictures = []
+        frames, components = [], []
         for (frame, caption), one in zip(shown[first:end], maps[first:end], strict=True):
-            picture = cv2.resize(basis.picture(one), _size(frame), interpolation=cv2.INTER_NEAREST)
-            pictures += [(cv2.resize(frame, _size(frame), interpolation=cv2.INTER_AREA), caption), (picture, dense)]
-        page.pictures(pictures)
+            size = _size(frame)
+            frames.append((cv2.resize(frame, size, interpolation=cv2.INTER_AREA), caption))
+            components.append((cv2.resize(basis.picture(one), size, interpolation=cv2.INTER_NEAREST), dense))
+        page.pictures(frames, width=SHOWN_WIDTH)
+        page.pictures(components, width=SHOWN_WIDTH)
     page.section("Nearest patches", "Which patches have features like the one that is clicked.")
     page.patches(*_patches([shown[i] for i in firsts], [maps[i] for i in firsts]))
 
