@@ -51,7 +51,10 @@ def add_features(page: Page, features: Artifact, clips_url: str | None) -> None:
 
 
 def _add_maps(page: Page, features: Artifact, rows: dict[str, Any], dense: str, index: ClipIndex) -> None:
-    shown, maps, firsts = [], [], []
+    shown: list[tuple[np.ndarray, str]] = []
+    maps: list[torch.Tensor] = []
+    firsts: list[int] = []
+
     keys = index.keys
     for number in varied(index, MAX_CLIPS):
         row = rows.get(keys[number])
