@@ -84,9 +84,6 @@ def test_two_steps_with_every_packaged_config(name, scene_data, tmp_path, monkey
         "loader.num_workers": 0,
         **tiny_settings(given, tmp_path, request),
     }
-    if load_stage("train", name).clips == "rendered":  # such a file brings its own data
-        for key in ("clips", "flow", "tracks"):
-            del tiny[key]
     config = load_stage("train", name, [f"{key}={value}" for key, value in tiny.items()])
     summary = train.run(config)
     assert summary.step == 2 and 0 < summary.loss < 40
