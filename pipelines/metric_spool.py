@@ -35,17 +35,23 @@ class Spool:
     def __init__(self, path: Path | None = None):
         self.path = path
         self.entries: deque[Entry] = deque(_left_behind(path))
+        self.on_disk = path is not None
+        """Whether the file holds all that waits; not after the disk has refused some, until all have arrived."""
 
     def add(self, entries: list[Entry]) -> None:
-        """Append, on disk first. A disk that cannot take them keeps nobody from going on: they stay in memory."""
+        """Append, in memory and on disk.
+
+        Raises: OSError, once, for a disk that cannot take them: what waits is then in memory only.
+        """
         self.entries += entries
-        if self.path is None:
-            return
+        if self.path is None or not self.on_disk:
+            return  # behind a line that was cut off nothing could be read
         try:
             with self.path.open("a") as file:
                 file.write("".join(json_text(entry) + "\n" for entry in entries))
         except OSError:
-            return
+            self.on_disk = False
+            raise
 
     def first(self) -> list[Entry]:
         """The oldest entries that go in one call: up to ENTRIES_PER_CALL metrics, or one file."""
@@ -64,6 +70,7 @@ class Spool:
             self.entries.popleft()
         if not self.entries and self.path is not None:
             self.path.unlink(missing_ok=True)
+            self.on_disk = True
 
 
 def _left_behind(path: Path | None) -> list[Entry]:
@@ -85,9 +92,13 @@ class Sender:
         send: Callable[[list[Entry]], None],
         failures: Callable[[], tuple[type[Exception], ...]],
         on_trouble: Callable[[Exception], None],
+        on_refusal: Callable[[OSError], None],
     ):
-        """Args: failures, what `send` raises when the other side is away; on_trouble, told of every failed try."""
-        self.spool, self.send, self.failures, self.on_trouble = spool, send, failures, on_trouble
+        """Args: failures, what `send` raises when the other side is away; on_trouble, told of every failed try;
+        on_refusal, told of a disk that does not take entries.
+        """
+        self.spool, self.send, self.failures = spool, send, failures
+        self.on_trouble, self.on_refusal = on_trouble, on_refusal
         self.changed = threading.Condition()
         self.hurry = bool(spool.entries)
         self.closed = False
@@ -97,9 +108,12 @@ class Sender:
             self._start()
 
     def add(self, entries: list[Entry]) -> None:
-        """Queue entries; does not wait for anybody."""
+        """Queue entries; does not wait for anybody. A disk that cannot take them is told, and holds nobody up."""
         with self.changed:
-            self.spool.add(entries)
+            try:
+                self.spool.add(entries)
+            except OSError as error:
+                self.on_refusal(error)
             self.hurry |= len(self.spool.entries) >= ENTRIES_PER_CALL
             self.changed.notify_all()
         self._start()

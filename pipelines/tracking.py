@@ -244,7 +244,9 @@ class Tracker:
         self._client = client
         self.problems: dict[str, str] = {}
         self.parent_token: contextvars.Token[RunHandle | None] | None = None
-        self.sender = Sender(Spool(spool), self._send, _failures, partial(self._report, "metrics for now"))
+        self.sender = Sender(
+            Spool(spool), self._send, _failures, partial(self._report, "metrics for now"), self._refused
+        )
 
     @classmethod
     def attach(cls, handle: RunHandle, spool: Path | None = None) -> Tracker:
@@ -335,7 +337,7 @@ class Tracker:
         """Send what is left; the run stays open for others."""
         left = self.sender.close(ARRIVAL_S)
         if left:
-            path = self.sender.spool.path
+            path = self.sender.spool.path if self.sender.spool.on_disk else None
             where = f"wait in {path}; the same command sends them" if path else "are lost"
             _say(f"MLflow at {self.handle.uri} does not answer: {left} metric values {where}")
 
@@ -345,6 +347,10 @@ class Tracker:
         except _failures() as error:
             self._report(what, error)
             return None
+
+    def _refused(self, error: OSError) -> None:
+        path = self.sender.spool.path
+        _say(f"{path} cannot be written ({_first_line(error)}): metrics that MLflow has not taken are in memory only")
 
     def _report(self, what: str, error: Exception) -> None:
         if what not in self.problems:

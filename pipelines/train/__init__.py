@@ -109,6 +109,7 @@ def _run_in_bucket(config: TrainConfig, report: Callable[[dict[str, Any]], None]
     folder = local_folder(config.out)
     _fetch(config.out, folder)
     spread = engine.backend() == "ray" and engine.num_nodes() > 1
+    _check_shared(config, spread)
     try:
         if spread:
             return _at_url(_run_in(config, folder, report, config.out), config.out)
@@ -116,6 +117,15 @@ def _run_in_bucket(config: TrainConfig, report: Callable[[dict[str, Any]], None]
             return _at_url(_run_in(config, folder, report), config.out)
     except Stopped as stopped:
         raise Stopped(str(stopped), _at_url(stopped.summary, config.out)) from None
+
+
+def _check_shared(config: TrainConfig, spread: bool) -> None:
+    """Args: spread, whether ranks may be on several nodes, which share no folder. Raises: ValueError."""
+    if spread and config.sharding == "full" and config.num_workers > 1:
+        raise ValueError(
+            f"train.out={config.out}: with sharding=full every rank writes its part of a checkpoint into one folder, and "
+            "ranks on several nodes have none in common; use out= on a folder that all nodes see, or sharding=none"
+        )
 
 
 def _fetch(url: str, folder: Path) -> None:

@@ -105,10 +105,27 @@ def test_a_call_takes_at_most_so_many_and_files_keep_their_place(tmp_path):
     spool = Spool()
     spool.add([{"name": "a", "step": n} for n in range(700)])
     spool.add([{"file": "picture.png", "folder": ""}, {"name": "a", "step": 700}])
-    sender = Sender(spool, lambda part: calls.append(part), lambda: (OSError,), lambda error: None)
+    sender = Sender(spool, lambda part: calls.append(part), lambda: (OSError,), *[lambda error: None] * 2)
     assert sender.flush(10) == 0
     assert [len(part) for part in calls] == [500, 200, 1, 1] and "file" in calls[2][0]
     sender.close(1)
+
+
+def test_a_disk_that_refuses_what_waits_is_told_once_and_the_rest_is_not_promised(server, tmp_path, capfd):
+    """A folder stands where the file would be. Everything is in memory, arrives when it can, and is lost otherwise."""
+    file = tmp_path / "pending.jsonl"
+    tracker = tracking.Tracker.attach(tracking.RunHandle(server.uri, "run", "0"))
+    tracker.sender.spool.path, tracker.sender.spool.on_disk = file, True
+    file.mkdir()
+    server.away = True
+    for step in range(3):
+        tracker.log_metrics({"loss": 1.0}, step)
+    file.rmdir()
+    tracker.log_metrics({"loss": 1.0}, 3)
+    tracker.close()
+    said = capfd.readouterr().err
+    assert said.count("cannot be written") == 1 and "in memory only" in said
+    assert "4 metric values are lost" in said and not file.exists(), "a file with gaps would be read as the whole"
 
 
 def test_training_goes_on_at_its_pace_and_nothing_is_lost(server, tmp_path, monkeypatch):

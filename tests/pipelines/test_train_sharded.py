@@ -165,6 +165,16 @@ def test_the_index_runs_no_code(two_ranks, tmp_path):
         read_parts(tmp_path)
 
 
+def test_parts_that_no_folder_would_bring_together_are_refused(monkeypatch):
+    config = TrainConfig(
+        model="dismo", clips="clips", out="memory://bucket/run", sharding="full", num_workers=2, batch_size=2
+    )
+    monkeypatch.setenv("KINEMA_ENGINE", "ray")
+    monkeypatch.setattr(train.engine, "num_nodes", lambda: 2)
+    with pytest.raises(ValueError, match=r"out=memory://bucket/run: with sharding=full .* nodes have none in common"):
+        train.run(config)
+
+
 def test_a_model_without_units_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("KINEMA_ENGINE", "serial")
     given = dict(model="raft_small", clips=str(tmp_path), flow=str(tmp_path), out=str(tmp_path / "run"))
