@@ -123,8 +123,8 @@ def _check_shared(config: TrainConfig, spread: bool) -> None:
     """Args: spread, whether ranks may be on several nodes, which share no folder. Raises: ValueError."""
     if spread and config.sharding == "full" and config.num_workers > 1:
         raise ValueError(
-            f"train.out={config.out}: with sharding=full every rank writes its part of a checkpoint into one folder, and "
-            "ranks on several nodes have none in common; use out= on a folder that all nodes see, or sharding=none"
+            f"train.out={config.out}: with sharding=full every rank writes its part of a checkpoint into one folder, "
+            "and ranks on several nodes have none in common; use out= on a folder that all nodes see, or sharding=none"
         )
 
 
