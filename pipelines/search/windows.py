@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
@@ -133,6 +134,4 @@ class MotionWindows:
 
 
 def _strings(values: set[str]) -> Any:
-    import pyarrow as pa
-
     return pa.array(sorted(values), pa.string())

@@ -31,7 +31,6 @@ from kinema.pipelines.train.meter import read_metrics
 from kinema.pipelines.train.mirror import RunMirror
 from kinema.pipelines.train.parallel import seed_step
 from kinema.pipelines.train.recipes.choose import make_recipe
-from kinema.pipelines.train.sharded import shard_units
 from kinema.pipelines.train.source import ClipLoader, check_source, source_inputs
 from kinema.pipelines.train.trained import load_model
 
@@ -264,8 +263,8 @@ def _check(config: TrainConfig, recipe: Any) -> None:
             "use measure_every=0 or sharding=none"
         )
     rank_batch_size(config, config.num_workers)
-    if config.sharding == "full":
-        shard_units(recipe)
+    if config.sharding == "full" and not hasattr(recipe, "shard_units"):
+        raise ValueError(f"train.sharding=full is not for model={config.model}; use sharding=none")
 
 
 @contextlib.contextmanager

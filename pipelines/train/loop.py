@@ -101,6 +101,7 @@ def train_worker(job: TrainJob, place: Place, stop: Stop) -> Finished:
     state = _State.create(job, place)
     parallel = replicate(recipe, state.module, place, state.sharded)
     log = _Log(job, state) if place.rank == 0 else None
+    takes_part = log is not None or state.sharded  # in pictures and checkpoints: of a shared out model, every rank
     # A stop is saved by a thread, at once, while the step that is under way goes on; see stop.py.
     # A sharded one takes all ranks, and waits for the end of the step.
     stop.watch(state.save if place.rank == 0 and not state.sharded else lambda: None)
@@ -110,13 +111,9 @@ def train_worker(job: TrainJob, place: Place, stop: Stop) -> Finished:
     try:
         while True:
             last = state.step >= config.steps
-            if batch is not None and (last or _due(state.step, config.pictures_every)) and (log or state.sharded):
-                made = state.pictures(batch)
-                if log:
-                    log.pictures(state, made)
-            if log and batch is not None and config.measure_every and (last or _due(state.step, config.measure_every)):
-                log.measure(state)
-            if (last or stopped or _due(state.step, config.checkpoint_every)) and (log or state.sharded):
+            if batch is not None and takes_part:
+                _look(state, log, batch, last)
+            if takes_part and (last or stopped or _due(state.step, config.checkpoint_every)):
                 state.save()
             if last or stopped:
                 break
@@ -162,6 +159,17 @@ def train_worker(job: TrainJob, place: Place, stop: Stop) -> Finished:
             log.close()
     rate = (state.step - first_step) * config.batch_size / max(time.perf_counter() - started, 1e-9)
     return Finished(state.step, state.loss, rate, (stop.reason or "another rank") if stopped else None)
+
+
+def _look(state: _State, log: _Log | None, batch: Batch, last: bool) -> None:
+    """Pictures and measures, where they are due."""
+    config = state.job.config
+    if last or _due(state.step, config.pictures_every):
+        made = state.pictures(batch)
+        if log:
+            log.pictures(state, made)
+    if log and config.measure_every and (last or _due(state.step, config.measure_every)):
+        log.measure(state)
 
 
 class _State:
@@ -288,7 +296,9 @@ class _Log:
     def __init__(self, job: TrainJob, state: _State):
         self.job = job
         self.metrics = MetricsFile(job.run, state.step)
-        self.measures = MetricsFile(job.run, state.step, MEASURES_FILE) if job.config.measure_every else None
+        measures = bool(job.config.measure_every) and job.held_out is not None
+        self.measures = MetricsFile(job.run, state.step, MEASURES_FILE) if measures else None
+        self.held_out = job.held_out() if measures and job.held_out else None
         self.progress = ProgressFile(job.run)
         self.tracker = Tracker.attach(job.tracking, job.run / PENDING_FILE) if job.tracking else None
         state.window.started = time.perf_counter()
@@ -332,12 +342,12 @@ class _Log:
 
     def measure(self, state: _State) -> None:
         """What held-out clips say of the model, in measures.jsonl and in MLflow."""
-        if self.measures is None or self.job.held_out is None:
+        if self.measures is None:
             return
         state.module.eval()
         with torch.no_grad(), _autocast(self.job.config, state.place):
             measured: Any = self.job.recipe  # `measure` is there only in some, as `_check` of train/ has seen
-            values = measured.measure(state.module, self.job.held_out())
+            values = measured.measure(state.module, self.held_out)
         state.module.train()
         self.measures.write(state.step, values)
         if self.tracker:

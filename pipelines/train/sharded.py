@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +38,13 @@ _TORCH_NAMES = frozenset({"Size", "float64", "float32", "float16", "bfloat16", "
 _OTHER_FORWARDS = ("sample", "forward_sliding")
 
 
-def shard_units(recipe: Any) -> Callable[[nn.Module], list[nn.Module]]:
-    """What a recipe shares out. Raises: ValueError for one that does not say."""
-    found = getattr(recipe, "shard_units", None)
-    if found is None:
-        raise ValueError(f"train.sharding=full is not for {type(recipe).__name__}'s model; use sharding=none")
-    return found
-
-
 def shard(recipe: Any, module: nn.Module, device: torch.device) -> None:
     """Share the recipe's units out over all ranks, in place; each is gathered while it works.
 
-    Raises: ValueError for a recipe without units; AssertionError for trained weights outside of them.
+    Raises: AssertionError for trained weights outside of the units.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for unit in shard_units(recipe)(module):
+    for unit in recipe.shard_units(module):
         sharded: Any = fully_shard(unit, mesh=mesh)  # the same module, which is an FSDPModule now
         for name in _OTHER_FORWARDS:
             if hasattr(unit, name):

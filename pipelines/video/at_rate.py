@@ -13,6 +13,8 @@ from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.errors import SourceError
 from kinema.pipelines.video.orient import orientation_of
 
+_SAME_S = 1e-6
+
 
 def read_video(path: Path, fps: float, short_side: int, max_seconds: float) -> UInt8[np.ndarray, "T H W 3"]:
     """Frames of a video file at this rate, nearest in time, upright, its shorter side at most `short_side` pixels.
@@ -49,9 +51,6 @@ def read_stretch(
     if not frames:
         raise SourceError("no frame comes out of it" if first_s is None else f"it ends before {start_s:g} s")
     return np.stack(frames), np.asarray(times)
-
-
-_SAME_S = 1e-6
 
 
 def _shrunk(frame: np.ndarray, short_side: int) -> np.ndarray:

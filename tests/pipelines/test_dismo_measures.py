@@ -8,7 +8,8 @@ import torch
 
 from kinema.configs import DisMoConfig, LoaderConfig, TrainConfig
 from kinema.pipelines import train
-from kinema.pipelines.loader import ClipIndex
+from kinema.pipelines.loader import Clip, ClipIndex
+from kinema.pipelines.loader.clip import DamagedClip
 from kinema.pipelines.train.loop import TrainJob, train_worker
 from kinema.pipelines.train.meter import MEASURES_FILE
 from kinema.pipelines.train.parallel import Place
@@ -39,11 +40,27 @@ def clips(tmp_path_factory):
 
 def test_labels_that_the_embeddings_tell_are_told(clips):
     found = label_accuracies(Oracle(), ClipIndex.open(clips.url), 6.0)
+    assert (found.pop("knn_clips"), found.pop("knn_left_out")) == (48, 0)
     assert set(found) == {
         f"knn_{n}{end}" for n in ("motion", "shape", "texture", "colour") for end in ("", "_over_chance")
     }
     assert found["knn_colour_over_chance"] > 1.8 > found["knn_motion_over_chance"]
     assert found["knn_colour_over_chance"] == pytest.approx(6 * found["knn_colour"])
+
+
+def test_clips_that_cannot_be_embedded_are_counted(clips, monkeypatch):
+    def damaged_now_and_then(clip, indices):
+        if int(clip.key, 16) % 4 == 0:
+            raise DamagedClip("cut off")
+        return frames(clip, indices)
+
+    frames = Clip.frames
+    monkeypatch.setattr(Clip, "frames", damaged_now_and_then)
+    found = label_accuracies(Oracle(), ClipIndex.open(clips.url), 6.0)
+    expected = sum(int(key, 16) % 4 == 0 for key in ClipIndex.open(clips.url).keys)
+    assert (found["knn_clips"], found["knn_left_out"]) == (48 - expected, expected) and expected > 0
+    monkeypatch.setattr(Clip, "frames", frames)
+    assert label_accuracies(Oracle(), ClipIndex.open(clips.url), 0.1) == {"knn_clips": 0, "knn_left_out": 48}
 
 
 def test_the_loop_measures_every_few_steps(clips, tmp_path):

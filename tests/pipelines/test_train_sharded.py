@@ -178,5 +178,5 @@ def test_parts_that_no_folder_would_bring_together_are_refused(monkeypatch):
 def test_a_model_without_units_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("KINEMA_ENGINE", "serial")
     given = dict(model="raft_small", clips=str(tmp_path), flow=str(tmp_path), out=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="sharding=full is not for FlowRecipe's model; use sharding=none"):
+    with pytest.raises(ValueError, match="sharding=full is not for model=raft_small; use sharding=none"):
         train.run(TrainConfig(**given, sharding="full"))

@@ -22,6 +22,7 @@ MOST_VALUES = 64
 def label_accuracies(extractor: MotionExtractor, clips: ClipIndex, fps: float) -> dict[str, float]:
     """`knn_LABEL`, share of clips whose label most of their nearest neighbours have, and `knn_LABEL_over_chance`.
 
+    And `knn_clips` and `knn_left_out`, how many were embedded, and how many were too short or damaged.
     Only labels that all clips have count, with at least two values; there are none where the clips have no labels.
     Args: clips, of which at most `MAX_CLIPS`, spread over all, are embedded, each by the mean over its frames.
     """
@@ -39,10 +40,10 @@ def label_accuracies(extractor: MotionExtractor, clips: ClipIndex, fps: float) -
         try:
             video = torch.from_numpy(clip.frames(frames))[None]
         except DamagedClip:
-            continue  # training skips and counts it
+            continue
         means.append(extractor.forward_sliding(video.to(device)).float().mean(dim=1)[0].cpu())
         known.append(labels[number])
-    found: dict[str, float] = {}
+    found: dict[str, float] = {"knn_clips": len(means), "knn_left_out": len(chosen) - len(means)}
     for name in sorted({name for one in known for name in one}):
         values = [str(one.get(name, "")) for one in known]
         kinds = len(set(values))
