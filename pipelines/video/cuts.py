@@ -131,9 +131,7 @@ def same_shot(a: UInt8[np.ndarray, "h w"], b: UInt8[np.ndarray, "h w"]) -> bool:
     """
     rows, columns = _without_bars(a, b)
     pair = [np.ascontiguousarray(picture[rows, columns]) for picture in (a, b)]
-    fine = [
-        picture.astype(np.float32) - cv2.GaussianBlur(picture.astype(np.float32), (0, 0), _FINE) for picture in pair
-    ]
+    fine = [_fine_structure(picture) for picture in pair]
     there, there_alike = _match_blocks(pair[0], fine[0], fine[1])
     back, back_alike = _match_blocks(pair[1], fine[1], fine[0])
     if not there and not back:

@@ -68,10 +68,10 @@ def _vector_encoder(width: int, height: int) -> av.VideoCodecContext:
     encoder.time_base = Fraction(1, 25)
     encoder.framerate = Fraction(25)
     encoder.thread_count = 1
-    # cabac=0 codes the same decisions in less time
-    params = "keyint=infinite:scenecut=0:bframes=0:ref=1:rc-lookahead=0:mbtree=0:threads=1:weightp=0:partitions=all"
+    # cabac=0 codes the same decisions in less time; whole macroblocks take a third less than their parts
+    params = "keyint=infinite:scenecut=0:bframes=0:ref=1:rc-lookahead=0:mbtree=0:threads=1:weightp=0:partitions=none"
     params += ":cabac=0"
-    encoder.options = {"preset": "veryfast", "crf": "18", "x264-params": params}
+    encoder.options = {"preset": "superfast", "crf": "18", "x264-params": params}
     return encoder
 
 
