@@ -16,14 +16,15 @@ from kinema.configs.json_text import json_text
 
 BENCHMARKS = {
     "shard": "clips artifact against plain copying and a plain re-encode of the sources; clip.codec=copy",
-    "flow_codec": "flow sidecar against fp16 npz",
+    "flow_codec": "flow sidecar against fp16 npz, KITTI's PNG and plain fp16",
     "rendered_flow": "rendered pairs with exact flow, pairs per second of one core against the 50 asked for",
     "loader": "groups of pictures by ranged reads against decoding each clip from its start",
     "stream_loader": "stream mode against random mode and plain WebDataset, from a bucket that answers after 30 ms",
     "teacher": "RAFT and RAFT-small against the plain pairwise network; memory at 1080p",
     "flow_networks": "a pair of frames through RAFT, SEA-RAFT, WAFT and AllTracker: processor time and memory",
     "train_step": "FlowFeat step with stored flow against the same step with RAFT inside",
-    "fpt_loader": "several samples per opened clip against one per MPEG-1 file decoded from its start",
+    "fpt_loader": "one and several samples per opened clip against one per MPEG-1 file decoded from its start",
+    "fpt_sampling": "joint samples and predictions of the Flow Poke Transformer against plain ways to compute them",
     "fpt_step": "Flow Poke Transformer step against the same model with a dense boolean mask",
     "dismo_loader": "frames of several samples per opened clip against one decode per sample from the clip's start",
     "search": "a million motion embeddings: exact search in blocks against all at once, and an index against it",
@@ -54,12 +55,13 @@ def main(names: Sequence[str]) -> int:
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """Rows of {name, value, baseline, ratio, unit}, aligned."""
+    """Rows of {name, value, baseline, ratio, unit}, aligned; beside the ratio by the clock that of processor time."""
     width = max(len(row["name"]) for row in rows)
-    print(f"  {'':<{width}}  {'ours':>10}  {'baseline':>10}  {'ratio':>8}")
+    columns = {"value": "ours", "baseline": "baseline", "ratio": "ratio", "processor_ratio": "processor"}
+    print(f"  {'':<{width}}" + "".join(f"  {title:>10}" for title in columns.values()))
     for row in rows:
-        shown = (f"{row[key]:>{size}.4g}" for key, size in (("value", 10), ("baseline", 10), ("ratio", 8)))
-        print(f"  {row['name']:<{width}}  {'  '.join(shown)}  {row['unit']}")
+        shown = "".join(f"  {row[key]:>10.4g}" if key in row else " " * 12 for key in columns)
+        print(f"  {row['name']:<{width}}{shown}  {row['unit']}")
 
 
 if __name__ == "__main__":

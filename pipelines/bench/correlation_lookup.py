@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +18,9 @@ from kinema.kernels.correlation_lookup import (
     volume_lookup,
 )
 from kinema.kernels.correlation_lookup.gpu_cases import grid_sampled
+from kinema.pipelines.bench.paired import paired
 
-REPEATS = 3
+ROUNDS = 3
 RADIUS, CHANNELS = 4, 256
 MEMORY_SIZES = ((28, 48), (56, 96), (112, 192))
 """Each has four times the pixels of the one before."""
@@ -30,7 +28,7 @@ ITERS = 12
 
 
 def run() -> list[dict[str, Any]]:
-    """Rows of {name, value, baseline, ratio, unit}; smooth motion with noise, fp32, one thread."""
+    """Rows of {name, value, baseline, ratio, processor_ratio, unit}; smooth motion with noise, fp32, one thread."""
     torch.set_num_threads(1)
     with torch.no_grad():
         rows = _time_rows(55, 128) + _time_rows(90, 160)
@@ -64,22 +62,26 @@ def lookup_inputs(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 def _time_rows(height: int, width: int) -> list[dict[str, Any]]:
     fmap1, fmap2, coords = lookup_inputs(height, width)
     pooled, volume = feature_pyramid(fmap2), correlation_pyramid(fmap1, fmap2)
-    seconds = _interleaved(
+    times = paired(
         {
             "on demand": lambda: correlation_lookup(fmap1, pooled, coords, RADIUS, impl="reference"),
             "grid_sample": lambda: grid_sampled(volume, coords),
             "gather": lambda: volume_lookup(volume, coords, RADIUS),
             "build": lambda: correlation_pyramid(fmap1, fmap2),
-        }
+        },
+        ROUNDS,
     )
+    demanded = times.sum("of a network, on demand", {"on demand": ITERS})
+    sampled = times.sum("of a network, grid_sample", {"build": 1, "grid_sample": ITERS})
+    gathered = times.sum("of a network, gather", {"build": 1, "gather": ITERS})
     name = f"lookup C{CHANNELS} {height}x{width} r{RADIUS}"
-    ours, published = seconds["on demand"], seconds["build"] + ITERS * seconds["grid_sample"]
-    gathered = seconds["build"] + ITERS * seconds["gather"]
     plan = plan_lookup(1, height, width, CHANNELS, ITERS, 16 * 2**30, radius=RADIUS)
     return [
-        _row(f"{name}, {ITERS} on demand, against volume + grid_sample", ITERS * ours, published, "s"),
-        _row(f"{name}, {ITERS} on demand, against volume + gather", ITERS * ours, gathered, f"s; planned: {plan.kind}"),
-        _row(f"{name}, volume read by gather, against grid_sample", seconds["gather"], seconds["grid_sample"], "s"),
+        times.row(f"{name}, {ITERS} on demand, against volume + grid_sample", demanded, sampled, "s", 1),
+        times.row(
+            f"{name}, {ITERS} on demand, against volume + gather", demanded, gathered, f"s; planned: {plan.kind}", 1
+        ),
+        times.row(f"{name}, volume read by gather, against grid_sample", "gather", "grid_sample", "s", 1),
     ]
 
 
@@ -114,15 +116,3 @@ class _Tracked(TorchDispatchMode):
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
         self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.alive.values()))
         return out
-
-
-def _interleaved(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """The fastest of a few alternating runs: other load only ever adds time."""
-    best = dict.fromkeys(functions, float("inf"))
-    for _ in range(REPEATS):
-        for name, function in functions.items():
-            gc.collect()
-            started = time.perf_counter()
-            function()
-            best[name] = min(best[name], time.perf_counter() - started)
-    return best

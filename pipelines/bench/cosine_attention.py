@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kinema.kernels import cosine_attention
 from kinema.kernels.cosine_attention.reference import rotate, unit
+from kinema.pipelines.bench.paired import paired
 
 Function = Callable[..., Tensor]
 
@@ -19,9 +20,9 @@ Function = Callable[..., Tensor]
 def run(
     heads: int = 8, head_size: int = 64, num_pokes: int = 128, queries_per_poke: int = 15, rounds: int = 7
 ) -> list[dict[str, Any]]:
-    """Rows of {name, value, baseline, ratio, unit}: milliseconds; ratio = baseline / ours, the best of each.
+    """Rows of {name, value, baseline, ratio, processor_ratio, unit}: milliseconds; ratio = baseline / ours.
 
-    Normalisation, rotation and scale are part of both sides. The sides take turns, so that other load falls on both.
+    Normalisation, rotation and scale are part of both sides.
     """
     generator = torch.Generator().manual_seed(0)
     patterns = {
@@ -39,20 +40,10 @@ def run(
             "dense mask": _masked(theta, mask),
         }
         leaves = [x.requires_grad_() for x in (q, k, v, scale)]
-        for what, measure in (("forward", _forward), ("forward + backward", _forward_and_backward)):
-            best = dict.fromkeys(sides, float("inf"))
-            for _ in range(rounds):
-                for name, function in sides.items():
-                    best[name] = min(best[name], measure(function, leaves, dout))
-            rows.append(
-                {
-                    "name": f"{kind} H{heads} D{head_size} P{num_pokes} x {queries_per_poke} {what} vs dense mask",
-                    "value": 1e3 * best["ours"],
-                    "baseline": 1e3 * best["dense mask"],
-                    "ratio": best["dense mask"] / best["ours"],
-                    "unit": "ms",
-                }
-            )
+        for what, work in (("forward", _forward), ("forward + backward", _forward_and_backward)):
+            times = paired({name: partial(work, function, leaves, dout) for name, function in sides.items()}, rounds)
+            title = f"{kind} H{heads} D{head_size} P{num_pokes} x {queries_per_poke} {what} vs dense mask"
+            rows.append(times.row(title, "ours", "dense mask"))
         with torch.no_grad():
             difference = (sides["ours"](*leaves) - sides["dense mask"](*leaves)).abs().max().item()
         rows.append(
@@ -88,14 +79,10 @@ def _masked(theta: Tensor, mask: Tensor) -> Function:
     return attend
 
 
-def _forward(function: Function, leaves: list[Tensor], dout: Tensor) -> float:
+def _forward(function: Function, leaves: list[Tensor], dout: Tensor) -> None:
     with torch.no_grad():
-        started = time.perf_counter()
         function(*leaves)
-        return time.perf_counter() - started
 
 
-def _forward_and_backward(function: Function, leaves: list[Tensor], dout: Tensor) -> float:
-    started = time.perf_counter()
+def _forward_and_backward(function: Function, leaves: list[Tensor], dout: Tensor) -> None:
     torch.autograd.grad(function(*leaves), leaves, dout)
-    return time.perf_counter() - started

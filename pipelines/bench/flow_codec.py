@@ -1,29 +1,30 @@
-"""The flow sidecar against an fp16 .npz of the same flow: size, encode, decode, measured side by side."""
+"""The flow sidecar against other ways to store the same flow: size, encode, decode, measured side by side."""
 
 from __future__ import annotations
 
 import io
 import itertools
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
+from kinema.pipelines.bench.paired import paired
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair, encode_clip_flow
+from kinema.pipelines.sidecars.flow_files import read_kitti_flow, write_kitti_flow
 
-T = TypeVar("T")
 
+def run(height: int = 480, width: int = 864, num_pairs: int = 8, rounds: int = 3) -> list[dict[str, Any]]:
+    """Rows of {name, value, baseline, ratio, unit}: of sizes, ours / other, smaller is better; of times, other / ours.
 
-def run(height: int = 480, width: int = 864, num_pairs: int = 8) -> list[dict[str, Any]]:
-    """Rows of {name, value, baseline, ratio, unit}; ratio = ours / fp16 npz, smaller is better.
-
-    The flow is DIS flow of a rendered scene: as noisy as a teacher's, unlike the scene's exact flow.
+    The flow is DIS flow of a rendered scene: as noisy as a teacher's, unlike the scene's exact flow. KITTI's PNG has
+    the same step of 1/64 px; fp16 keeps some values finer and large ones coarser.
     """
     flows = _teacher_flows(height, width, num_pairs)
-    rows = []
 
     def encode() -> bytes:
         pairs = [FlowPair(t, 1, flow) for t, flow in enumerate(flows)]
@@ -31,24 +32,39 @@ def run(height: int = 480, width: int = 864, num_pairs: int = 8) -> list[dict[st
             pairs, height=height, width=width, teacher="dis", weights_hash="none", frames=num_pairs + 1
         )
 
-    blob, encode_s = _fastest(encode)
-    npz, npz_encode_s = _fastest(lambda: _npz(flows))
-    _, decode_s = _fastest(lambda: _decode(blob, num_pairs))
-    _, npz_decode_s = _fastest(lambda: _npz_decode(npz))
-    for name, value, baseline, unit in [
-        ("size", len(blob) / num_pairs / 1024, len(npz) / num_pairs / 1024, "KiB/pair"),
-        ("encode", encode_s / num_pairs * 1e3, npz_encode_s / num_pairs * 1e3, "ms/pair"),
-        ("decode", decode_s / num_pairs * 1e3, npz_decode_s / num_pairs * 1e3, "ms/pair"),
-    ]:
+    with tempfile.TemporaryDirectory(prefix="kinema-bench-") as name:
+        png = Path(name) / "flow.png"
+        ways = {
+            "ours": (encode, lambda data: _decode(data, num_pairs)),
+            "fp16 npz": (lambda: _npz(flows), _npz_decode),
+            "KITTI PNG": (lambda: _kitti_pngs(flows, png), lambda files: _kitti_decode(files, png)),
+            "fp16 as it is": (lambda: [flow.astype(np.float16).tobytes() for flow in flows], _raw_decode),
+        }
+        stored = {way: pack() for way, (pack, _) in ways.items()}
+        times = {
+            "encode": paired({way: pack for way, (pack, _) in ways.items()}, rounds),
+            "decode": paired({way: partial(unpack, stored[way]) for way, (_, unpack) in ways.items()}, rounds),
+        }
+    kib = {
+        way: sum(map(len, [data] if isinstance(data, bytes) else data)) / num_pairs / 1024
+        for way, data in stored.items()
+    }
+    rows = []
+    for other in [way for way in ways if way != "ours"]:
+        title = f"against {other}, {width}x{height}"
         rows.append(
             {
-                "name": f"flow codec {name} against fp16 npz, {width}x{height}",
-                "value": value,
-                "baseline": baseline,
-                "ratio": value / baseline,
-                "unit": unit,
+                "name": f"flow codec size {title}",
+                "value": kib["ours"],
+                "baseline": kib[other],
+                "ratio": kib["ours"] / kib[other],
+                "unit": "KiB/pair",
             }
         )
+        rows += [
+            found.row(f"flow codec {what} {title}", "ours", other, "ms/pair", 1e3 / num_pairs)
+            for what, found in times.items()
+        ]
     return rows
 
 
@@ -81,11 +97,20 @@ def _decode(data: bytes, num_pairs: int) -> None:
         blob.flow(t, 1)
 
 
-def _fastest(function: Callable[[], T], repeats: int = 3) -> tuple[T, float]:
-    """The result and the fastest of a few runs, in seconds: other load only ever adds time."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        result = function()
-        times.append(time.perf_counter() - started)
-    return result, min(times)
+def _kitti_pngs(flows: list[np.ndarray], scratch: Path) -> list[bytes]:
+    files = []
+    for flow in flows:
+        write_kitti_flow(scratch, flow)
+        files.append(scratch.read_bytes())
+    return files
+
+
+def _kitti_decode(files: list[bytes], scratch: Path) -> None:
+    for data in files:
+        scratch.write_bytes(data)
+        read_kitti_flow(scratch)
+
+
+def _raw_decode(files: list[bytes]) -> None:
+    for data in files:
+        np.frombuffer(data, np.float16).astype(np.float32)

@@ -10,9 +10,8 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +28,7 @@ from kinema.models.fpt import layers as fpt_layers
 from kinema.models.fpt.layers import prepare
 from kinema.models.fpt.model import FlowPokeTransformer
 from kinema.pipelines.bench.cosine_attention import dense_mask
+from kinema.pipelines.bench.paired import paired
 from kinema.pipelines.train.recipes.fpt.recipe import FPTRecipe
 
 # As wide as the published model, with fewer layers: layers repeat, and so does the ratio.
@@ -38,21 +38,19 @@ SIDES = ("ours", "dense mask")
 
 
 def run(batch_size: int = 1, rounds: int = 4, memory: bool = True) -> list[dict[str, Any]]:
-    """Rows of {name, value, baseline, ratio, unit}: the fastest of `rounds` steps that take turns; baseline / ours.
+    """Rows of {name, value, baseline, ratio, processor_ratio, unit}; ratio = baseline / ours.
 
     Peak memory (Linux) is how far a step goes above what a process of its own for each side held before.
     """
     steps = {side: Step(side, batch_size) for side in SIDES}
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    losses = {}
-    for _ in range(rounds + 1):  # the first one warms up
-        for side, step in steps.items():
-            started = time.perf_counter()
-            losses[side] = step()
-            seconds[side].append(time.perf_counter() - started)
-    best = {side: min(taken[1:]) for side, taken in seconds.items()}
+    losses: dict[str, float] = {}
+
+    def keep(side: str) -> None:
+        losses[side] = steps[side]()
+
+    times = paired({side: partial(keep, side) for side in SIDES}, rounds)
     name = f"FPT step, {CONFIG.num_pokes} pokes x {CONFIG.queries_per_poke} queries, batch {batch_size}"
-    rows = [_row(f"{name}: time", best, "s")]
+    rows = [times.row(f"{name}: time", *SIDES, "s", 1)]
     if memory:
         rows.append(_row(f"{name}: peak memory", {side: _peak_mb(side, batch_size) for side in SIDES}, "MB"))
     difference = abs(losses["ours"] - losses["dense mask"])
@@ -65,7 +63,7 @@ class Step:
 
     def __init__(self, side: str, batch_size: int):
         torch.manual_seed(0)
-        self.attention = _ours if side == "ours" else _dense
+        self.attention = _ours if side == "ours" else dense_attention
         self.recipe = FPTRecipe(CONFIG)
         self.model = FlowPokeTransformer(**MODEL)  # type: ignore[arg-type]
         P, n = CONFIG.num_pokes, CONFIG.queries_per_poke
@@ -92,7 +90,8 @@ def _ours() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _dense() -> Iterator[None]:
+def dense_attention() -> Iterator[None]:
+    """Attention of queries through a dense boolean mask."""
     with mock.patch.object(fpt_layers, "cosine_attention", _dense_attention):
         yield
 
@@ -101,17 +100,17 @@ def _dense_attention(
     q: Tensor, k: Tensor, v: Tensor, theta_q: Tensor, theta_k: Tensor, scale: Tensor, pattern: Any
 ) -> Tensor:
     pattern = as_pattern(pattern)
-    if pattern.kind != "query_causal":
+    if pattern.kind not in ("query_causal", "query_inference"):
         return cosine_attention(q, k, v, theta_q, theta_k, scale, pattern)
-    mask = _mask(pattern.num_pokes, q.shape[2])
+    mask = _mask(pattern.kind.replace("_", "-"), pattern.num_pokes, q.shape[2])
     return F.scaled_dot_product_attention(
         prepare(q, theta_q, scale), prepare(k, theta_k, scale), v, attn_mask=mask, scale=1.0
     )
 
 
 @cache
-def _mask(num_pokes: int, length: int) -> Tensor:
-    return dense_mask("query-causal", num_pokes, length)
+def _mask(kind: str, num_pokes: int, length: int) -> Tensor:
+    return dense_mask(kind, num_pokes, length)
 
 
 def _peak_mb(side: str, batch_size: int) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kinema.kernels import local_correlation
 from kinema.kernels.local_correlation.reference import local_correlation_plain
+from kinema.pipelines.bench.paired import paired
 
 Function = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -19,10 +20,7 @@ Function = Callable[[Tensor, Tensor, int], Tensor]
 def run(
     channels: int = 128, height: int = 55, width: int = 128, radius: int = 4, rounds: int = 5
 ) -> list[dict[str, Any]]:
-    """Rows of {name, value, baseline, ratio, unit}: milliseconds; ratio = baseline / ours, the best of each.
-
-    The sides take turns, so that other load falls on all of them.
-    """
+    """Rows of {name, value, baseline, ratio, processor_ratio, unit}: milliseconds; ratio = baseline / ours."""
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(1, channels, height, width, generator=generator) for _ in range(2)]
     weight = torch.randn(1, (2 * radius + 1) ** 2, height, width, generator=generator)
@@ -32,22 +30,12 @@ def run(
         "shifted multiply": local_correlation_plain,
     }
     rows = []
-    for what, measure in (("forward", _forward), ("forward + backward", _forward_and_backward)):
-        best = dict.fromkeys(sides, float("inf"))
-        for _ in range(rounds):
-            for name, function in sides.items():
-                best[name] = min(best[name], measure(function, maps, weight, radius))
-        rows += [
-            {
-                "name": f"C{channels} {height}x{width} r{radius} {what} vs {name}",
-                "value": 1e3 * best["ours"],
-                "baseline": 1e3 * best[name],
-                "ratio": best[name] / best["ours"],
-                "unit": "ms",
-            }
-            for name in sides
-            if name != "ours"
-        ]
+    for what, work in (("forward", _forward), ("forward + backward", _forward_and_backward)):
+        times = paired(
+            {name: partial(work, function, maps, weight, radius) for name, function in sides.items()}, rounds
+        )
+        title = f"C{channels} {height}x{width} r{radius} {what}"
+        rows += [times.row(f"{title} vs {name}", "ours", name) for name in sides if name != "ours"]
     return rows
 
 
@@ -59,14 +47,10 @@ def local_correlation_unfolded(fmap1: Tensor, fmap2: Tensor, radius: int) -> Ten
     return (fmap1.unsqueeze(2) * windows).sum(1) / C**0.5
 
 
-def _forward(function: Function, maps: list[Tensor], weight: Tensor, radius: int) -> float:
-    started = time.perf_counter()
+def _forward(function: Function, maps: list[Tensor], weight: Tensor, radius: int) -> None:
     function(maps[0], maps[1], radius)
-    return time.perf_counter() - started
 
 
-def _forward_and_backward(function: Function, maps: list[Tensor], weight: Tensor, radius: int) -> float:
-    leaves = [fmap.clone().requires_grad_() for fmap in maps]
-    started = time.perf_counter()
+def _forward_and_backward(function: Function, maps: list[Tensor], weight: Tensor, radius: int) -> None:
+    leaves = [fmap.detach().requires_grad_() for fmap in maps]
     torch.autograd.grad(function(leaves[0], leaves[1], radius), leaves, weight)
-    return time.perf_counter() - started

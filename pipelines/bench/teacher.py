@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from kinema.kernels.correlation_lookup import volume_bytes
 from kinema.models.flow.raft.network import RAFT, FrameFeatures, raft, raft_small
+from kinema.pipelines.bench.paired import paired
 from kinema.pipelines.bench.plain_raft import plain_predictions
 from kinema.pipelines.scenes import Scene
 
 ALLOWED_PX = 0.01
 BATCH_PAIRS = 4
-ROUNDS = 2
+ROUNDS = 3
 FULL_HD = 1080, 1920
 
 _PEAK_OF_ONE_PAIR = """
@@ -39,7 +40,7 @@ print(next(int(line.split()[1]) * 1024 for line in status if line.startswith("Vm
 def run(
     side: int = 448, num_frames: int = 12, iters: int = 12, full_hd: tuple[int, int] = FULL_HD
 ) -> list[dict[str, Any]]:
-    """Rows of {name, value, baseline, ratio, unit}; gaps 1 and 2, both directions."""
+    """Rows of {name, value, baseline, ratio, processor_ratio, unit}; gaps 1 and 2, both directions."""
     torch.manual_seed(0)
     scene = Scene(seed=1, height=side, width=side, num_frames=num_frames)
     frames = torch.stack([torch.from_numpy(frame) for frame in scene.frames()]).permute(0, 3, 1, 2) / 255
@@ -55,27 +56,22 @@ def _compare(name: str, network: RAFT, frames: Tensor, iters: int) -> list[dict[
     with torch.inference_mode():
         for run_once in (as_teacher, pairwise):
             list(run_once(network, frames[:2], [(0, 1)], iters=1))
-        ours_s = plain_s = float("inf")
-        for _ in range(ROUNDS):  # the faster of a few alternating runs: other load only ever adds time
-            seconds, ours = _timed(lambda: list(as_teacher(network, frames, pairs, iters)))
-            ours_s = min(ours_s, seconds)
-            seconds, plain = _timed(lambda: list(pairwise(network, frames, pairs, iters)))
-            plain_s = min(plain_s, seconds)
-    difference = max((a - b).abs().max().item() for a, b in zip(ours, plain, strict=True))
+        flows: dict[str, list[Tensor]] = {}
+
+        def keep(side: str, run_once: Callable[..., Iterator[Tensor]]) -> None:
+            flows[side] = list(run_once(network, frames, pairs, iters))
+
+        sides = {"ours": partial(keep, "ours", as_teacher), "plain": partial(keep, "plain", pairwise)}
+        times = paired(sides, ROUNDS, warm_up=0)
+    difference = max((a - b).abs().max().item() for a, b in zip(flows["ours"], flows["plain"], strict=True))
     return [
-        {
-            "name": name,
-            "value": len(pairs) / ours_s,
-            "baseline": len(pairs) / plain_s,
-            "ratio": plain_s / ours_s,
-            "unit": "pairs/s, against the plain pairwise network",
-        },
+        times.rate_row(name, "ours", "plain", "pairs/s, against our plain network, pair by pair", len(pairs)),
         {
             "name": f"{name}, largest difference",
             "value": difference,
             "baseline": ALLOWED_PX,
             "ratio": difference / ALLOWED_PX,
-            "unit": "px, against the allowed 0.01",
+            "unit": "px, between ours and our plain network; allowed: 0.01",
         },
     ]
 
@@ -107,9 +103,3 @@ def _memory(height: int, width: int) -> dict[str, Any]:
         "ratio": volume / ours,
         "unit": "GiB, against the all-pairs volume alone",
     }
-
-
-def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = function()
-    return time.perf_counter() - started, result

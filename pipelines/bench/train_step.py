@@ -8,7 +8,6 @@ the same loss (last row).
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from kinema.configs import FlowFeatConfig, LoaderConfig, TrainConfig
 from kinema.models.flow.raft.network import raft
 from kinema.models.flowfeat.model import encoder_maps
 from kinema.models.flowfeat.training import FlowFeatTraining, edge_loss, sample_crop, standardise_flow
+from kinema.pipelines.bench.paired import paired
 from kinema.pipelines.bench.plain_raft import plain_predictions
 from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.loader.clip import Clip
@@ -32,10 +32,11 @@ from kinema.pipelines.train.optimizer import make_optimizer
 from kinema.pipelines.train.recipes.flowfeat import FlowFeatRecipe
 
 RAFT_ITERS = 20
+ROUNDS = 3
 
 
 def run(variant: str = "dinov2_vits14_yt", crop: int = 224, batch_size: int = 2) -> list[dict[str, Any]]:
-    """Rows of {name, value, baseline, ratio, unit}: seconds per sample, fp32 on the CPU; ratio = baseline / ours."""
+    """Rows of {name, value, baseline, ratio, processor_ratio, unit}: seconds a sample, fp32, CPU; ratio = baseline / ours."""
     torch.manual_seed(0)
     config = FlowFeatConfig(variant=variant, resize=2 * crop, crop=crop)
     recipe = FlowFeatRecipe(config)
@@ -70,20 +71,28 @@ def run(variant: str = "dinov2_vits14_yt", crop: int = 224, batch_size: int = 2)
 
         with torch.no_grad():
             difference = (stored_flow_loss(module, batch) - published_loss(module, batch)).abs().item()
-        seconds = _fastest(
-            read,
-            lambda: teach(as_published=True),
-            lambda: teach(as_published=False),
-            lambda: step(stored_flow_loss),
-            lambda: step(published_loss),
+        times = paired(
+            {
+                "read": read,
+                "plain RAFT": lambda: teach(as_published=True),
+                "RAFT": lambda: teach(as_published=False),
+                "step": lambda: step(stored_flow_loss),
+                "plain step": lambda: step(published_loss),
+            },
+            ROUNDS,
         )
-    read_s, raft_s, our_raft_s, ours_s, plain_s = (value / batch_size for value in seconds)
+    ours = times.sum("read and step", {"read": 1, "step": 1})
+    published = times.sum("plain RAFT and step", {"plain RAFT": 1, "plain step": 1})
+    half = times.sum("RAFT and step", {"RAFT": 1, "step": 1})
     name = f"FlowFeat {variant} {crop}x{crop}"
+    compared = {
+        f"{name}, stored flow against RAFT inside": (ours, published),
+        f"{name}, the same with our step and our RAFT inside": (ours, half),
+        f"{name}, forward, backward, optimizer only": ("step", "plain step"),
+        "teacher signal: read frame and flow against RAFT": ("read", "plain RAFT"),
+    }
     return [
-        _row(f"{name}, stored flow against RAFT inside", read_s + ours_s, raft_s + plain_s),
-        _row(f"{name}, the same with our step and our RAFT inside", read_s + ours_s, our_raft_s + ours_s),
-        _row(f"{name}, forward, backward, optimizer only", ours_s, plain_s),
-        _row("teacher signal: read frame and flow against RAFT", read_s, raft_s),
+        *(times.row(title, *sides, "s/sample", 1 / batch_size) for title, sides in compared.items()),
         {
             "name": f"{name}, difference of the two losses",
             "value": difference,
@@ -135,18 +144,3 @@ def _sample(recipe: FlowFeatRecipe, clip: Clip, seed: int) -> dict[str, Tensor]:
     sample = recipe.read_sample(clip, np.random.default_rng(seed))
     assert not isinstance(sample, Skip)  # the scenes' flow is neither missing nor constant
     return sample
-
-
-def _row(name: str, value: float, baseline: float) -> dict[str, Any]:
-    return {"name": name, "value": value, "baseline": baseline, "ratio": baseline / value, "unit": "s/sample"}
-
-
-def _fastest(*functions: Callable[[], Any], rounds: int = 3) -> list[float]:
-    """Seconds of each function's fastest run after one to warm up; they take turns, so that load meets all alike."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(rounds + 1):
-        for function, taken in zip(functions, times, strict=True):
-            started = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - started)
-    return [min(taken[1:]) for taken in times]

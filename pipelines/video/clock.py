@@ -15,6 +15,7 @@ from jaxtyping import Float64, Int64
 
 _JITTER = 0.25  # of a slot; timestamps within it count as on the grid
 _NEAREST = 0.45  # of a slot; frames within it lie in their own slot and in no other
+_EVEN = 0.15  # of a slot: how far nine of ten steps are off whole slots where nothing jitters
 _MAX_DENOMINATOR = 100_000
 FILLED_SLOTS = 4
 """Longest run of empty slots that is seen as lost frames rather than as a hole in the recording."""
@@ -75,7 +76,8 @@ def measure_clocks(
     steps = np.diff(pts)
     runs = _grid_runs(steps.astype(np.float64))
     runs = _at_joins(runs, steps, keyframes) if runs else None
-    steady = _jittered(pts, time_base, container_rates) if runs is None or len(runs) == 1 else None
+    may_jitter = runs is None or (len(runs) == 1 and not _keeps_to_grid(steps, runs[0][2]))
+    steady = _jittered(pts, time_base, container_rates) if may_jitter else None
     if steady is not None:
         return [(0, steady)]
     if runs is None:
@@ -104,6 +106,12 @@ def _constant(pts: Int64[np.ndarray, "N"], time_base: Fraction, rates: tuple[Fra
         return Rate(fps, False, _rounding(steps, interval))
     measured = (Fraction(len(pts) - 1) / (span * time_base)).limit_denominator(1001)
     return Rate(_agreeing(rates, measured, max(1e-3, 2 / span)), False, _rounding(steps, interval))
+
+
+def _keeps_to_grid(steps: Int64[np.ndarray, "M"], slot: float) -> bool:
+    """Whether steps are so even that one of two slots is a lost frame and not a late one."""
+    off = np.abs(steps - np.maximum(1, np.rint(steps / slot)) * slot)
+    return float(np.quantile(off, 0.9)) <= max(1.01, _EVEN * slot)
 
 
 def _jittered(pts: Int64[np.ndarray, "N"], time_base: Fraction, rates: tuple[Fraction, ...]) -> Rate | None:

@@ -231,3 +231,14 @@ def test_steps_at_random_leave_every_grid():
     for seed in range(20):
         steps = np.random.default_rng(seed).integers(15, 55, 90)
         assert measure_rate(np.cumsum(steps), MS, 0, (Fraction(30),)).variable
+
+
+@pytest.mark.parametrize("fps, time_base", [("24000/1001", "1/24000"), ("30", "1/1000"), ("25", "1/90000")])
+def test_one_lost_frame_is_no_jitter_wherever_it_is(fps, time_base):
+    fps, time_base = Fraction(fps), Fraction(time_base)
+    for num_frames in (24, 27, 40, 200):
+        for lost in range(1, num_frames - 1, 1 + num_frames // 40):
+            slots = np.delete(np.arange(num_frames), lost)
+            pts = np.array([round(int(slot) / fps / time_base) for slot in slots])
+            rate = measure_rate(pts, time_base, 0, (Fraction(len(pts)) / num_frames * fps,))
+            assert (rate.fps, rate.sparse, rate.variable) == (fps, True, False), (num_frames, lost)
