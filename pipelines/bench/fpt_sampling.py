@@ -35,18 +35,22 @@ def run(model: Mapping[str, Any] = MODEL, batches: tuple[int, ...] = BATCHES, ro
         parameter.add_(0.02 * torch.randn_like(parameter))  # gates that are zero at first would hide what is wrong
     image = network.embed_image(2 * torch.rand(1, 3, model["image_size"], model["image_size"]) - 1)
     projected = network.project_image(image)
-    rows = []
-    for batch in batches:
-        pokes, queries = _points(batch, NUM_IN_ORDER)
-        flows: dict[str, Tensor] = {}
-        sides: dict[str, Callable[[], None]] = {
-            "ours": lambda: flows.update(ours=_joint(network, pokes, queries, projected)),
-            "plain": lambda: flows.update(plain=plain_joint_samples(network, pokes, queries, _repeated(image, batch))),
-        }
-        times = paired(sides, rounds)
-        name = f"{batch} joint sample{'s' * (batch > 1)} of {NUM_IN_ORDER} queries"
-        rows += [times.row(name, "ours", "plain", "s", 1), _difference(name, flows)]
+    rows = [row for batch in batches for row in _in_order(network, image, projected, batch, rounds)]
     return [*rows, *_at_once(network, image, projected, rounds)]
+
+
+def _in_order(
+    network: FlowPokeTransformer, image: ImageData, projected: ImageData, batch: int, rounds: int
+) -> list[dict[str, Any]]:
+    pokes, queries = _points(batch, NUM_IN_ORDER)
+    flows: dict[str, Tensor] = {}
+    sides: dict[str, Callable[[], None]] = {
+        "ours": lambda: flows.update(ours=_joint(network, pokes, queries, projected)),
+        "plain": lambda: flows.update(plain=plain_joint_samples(network, pokes, queries, _repeated(image, batch))),
+    }
+    times = paired(sides, rounds)
+    name = f"{batch} joint sample{'s' * (batch > 1)} of {NUM_IN_ORDER} queries"
+    return [times.row(name, "ours", "plain", "s", 1), _difference(name, flows)]
 
 
 def _at_once(network: FlowPokeTransformer, image: ImageData, projected: ImageData, rounds: int) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ ROUNDS = 3
 
 
 def run(variant: str = "dinov2_vits14_yt", crop: int = 224, batch_size: int = 2) -> list[dict[str, Any]]:
-    """Rows of {name, value, baseline, ratio, processor_ratio, unit}: seconds a sample, fp32, CPU; ratio = baseline / ours."""
+    """Rows of {name, value, baseline, ratio, processor_ratio, unit}: seconds a sample in fp32; baseline / ours."""
     torch.manual_seed(0)
     config = FlowFeatConfig(variant=variant, resize=2 * crop, crop=crop)
     recipe = FlowFeatRecipe(config)
