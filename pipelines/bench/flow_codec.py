@@ -45,10 +45,8 @@ def run(height: int = 480, width: int = 864, num_pairs: int = 8, rounds: int = 3
             "encode": paired({way: pack for way, (pack, _) in ways.items()}, rounds),
             "decode": paired({way: partial(unpack, stored[way]) for way, (_, unpack) in ways.items()}, rounds),
         }
-    kib = {
-        way: sum(map(len, [data] if isinstance(data, bytes) else data)) / num_pairs / 1024
-        for way, data in stored.items()
-    }
+    files: dict[str, list[bytes]] = {way: [data] if isinstance(data, bytes) else data for way, data in stored.items()}
+    kib = {way: sum(len(data) for data in found) / num_pairs / 1024 for way, found in files.items()}
     rows = []
     for other in [way for way in ways if way != "ours"]:
         title = f"against {other}, {width}x{height}"

@@ -17,10 +17,10 @@ from kinema.pipelines.bench.fpt_step import dense_attention
 from kinema.pipelines.bench.paired import paired
 
 # As wide as the published model and with as many cells of the image (1024), with fewer layers: layers repeat.
-MODEL = {"width": 768, "depth": 4, "head_dim": 64, "image_encoder": "tiny_vit8", "image_size": 256}
+MODEL = {"width": 768, "depth": 2, "head_dim": 64, "image_encoder": "tiny_vit8", "image_size": 256}
 NUM_POKES = 2
 NUM_IN_ORDER, NUM_AT_ONCE = 16, 256
-BATCHES = (1, 16)
+BATCHES = (1, 8)
 """Samples of one image."""
 
 ImageData = Mapping[str, Tensor]
