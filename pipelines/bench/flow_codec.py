@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def run(height: int = 480, width: int = 864, num_pairs: int = 8, rounds: int = 3
 
     with tempfile.TemporaryDirectory(prefix="kinema-bench-") as name:
         png = Path(name) / "flow.png"
-        ways = {
+        ways: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
             "ours": (encode, lambda data: _decode(data, num_pairs)),
             "fp16 npz": (lambda: _npz(flows), _npz_decode),
             "KITTI PNG": (lambda: _kitti_pngs(flows, png), lambda files: _kitti_decode(files, png)),
@@ -45,8 +46,7 @@ def run(height: int = 480, width: int = 864, num_pairs: int = 8, rounds: int = 3
             "encode": paired({way: pack for way, (pack, _) in ways.items()}, rounds),
             "decode": paired({way: partial(unpack, stored[way]) for way, (_, unpack) in ways.items()}, rounds),
         }
-    files: dict[str, list[bytes]] = {way: [data] if isinstance(data, bytes) else data for way, data in stored.items()}
-    kib = {way: sum(len(data) for data in found) / num_pairs / 1024 for way, found in files.items()}
+    kib = {way: _num_bytes(data) / num_pairs / 1024 for way, data in stored.items()}
     rows = []
     for other in [way for way in ways if way != "ours"]:
         title = f"against {other}, {width}x{height}"
@@ -93,6 +93,10 @@ def _decode(data: bytes, num_pairs: int) -> None:
     blob = FlowBlob(data)
     for t in range(num_pairs):
         blob.flow(t, 1)
+
+
+def _num_bytes(stored: bytes | list[bytes]) -> int:
+    return len(stored) if isinstance(stored, bytes) else sum(len(data) for data in stored)
 
 
 def _kitti_pngs(flows: list[np.ndarray], scratch: Path) -> list[bytes]:

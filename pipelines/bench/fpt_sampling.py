@@ -32,7 +32,8 @@ def run(model: Mapping[str, Any] = MODEL, batches: tuple[int, ...] = BATCHES, ro
     torch.manual_seed(0)
     network = FlowPokeTransformer(**model)
     for parameter in network.parameters():
-        parameter.add_(0.02 * torch.randn_like(parameter))  # gates that are zero at first would hide what is wrong
+        # gates that are zero at first would hide what is wrong; much more makes every sample amplify the rounding before
+        parameter.add_(0.005 * torch.randn_like(parameter))
     image = network.embed_image(2 * torch.rand(1, 3, model["image_size"], model["image_size"]) - 1)
     projected = network.project_image(image)
     rows = [row for batch in batches for row in _in_order(network, image, projected, batch, rounds)]
