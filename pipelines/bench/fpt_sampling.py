@@ -32,7 +32,7 @@ def run(model: Mapping[str, Any] = MODEL, batches: tuple[int, ...] = BATCHES, ro
     torch.manual_seed(0)
     network = FlowPokeTransformer(**model)
     for parameter in network.parameters():
-        # gates that are zero at first would hide what is wrong; much more makes every sample amplify the rounding before
+        # gates that are zero at first would hide what is wrong; with much more every sample amplifies its rounding
         parameter.add_(0.005 * torch.randn_like(parameter))
     image = network.embed_image(2 * torch.rand(1, 3, model["image_size"], model["image_size"]) - 1)
     projected = network.project_image(image)
