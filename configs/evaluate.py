@@ -68,6 +68,8 @@ class KNNConfig:
     """data=scenes: clips to render."""
     num_frames: int = 12
     """data=scenes: frames of a clip."""
+    close_up: bool = False
+    """data=scenes: whether objects fill most of the frame."""
     side_px: int = 64
     """data=scenes: side of a clip; otherwise the shorter side that videos are shrunk to."""
     fps: float = 6.0

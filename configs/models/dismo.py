@@ -36,12 +36,18 @@ class DisMoConfig:
     """Largest rotation of the motion branch, either way."""
     motion_colours: tuple[float, float] = (0.5, 1.5)
     """Factors of brightness, contrast and saturation in the motion branch."""
+    motion_hue: float = 0.0
+    """Largest turn of the hue in the motion branch, either way, as a share of the full circle; 0, as published, leaves
+    colours their names."""
     content_scale: tuple[float, float] = (0.7, 1.0)
     """Share of the frame's area that a source and its target keep."""
     content_colours: tuple[float, float] = (0.8, 1.2)
     """Factors of brightness and saturation of a source and its target."""
     aspect_limits: tuple[float, float] = (0.75, 1.333)
     """Width over height that frames are trimmed to first."""
+    noise_shift: float = 0.0
+    """Mean of the normal whose sigmoid is a pair's share of noise; 0 as published, above it there is more noise, and
+    more that only the motion tells."""
     initial_spread: float = 0.0
     """Size at the start, relative to usual ones, of the weights that end the motion extractor's blocks. 0, as
     published: embeddings are all alike at first, and small models leave them so."""
@@ -71,6 +77,7 @@ class DisMoConfig:
         for name in ("motion_aspect", "aspect_limits", "motion_colours", "content_colours"):
             low, high = getattr(self, name)
             require(0 < low <= high, f"dismo.{name}", [low, high], "use an increasing range of positive numbers")
+        require(0 <= self.motion_hue <= 0.5, "dismo.motion_hue", self.motion_hue, "use 0 to 0.5")
         require(self.initial_spread >= 0, "dismo.initial_spread", self.initial_spread, "use 0 or more")
         require(0 <= self.ema_decay < 1, "dismo.ema_decay", self.ema_decay, "use 0 up to, but not, 1")
         require(self.ema_every >= 1, "dismo.ema_every", self.ema_every, "use 1 or more steps")

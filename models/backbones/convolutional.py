@@ -134,3 +134,7 @@ class CellEncoder(nn.Module):
             cells = rearrange(x, "b d h w -> b (h w) d")
             taps[index] = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1)
         return [taps[index] for index in blocks]
+
+    def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        """Tokens of the last block through the layer norm."""
+        return self.norm(self.tokens(x, [len(self.blocks) - 1])[0])

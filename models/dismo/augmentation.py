@@ -80,20 +80,22 @@ def inverse_affine(
     shear_deg: tuple[float, float],
 ) -> Float[Tensor, "2 3"]:
     """Inverse of: scale and shear about the centre, rotate, translate. Points (x, y), angles clockwise with y down."""
+    # In plain numbers: a clip needs several maps, and as tensors of 2 x 2 each would cost more than its warp.
     rotation = math.radians(angle_deg)
     shear_x, shear_y = map(math.radians, shear_deg)
-    stretch = torch.tensor(scale_xy, dtype=torch.float64).diag()
-    linear = torch.tensor(
+    leaning = rotation - shear_y
+    a, c = math.cos(leaning) / math.cos(shear_y), math.sin(leaning) / math.cos(shear_y)
+    b, d = -a * math.tan(shear_x) - math.sin(rotation), -c * math.tan(shear_x) + math.cos(rotation)
+    across, down = scale_xy
+    size = (a * d - b * c) * across * down
+    rows = ((d * down / size, -b * down / size), (-c * across / size, a * across / size))
+    moved = (centre[0] + translate[0], centre[1] + translate[1])
+    return torch.tensor(
         [
-            [math.cos(rotation - shear_y), -math.cos(rotation - shear_y) * math.tan(shear_x)],
-            [math.sin(rotation - shear_y), -math.sin(rotation - shear_y) * math.tan(shear_x)],
-        ],
-        dtype=torch.float64,
-    ) / math.cos(shear_y)
-    linear[:, 1] += torch.tensor([-math.sin(rotation), math.cos(rotation)], dtype=torch.float64)
-    inverse = torch.linalg.inv(linear @ stretch)
-    about, moved = torch.tensor(centre, dtype=torch.float64), torch.tensor(translate, dtype=torch.float64)
-    return torch.cat([inverse, (about - inverse @ (about + moved))[:, None]], dim=1).float()
+            [along_x, along_y, at - along_x * moved[0] - along_y * moved[1]]
+            for (along_x, along_y), at in zip(rows, centre, strict=True)
+        ]
+    )
 
 
 def warp_clips(
@@ -169,10 +171,10 @@ def change_colours(clips: Float[Tensor, "B T 3 H W"], changes: Sequence[ColourCh
 
 def _draw_crop(rule: WarpRule, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
     """Top, left, height and width of a part of the picture; the largest central one if no try fits."""
-    areas = _between(rule.scale, torch.rand(CROP_TRIES, generator=generator)) * height * width
+    areas = [_between(rule.scale, share) * height * width for share in _shares(CROP_TRIES, generator)]
     least, greatest = (math.log(ratio) for ratio in rule.aspect_ratio)
-    ratios = _between((least, greatest), torch.rand(CROP_TRIES, generator=generator)).exp()
-    for area, ratio in zip(areas.tolist(), ratios.tolist(), strict=True):
+    ratios = [math.exp(_between((least, greatest), share)) for share in _shares(CROP_TRIES, generator)]
+    for area, ratio in zip(areas, ratios, strict=True):
         rows, cols = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < rows <= height and 0 < cols <= width:
             top = int(torch.randint(0, height - rows + 1, (1,), generator=generator))
@@ -183,10 +185,14 @@ def _draw_crop(rule: WarpRule, height: int, width: int, generator: torch.Generat
 
 
 def _uniform(limits: Range, generator: torch.Generator) -> float:
-    return float(_between(limits, torch.rand(1, generator=generator)))
+    return _between(limits, _shares(1, generator)[0])
 
 
-def _between(limits: Range, share: Tensor) -> Tensor:
+def _shares(count: int, generator: torch.Generator) -> list[float]:
+    return torch.rand(count, generator=generator).tolist()
+
+
+def _between(limits: Range, share: float) -> float:
     return limits[0] + (limits[1] - limits[0]) * share
 
 

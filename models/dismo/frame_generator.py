@@ -35,12 +35,18 @@ PIXELS_PER_LATENT = 8
 
 
 class TokenMerge(nn.Module):
-    """Patches of a latent as tokens."""
+    """Patches of a latent as tokens.
 
-    def __init__(self, channels: int, width: int, patch_size: Sequence[int]):
+    Args: bias, whether tokens also have a part that does not depend on the latent. Without one, queries of the first
+        layers are as random as the noise; a shallow network then has no layer left that could look at a place.
+    """
+
+    def __init__(self, channels: int, width: int, patch_size: Sequence[int], bias: bool = False):
         super().__init__()
         self.patch = tuple(patch_size)
-        self.proj = nn.Linear(channels * self.patch[0] * self.patch[1], width, bias=False)
+        self.proj = nn.Linear(channels * self.patch[0] * self.patch[1], width, bias=bias)
+        if bias:
+            nn.init.normal_(self.proj.bias, std=0.5)
 
     def forward(self, x: Float[Tensor, "B h w c"]) -> Float[Tensor, "B h2 w2 D"]:
         rows, cols = self.patch
@@ -98,6 +104,7 @@ class FrameGenerator(nn.Module):
         patch_size: rows and columns of the latent that make a token.
         mapping_depth, mapping_width: of the network that makes the conditioning.
         latent_channels: channels of the latent.
+        token_bias: see `TokenMerge`; not in the published network.
     """
 
     def __init__(
@@ -111,6 +118,7 @@ class FrameGenerator(nn.Module):
         mapping_depth: int = 2,
         mapping_width: int = 1024,
         latent_channels: int = LATENT_CHANNELS,
+        token_bias: bool = False,
     ):
         super().__init__()
         check_head_size(width, d_head)
@@ -118,7 +126,7 @@ class FrameGenerator(nn.Module):
         self.latent_channels = latent_channels
         self.source_encoder = FrameEncoder(**(source_encoder_params or {"model_version": "dinov2_vitl14_reg"}))
         self.transformer = Transformer(width, depth, d_head, mapping_width, self.source_encoder.width)
-        self.token_merge = TokenMerge(latent_channels, width, patch_size)
+        self.token_merge = TokenMerge(latent_channels, width, patch_size, token_bias)
         self.token_split = TokenSplit(latent_channels, width, patch_size)
         self.mapping = MappingNetwork(mapping_width, mapping_depth)
         self.time_emb = FourierFeatures(mapping_width)

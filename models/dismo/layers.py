@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kinema.kernels.cosine_attention import cosine_attention
+from kinema.models.backbones.convolutional import CellConfig, CellEncoder
 from kinema.models.backbones.rotary_layers import (
     AdaptiveRMSNorm,
     ExactConstants,
@@ -28,7 +29,7 @@ from kinema.models.backbones.rotary_layers import (
     spatial_frequencies,
     spread_over_heads,
 )
-from kinema.models.backbones.vision_transformer import ENCODERS, VisionTransformer
+from kinema.models.backbones.vision_transformer import ENCODERS, VisionTransformer, ViTConfig
 from kinema.models.fpt.data_rules import central_square
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -39,20 +40,24 @@ TEMPORAL_BASE = 100.0
 INITIAL_SCALE = 10.0
 
 
+FRAME_ENCODERS: dict[str, ViTConfig | CellConfig] = {**ENCODERS, "micro_conv4": CellConfig(width=32, depth=1)}
+"""What frames may be encoded by: vision transformers, or convolutions that see edges before anything is learned."""
+
+
 class FrameEncoder(nn.Module):
     """A vision transformer over the central square of frames in -1..1: its normed patch tokens as a map.
 
     Args:
-        model_version: a key of `ENCODERS`.
+        model_version: a key of `FRAME_ENCODERS`.
         image_size: side in pixels of the square that the transformer sees.
         gradient_last_blocks: how many of its last blocks are trained, and nothing else of it; None trains all of it.
     """
 
     def __init__(self, model_version: str, image_size: int = 224, gradient_last_blocks: int | None = 2):
         super().__init__()
-        if model_version not in ENCODERS:
-            raise ValueError(f"model_version={model_version!r} is not known; use one of {', '.join(ENCODERS)}")
-        config = ENCODERS[model_version]
+        if model_version not in FRAME_ENCODERS:
+            raise ValueError(f"model_version={model_version!r} is not known; use one of {', '.join(FRAME_ENCODERS)}")
+        config = FRAME_ENCODERS[model_version]
         if image_size % config.patch_size:
             raise ValueError(
                 f"image_size={image_size} is not a multiple of the encoder's patch, {config.patch_size}; "
@@ -60,7 +65,8 @@ class FrameEncoder(nn.Module):
             )
         if gradient_last_blocks is not None and not 0 <= gradient_last_blocks <= config.depth:
             raise ValueError(f"gradient_last_blocks={gradient_last_blocks}: {model_version} has {config.depth} blocks")
-        self.model = VisionTransformer(config, image_size=(image_size, image_size))
+        network = CellEncoder if isinstance(config, CellConfig) else VisionTransformer
+        self.model = network(config, image_size=(image_size, image_size))
         self.image_size = image_size
         if config.mask_token:
             self.model.mask_token.requires_grad_(False)  # of the encoder's own pre-training; never used
@@ -87,7 +93,7 @@ class FrameEncoder(nn.Module):
             square = F.avg_pool2d(square, side // self.image_size)
         square = F.interpolate(square, (self.image_size, self.image_size), mode="bilinear", align_corners=False)
         mean, std = (square.new_tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-        tokens = self.model((((square + 1) / 2 - mean) / std).to(self.model.cls_token.dtype))
+        tokens = self.model((((square + 1) / 2 - mean) / std).to(self.model.norm.weight.dtype))
         patches = tokens[:, self.model.num_prefix_tokens :]
         return rearrange(patches, "b (h w) e -> b h w e", h=self.grid)
 

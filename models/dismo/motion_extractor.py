@@ -31,6 +31,37 @@ FRAMES_PER_CHUNK = 8
 """Frames that are encoded, and windows that are embedded, at a time."""
 
 
+class TemporalStem(nn.Module):
+    """What changes in a window, as tokens of 2 x 2 cells: features without their mean over time, one convolution.
+
+    A transformer must first learn which cells of which frames to compare. This compares neighbours in space and time
+    before anything is learned, and passes little of what stays as it is.
+    """
+
+    def __init__(self, width_in: int, width: int):
+        super().__init__()
+        self.conv = nn.Conv3d(width_in, width, 3, stride=(1, 2, 2), padding=1, bias=False)
+        self.norm = nn.GroupNorm(8, width)
+
+    def forward(self, features: Float[Tensor, "B T h w E"]) -> Float[Tensor, "B T h2 w2 D"]:
+        changes = rearrange(features - features.mean(dim=1, keepdim=True), "b t h w e -> b e t h w")
+        return rearrange(self.norm(self.conv(changes)), "b d t h w -> b t h w d")
+
+
+class SpreadNorm(nn.BatchNorm1d):
+    """Embeddings with mean 0 and deviation 1 over a batch, in every channel; the running ones when not training.
+
+    While a small generator cannot copy its source yet, embeddings are noise to it, and an extractor that may learn to
+    be quiet does so for good. This one cannot.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, affine=False, momentum=0.05)
+
+    def forward(self, motion: Float[Tensor, "B Q d"]) -> Float[Tensor, "B Q d"]:
+        return rearrange(super().forward(rearrange(motion, "b q d -> (b q) d")), "(b q) d -> b q d", b=len(motion))
+
+
 class MotionExtractor(nn.Module):
     """Embeds T frames as T - `max_delta_time` vectors; the defaults are the published network's.
 
@@ -42,6 +73,8 @@ class MotionExtractor(nn.Module):
         frame_encoder_params: arguments of `FrameEncoder`.
         max_delta_time: frames that an embedding looks ahead; the last ones have no embedding of their own.
         train_resolution: frames, height and width that the network is trained on; the first is the length of a window.
+        temporal_stem: whether `TemporalStem` makes the tokens; not in the published network.
+        spread: whether `SpreadNorm` ends it; not in the published network.
     """
 
     def __init__(
@@ -53,6 +86,8 @@ class MotionExtractor(nn.Module):
         frame_encoder_params: Mapping[str, Any] | None = None,
         max_delta_time: int = 4,
         train_resolution: Sequence[int] = (8, 256, 256),
+        temporal_stem: bool = False,
+        spread: bool = False,
     ):
         super().__init__()
         check_head_size(width, d_head)
@@ -77,6 +112,9 @@ class MotionExtractor(nn.Module):
             GatedFeedForward(width, out_width=d_motion),
             RMSNorm(d_motion, gain="scale"),
         )
+        self.stem = TemporalStem(width, width) if temporal_stem else None
+        if spread:
+            self.head.append(SpreadNorm(d_motion))
 
     def forward(self, x: Shaped[Tensor, "..."], lookahead: int | None = None) -> Float[Tensor, "B Q d"]:
         """Embeddings of the first T - lookahead frames, all T frames seen at once.
@@ -136,6 +174,8 @@ class MotionExtractor(nn.Module):
 
     def _embed(self, features: Float[Tensor, "B T h w D"], num_queries: int) -> Float[Tensor, "B Q d"]:
         """Embeddings of the first frames from the features of all."""
+        if self.stem is not None:
+            features = self.stem(features)
         B, T, height, width = features.shape[:4]
         device = features.device
         queries = self.query_tokens.to(features.dtype).expand(B, num_queries, -1)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _TINY_ENCODER = {"model_version": "tiny_vit8", "image_size": 32, "gradient_last_blocks": None}
-_MICRO_ENCODER = _TINY_ENCODER | {"model_version": "micro_vit8"}
+_MICRO_ENCODER = _TINY_ENCODER | {"model_version": "micro_conv4"}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "dismo_large": {
@@ -33,11 +33,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "dismo_nano": {
         "motion_extractor_params": {
             "width": 64,
-            "depth": 2,
+            "depth": 1,
             "d_head": 16,
             "d_motion": 16,
             "frame_encoder_params": _MICRO_ENCODER,
             "train_resolution": (8, 32, 32),
+            "temporal_stem": True,
+            "spread": True,
         },
         "frame_generator_params": {
             "width": 64,
@@ -48,6 +50,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "patch_size": (1, 1),
             "mapping_width": 64,
             "latent_channels": 3,
+            "token_bias": True,
         },
     },
 }

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +33,10 @@ from kinema.pipelines.train.checkpoint import read_tensors, resolve_checkpoint
 from kinema.pipelines.train.recipes.choose import make_recipe
 from kinema.pipelines.train.recipes.dismo.recipe import DisMoRecipe
 
-NUM_CLIPS, NUM_HELD_OUT = 800, 480
+NUM_CLIPS, NUM_HELD_OUT = 1200, 480
 TRAINING_SEED, HELD_OUT_SEED = 1, 2
 SIDE_PX, NUM_FRAMES = 32, 12
+SHOWN: dict[str, Any] = {"side": SIDE_PX, "num_frames": NUM_FRAMES, "close_up": True}
 ENCODED = ClipConfig(preset="veryfast", gop=4, crf=12)
 SEARCHED, BLOCK_WINDOWS = 10, 2048
 PICTURE_ROWS, PICTURE_STEPS = 4, 40
@@ -44,14 +46,14 @@ MIDDLE = 2
 
 def learn(folder: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Render, train and judge: metrics of benchmark `knn` on held-out clips, and `train_seconds`."""
-    clips = list(motion_clips(NUM_CLIPS, TRAINING_SEED, side=SIDE_PX, num_frames=NUM_FRAMES))
+    clips = list(motion_clips(NUM_CLIPS, TRAINING_SEED, **SHOWN))
     write_scene_clips(clips, folder / "clips", ENCODED, clips_per_shard=100)
     named = [f"clips={folder / 'clips'}", f"out={folder / 'run'}"]
     config = load_stage("train", "dismo_nano.yaml", [*named, *overrides])
     before = _processor_seconds()
     train.run(config)
     seconds = _processor_seconds() - before
-    knn = KNNConfig(num_videos=NUM_HELD_OUT, seed=HELD_OUT_SEED, side_px=SIDE_PX, num_frames=NUM_FRAMES)
+    knn = KNNConfig(num_videos=NUM_HELD_OUT, seed=HELD_OUT_SEED, side_px=SIDE_PX, num_frames=NUM_FRAMES, close_up=True)
     metrics, _ = run_knn(EvaluateConfig(model=str(folder / "run"), benchmark="knn", data="scenes", knn=knn))
     metrics |= search_held_out(folder)
     recipe = make_recipe(config)
@@ -67,7 +69,7 @@ def search_held_out(folder: Path) -> dict[str, float]:
     search_hit: share of the clips that have one of their class among the first `SEARCHED`; search_first: whose first
     is one; search_same: mean share of their class among the first `SEARCHED`. Chance is what drawing would give.
     """
-    held_out = list(motion_clips(NUM_HELD_OUT, HELD_OUT_SEED, side=SIDE_PX, num_frames=NUM_FRAMES))
+    held_out = list(motion_clips(NUM_HELD_OUT, HELD_OUT_SEED, **SHOWN))
     clips = write_scene_clips(held_out, folder / "held_out", ENCODED, clips_per_shard=100)
     out, fps = str(folder / "held_out_features"), held_out[0].fps
     embed.run(EmbedConfig(model=str(folder / "run"), clips=clips.url, out=out, fps=fps, num_actors=1))
@@ -103,11 +105,11 @@ def moved_objects(model: DisMo, config: DisMoConfig) -> np.ndarray:
     """
     window, reach = model.motion_extractor.window, model.motion_extractor.max_delta_time
     autoencoder = load_autoencoder("pixels", config.pixels_per_latent, pixel_gain=config.pixel_gain)
-    drivers = [MotionClip(7_000_003 + i, m, "disc", "checks", "cyan", SIDE_PX) for i, m in enumerate(MOTIONS)]
+    drivers = [MotionClip(7_000_003 + i, m, "disc", "checks", "cyan", **SHOWN) for i, m in enumerate(MOTIONS)]
     videos = torch.from_numpy(np.stack([clip.frames()[MIDDLE : MIDDLE + window] for clip in drivers]))
     motion = model.motion_extractor(videos)[:, 0]
     shown: list[np.ndarray] = []
-    for clip in motion_clips(PICTURE_ROWS, 8_000_009, side=SIDE_PX):
+    for clip in motion_clips(PICTURE_ROWS, 8_000_009, **SHOWN):
         frame = clip.frame(MIDDLE)
         source = (torch.from_numpy(frame).float() / 127.5 - 1).expand(len(MOTIONS), -1, -1, -1)
         side = SIDE_PX // config.pixels_per_latent

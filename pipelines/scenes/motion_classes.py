@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -25,8 +26,26 @@ HUES = ("red", "yellow", "green", "cyan", "blue", "magenta")
 LABELS = {"motion": MOTIONS, "shape": SHAPES, "texture": TEXTURES, "colour": HUES}
 """Names of what a clip is known to be, and their values."""
 
-STEP = 0.055
-"""Mean step of a translation from frame to frame, in sides."""
+
+@dataclass(frozen=True)
+class Framing:
+    """How large a clip shows its object, and how far it goes."""
+
+    size: tuple[float, float]
+    """Range of half the object's size, in sides."""
+    place: tuple[float, float]
+    """Range of the middle of its way, along each axis, in sides."""
+    step: float
+    """Mean step of a translation from frame to frame, in sides."""
+    swing: float
+    """Mean distance of a shaking object from its place, in sides."""
+    cells: tuple[float, float]
+    """Range of how many cells of its texture half the object has."""
+
+
+FAR = Framing((0.16, 0.24), (0.38, 0.62), 0.055, 0.07, (2.5, 4.5))
+NEAR = Framing((0.26, 0.38), (0.4, 0.6), 0.09, 0.08, (1.2, 2.2))
+"""The object covers a third of the frame and its texture is coarse, so that most pixels change with its motion."""
 _DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -43,6 +62,8 @@ class MotionClip:
     """Height and width in pixels."""
     num_frames: int = 12
     fps: float = 6.0
+    close_up: bool = False
+    """Whether the object is seen from `NEAR` rather than from `FAR`."""
 
     def __post_init__(self) -> None:
         for name, values in LABELS.items():
@@ -74,7 +95,12 @@ class MotionClip:
     @property
     def speed_px(self) -> float:
         """Typical motion in pixels per frame."""
-        return STEP * self.side
+        return self.framing.step * self.side
+
+    @property
+    def framing(self) -> Framing:
+        """How large the object is and how far it goes."""
+        return NEAR if self.close_up else FAR
 
     def frames(self) -> UInt8[np.ndarray, "T side side 3"]:
         """All frames, RGB."""
@@ -85,7 +111,7 @@ class MotionClip:
         # Appearance and motion are drawn from streams of their own: a clip with another motion looks the same.
         look = np.random.default_rng([self.seed, 0])
         ground, ink, paper = self._colours(look)
-        cells = look.uniform(2.5, 4.5)
+        cells = look.uniform(*self.framing.cells)
         turn = look.uniform(0, 2 * math.pi)
         px, py, angle, size = self._poses(np.random.default_rng([self.seed, 1]))[t]
         centres = (np.arange(self.side) + 0.5) / self.side
@@ -108,15 +134,15 @@ class MotionClip:
 
     def _poses(self, rng: np.random.Generator) -> Float[np.ndarray, "T 4"]:
         """x, y of the centre, angle in radians, half size."""
-        t = np.arange(self.num_frames) - (self.num_frames - 1) / 2
-        size: np.ndarray = np.full(self.num_frames, rng.uniform(0.16, 0.24))
-        x: np.ndarray = np.full(self.num_frames, rng.uniform(0.38, 0.62))
-        y: np.ndarray = np.full(self.num_frames, rng.uniform(0.38, 0.62))
+        framing, t = self.framing, np.arange(self.num_frames) - (self.num_frames - 1) / 2
+        size: np.ndarray = np.full(self.num_frames, rng.uniform(*framing.size))
+        x: np.ndarray = np.full(self.num_frames, rng.uniform(*framing.place))
+        y: np.ndarray = np.full(self.num_frames, rng.uniform(*framing.place))
         angle: np.ndarray = np.zeros(self.num_frames)
         speed = float(rng.uniform(0.7, 1.3))
         if self.motion in _DIRECTIONS:
             dx, dy = _DIRECTIONS[self.motion]
-            x, y = x + STEP * speed * dx * t, y + STEP * speed * dy * t
+            x, y = x + framing.step * speed * dx * t, y + framing.step * speed * dy * t
         elif self.motion == "rotate":
             angle = 0.35 * speed * t
         elif self.motion == "zoom_in":
@@ -125,19 +151,18 @@ class MotionClip:
             size = size * np.exp(-0.1 * speed * t)
         else:
             heading = rng.uniform(0, 2 * math.pi, self.num_frames)
-            reach = (
-                0.07 * speed * rng.uniform(0.6, 1.4, self.num_frames) * np.where(np.arange(self.num_frames) % 2, 1, -1)
-            )
+            sides = np.where(np.arange(self.num_frames) % 2, 1, -1)
+            reach = framing.swing * speed * rng.uniform(0.6, 1.4, self.num_frames) * sides
             axis = rng.uniform(0, math.pi)
             x = x + reach * np.cos(axis + 0.5 * np.sin(heading))
             y = y + reach * np.sin(axis + 0.5 * np.sin(heading))
         return np.stack([x, y, angle, size], axis=1)
 
 
-def motion_clips(count: int, seed: int, **options: int) -> Iterator[MotionClip]:
+def motion_clips(count: int, seed: int, **options: Any) -> Iterator[MotionClip]:
     """Clips whose labels are independent: motions in turn, shape, texture and colour drawn evenly.
 
-    Args: options, `side`, `num_frames` of `MotionClip`.
+    Args: options, `side`, `num_frames`, `close_up` of `MotionClip`.
     """
     rng = np.random.default_rng([seed, 2])
     for index, motion in enumerate(islice(cycle(MOTIONS), count)):

@@ -231,6 +231,45 @@ def test_sliding_in_chunks_equals_windows_in_one_shot(num_frames, miniature, fil
         torch.testing.assert_close(miniature.forward_sliding(video, chunk=chunk), expected, atol=1e-5, rtol=0)
 
 
+@pytest.fixture
+def convolutional():
+    """The form of the smallest preset: convolutions over space, then time, and embeddings that are kept apart."""
+    torch.manual_seed(0)
+    encoder = {"model_version": "micro_conv4", "image_size": 16, "gradient_last_blocks": None}
+    return MotionExtractor(**MINIATURE | {"frame_encoder_params": encoder, "temporal_stem": True, "spread": True})
+
+
+@pytest.mark.parametrize("num_frames", [5, 8, 17])
+@torch.no_grad()
+def test_sliding_sees_time_in_windows(num_frames, convolutional, fill):
+    """Convolutions over time do not reach beyond a window, wherever chunks begin."""
+    model = convolutional.eval()
+    video = fill.normal(num_frames, "video", 1, num_frames, 18, 20, 3, std=0.5).clamp(-1, 1)
+    each = model(video[0].unfold(0, min(8, num_frames), 1).movedim(-1, 1))
+    expected = torch.cat([each[0, :-1], each[:, -1]])[None]
+    for chunk in (5, 1000):
+        torch.testing.assert_close(model.forward_sliding(video, chunk=chunk), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_what_stands_still_looks_alike_to_a_temporal_stem(convolutional, fill):
+    model = convolutional.eval()
+    pictures = moving_picture(fill, 1, 16), -moving_picture(fill, 1, 16, seed=1)
+    one, other = (model.stem(model._encode(picture.expand(-1, 8, -1, -1, -1))) for picture in pictures)
+    moving = model.stem(model._encode(moving_picture(fill, 8, 16)))
+    assert (one - other).abs().max() < 1e-2 < (moving - one).abs().max()
+
+
+def test_embeddings_are_kept_apart_however_alike_they_were(convolutional):
+    """Also where nearly all of an embedding is common to all clips; then the average of many batches counts."""
+    norm = convolutional.train().head[-1]
+    motion = 5 + 0.1 * torch.randn(16, 4, 8, generator=torch.Generator().manual_seed(0))
+    spread = torch.stack([norm(motion) for _ in range(200)])[-1]
+    torch.testing.assert_close(spread.mean(dim=(0, 1)), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(spread.std(dim=(0, 1)), torch.ones(8), atol=1e-2, rtol=0)
+    torch.testing.assert_close(norm.eval()(motion[:1]), spread[:1], atol=2e-2, rtol=0)
+
+
 @torch.no_grad()
 def test_sliding_never_holds_more_than_a_chunk(miniature, fill, monkeypatch):
     """Memory does not grow with length: no more frames than a chunk are encoded, nor windows embedded, at a time."""

@@ -92,6 +92,18 @@ def test_source_and_target_share_their_augmentation(clips):
     assert not torch.equal(sample["source"][0], sample["source"][1]), "each pair has its own"
 
 
+def test_more_noise_and_turned_hues(clips, recipe):
+    torch.manual_seed(0)
+    plain, shifted = (draw_noise_shares(64, torch.device("cpu"), shift).logit() for shift in (0.0, 0.8))
+    assert plain.mean().abs() < 0.05 and (shifted.mean() - 0.8).abs() < 0.05
+    turned = make_recipe(TrainConfig(model="dismo", settings=dataclasses.replace(SETTINGS, motion_hue=0.5)))
+    clip = clip_of(clips, 30)
+    for seed in range(4):
+        ours, theirs = (made.read_sample(clip, np.random.default_rng(seed)) for made in (turned, recipe))
+        difference = (ours["motion"].float() - theirs["motion"].float()).abs().mean(dim=(0, 1, 2))
+        assert difference.max() > 2, "the motion branch has other colours"
+
+
 def test_short_clips_are_skipped(recipe, clips):
     assert isinstance(recipe.read_sample(clip_of(clips, 6), np.random.default_rng(0)), Skip)
 

@@ -59,6 +59,17 @@ def test_appearance_does_not_depend_on_the_motion():
         assert np.abs(a.astype(int) - b.astype(int)).mean() < 1
 
 
+def test_close_ups_show_larger_objects_that_go_further():
+    for motion in ("rotate", "left"):
+        far, near = (object_masks(clip(motion, close_up=close, num_frames=7).frames()) for close in (False, True))
+        assert near[3].sum() > 2 * far[3].sum()
+    steps = []
+    for close in (False, True):
+        masks = object_masks(clip("right", close_up=close, num_frames=3).frames())
+        steps.append(np.diff([np.argwhere(mask)[:, 1].mean() for mask in masks]).mean())
+    assert steps[1] > 1.4 * steps[0] > 1
+
+
 def test_labels_are_balanced_and_independent():
     clips = list(motion_clips(960, seed=0))
     table = {name: np.array([getattr(c, name) for c in clips]) for name in LABELS}

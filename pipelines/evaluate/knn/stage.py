@@ -65,7 +65,8 @@ def _videos(config: EvaluateConfig, least_frames: int) -> tuple[int, Iterator[La
     settings = config.knn
     if config.data == SCENES:
         frames = max(least_frames, settings.num_frames)
-        return settings.num_videos, rendered_videos(settings.num_videos, settings.seed, settings.side_px, frames)
+        side, close_up = settings.side_px, settings.close_up
+        return settings.num_videos, rendered_videos(settings.num_videos, settings.seed, side, frames, close_up)
     found = find_labelled(config.data, settings.max_videos)
 
     def read() -> Iterator[LabelledVideo]:

@@ -57,9 +57,11 @@ def find_labelled(folder: str | Path, max_videos: int = 0) -> LabelledFiles:
     return LabelledFiles(tuple(path for path, _ in found), tuple(labels for _, labels in found))
 
 
-def rendered_videos(count: int, seed: int, side: int, num_frames: int) -> Iterator[LabelledVideo]:
+def rendered_videos(
+    count: int, seed: int, side: int, num_frames: int, close_up: bool = False
+) -> Iterator[LabelledVideo]:
     """Clips in which motion and appearance vary independently."""
-    for clip in motion_clips(count, seed, side=side, num_frames=num_frames):
+    for clip in motion_clips(count, seed, side=side, num_frames=num_frames, close_up=close_up):
         yield LabelledVideo(f"{clip.motion}-{clip.seed}", clip.frames(), {name: getattr(clip, name) for name in LABELS})
 
 

@@ -11,16 +11,18 @@ from kinema.models.dismo.model import TrainingLoss
 NUM_BINS = 4
 
 
-def draw_noise_shares(count: int, device: torch.device) -> Float[Tensor, "N"]:
-    """Shares of noise t = sigmoid(N(0, 1)), one from each of `count` equally likely ranges, in random order.
+def draw_noise_shares(count: int, device: torch.device, shift: float = 0.0) -> Float[Tensor, "N"]:
+    """Shares of noise t = sigmoid(N(shift, 1)), one from each of `count` equally likely ranges, in random order.
 
-    Each is distributed as published; together they cover all noise levels evenly, in batches of any size.
+    With shift 0 each is distributed as published; together they cover all noise levels evenly, in batches of any size.
     """
     ranks = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
-    return torch.special.ndtri(ranks.clamp(1e-6, 1 - 1e-6)).sigmoid()
+    return (torch.special.ndtri(ranks.clamp(1e-6, 1 - 1e-6)) + shift).sigmoid()
 
 
-def step_metrics(result: TrainingLoss, t: Float[Tensor, "N"], collapse_spread: float) -> dict[str, Tensor]:
+def step_metrics(
+    result: TrainingLoss, t: Float[Tensor, "N"], collapse_spread: float, shift: float = 0.0
+) -> dict[str, Tensor]:
     """Scalars of a step.
 
     loss_t1 .. loss_t4: mean loss of the pairs in each quarter of the noise levels, least noise first; where a quarter
@@ -29,7 +31,7 @@ def step_metrics(result: TrainingLoss, t: Float[Tensor, "N"], collapse_spread: f
     """
     per_sample, motion = result.per_sample.detach(), result.motion.detach().float()
     metrics = {}
-    bins = (torch.special.ndtr(torch.logit(t.float())) * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+    bins = (torch.special.ndtr(torch.logit(t.float()) - shift) * NUM_BINS).long().clamp(0, NUM_BINS - 1)
     for number in range(NUM_BINS):
         members = (bins == number).float()
         count = members.sum()

@@ -109,12 +109,12 @@ class DisMoRecipe:
         """Mean squared error of the velocity over all pairs; every sample counts."""
         assert isinstance(module, DisMoTraining)
         target = _unit_range(rearrange(batch["target"], "b p h w c -> (b p) h w c"))
-        t = draw_noise_shares(len(target), target.device)
+        t = draw_noise_shares(len(target), target.device, self.config.noise_shift)
         latents = self._autoencoder(target.device).encode(target)
         result = module.model(
             _unit_range(batch["motion"]), _unit_range(batch["source"]), latents, batch["delta_time"], t=t
         )
-        metrics = step_metrics(result, t, self.config.collapse_spread)
+        metrics = step_metrics(result, t, self.config.collapse_spread, self.config.noise_shift)
         return Loss(result.loss, torch.tensor(float(len(batch["motion"])), device=target.device), metrics)
 
     def after_step(self, module: nn.Module, step: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kinema.configs import DisMoConfig
 from kinema.models.dismo.augmentation import (
+    ColourChange,
     ColourRule,
     WarpRule,
     change_colours,
@@ -31,6 +32,9 @@ from kinema.models.dismo.target_offset import clip_frames, draw_target, frame_ti
 from kinema.pipelines.loader import Clip, Skip
 
 Sample = dict[str, Any]
+PIXELS_AT_ONCE = 1 << 20
+"""Pixels of samples that are warped together: for small frames it is the number of calls that takes time, and large
+ones would fill memory."""
 TOO_SHORT = "too short, or fewer frames a second than dismo.fps"
 
 
@@ -61,7 +65,11 @@ def read_samples(
     drawn = [_draw(times, rng, config, window, max_offset) for rng in rngs]
     wanted = sorted(set().union(*(sample.frames for sample in drawn if sample is not None)))
     frames = dict(zip(wanted, clip.frames(wanted), strict=True))
-    return [Skip(TOO_SHORT) if sample is None else _make(sample, frames, times, config) for sample in drawn]
+    usable = [sample for sample in drawn if sample is not None]
+    at_once = max(1, PIXELS_AT_ONCE // (2 * window * frames[wanted[0]][..., 0].size)) if usable else 1
+    groups = [usable[i : i + at_once] for i in range(0, len(usable), at_once)]
+    made = iter([sample for group in groups for sample in _make(group, frames, times, config)])
+    return [Skip(TOO_SHORT) if sample is None else next(made) for sample in drawn]
 
 
 def drawn_frames(
@@ -86,20 +94,29 @@ def _draw(
 
 
 def _make(
-    drawn: _Drawn, frames: dict[int, UInt8[np.ndarray, "H W 3"]], times: np.ndarray, config: DisMoConfig
-) -> Sample:
-    motion_rule, content_rule = _rules(config)
-    sources = drawn.motion[: len(drawn.targets)]
-    motion = _augment(_stack(frames, [drawn.motion]), motion_rule, drawn.generator, config)
-    pairs = _stack(frames, list(zip(sources, drawn.targets, strict=True)))
-    source, target = _augment(pairs, content_rule, drawn.generator, config).unbind(dim=1)
-    seconds = times[drawn.targets] - times[sources]
-    return {
-        "motion": motion[0],
-        "source": source.contiguous(),
-        "target": target.contiguous(),
-        "delta_time": torch.from_numpy(seconds * config.fps).float(),
-    }
+    samples: Sequence[_Drawn], frames: dict[int, UInt8[np.ndarray, "H W 3"]], times: np.ndarray, config: DisMoConfig
+) -> list[Sample]:
+    """Warps and colours of all samples at once."""
+    num_pairs = len(samples[0].targets)
+    pairs = [list(zip(sample.motion, sample.targets, strict=False)) for sample in samples]
+    height, width = next(iter(frames.values())).shape[:2]
+    drawn: list[list[_Change]] = [[], []]
+    for sample in samples:  # a sample's own generator draws for its motion branch first
+        for changes, rule, count in zip(drawn, _rules(config), (1, num_pairs), strict=True):
+            changes += _draw_changes(rule, height, width, count, sample.generator)
+    size = (config.frame_px, config.frame_px)
+    motion = _augment(_stack(frames, [sample.motion for sample in samples]), drawn[0], size)
+    content = _augment(_stack(frames, [pair for group in pairs for pair in group]), drawn[1], size)
+    source, target = rearrange(content, "(b p) two h w c -> two b p h w c", p=num_pairs)
+    return [
+        {
+            "motion": motion[i],
+            "source": source[i].contiguous(),
+            "target": target[i].contiguous(),
+            "delta_time": torch.tensor([(times[b] - times[a]) * config.fps for a, b in pairs[i]], dtype=torch.float32),
+        }
+        for i in range(len(samples))
+    ]
 
 
 def _rules(config: DisMoConfig) -> tuple[tuple[WarpRule, ColourRule], tuple[WarpRule, ColourRule]]:
@@ -109,7 +126,8 @@ def _rules(config: DisMoConfig) -> tuple[tuple[WarpRule, ColourRule], tuple[Warp
     motion = WarpRule(size, True, config.motion_scale, config.motion_aspect, angle=turn, aspect_limits=limits)
     content = WarpRule(size, True, config.content_scale, aspect_limits=limits)
     strong, weak = config.motion_colours, config.content_colours
-    return (motion, ColourRule(strong, strong, strong)), (content, ColourRule(brightness=weak, saturation=weak))
+    hue = (-config.motion_hue, config.motion_hue) if config.motion_hue else None
+    return (motion, ColourRule(strong, strong, strong, hue)), (content, ColourRule(brightness=weak, saturation=weak))
 
 
 def _stack(frames: dict[int, np.ndarray], groups: Sequence[Sequence[int]]) -> Float[Tensor, "B T 3 H W"]:
@@ -118,16 +136,21 @@ def _stack(frames: dict[int, np.ndarray], groups: Sequence[Sequence[int]]) -> Fl
     return rearrange(pixels, "b t h w c -> b t c h w").float() / 255
 
 
+_Change = tuple[Float[Tensor, "2 3"], ColourChange]
+"""What one group of frames undergoes: a warp and a change of colours."""
+
+
+def _draw_changes(
+    rules: tuple[WarpRule, ColourRule], height: int, width: int, count: int, generator: torch.Generator
+) -> list[_Change]:
+    warps = [draw_warp(rules[0], height, width, generator) for _ in range(count)]
+    return list(zip(warps, [draw_colours(rules[1], generator) for _ in warps], strict=True))
+
+
 def _augment(
-    groups: Float[Tensor, "B T 3 H W"],
-    rules: tuple[WarpRule, ColourRule],
-    generator: torch.Generator,
-    config: DisMoConfig,
+    groups: Float[Tensor, "B T 3 H W"], changes: Sequence[_Change], size: tuple[int, int]
 ) -> UInt8[Tensor, "B T S S 3"]:
     """Each group under one warp and one change of colours of its own."""
-    warp, colours = rules
-    height, width = groups.shape[-2:]
-    maps = torch.stack([draw_warp(warp, height, width, generator) for _ in groups])
-    changes = [draw_colours(colours, generator) for _ in groups]
-    changed = change_colours(warp_clips(groups, maps, warp.size), changes)
+    maps = torch.stack([warp for warp, _ in changes])
+    changed = change_colours(warp_clips(groups, maps, size), [colours for _, colours in changes])
     return rearrange((changed * 255).round().to(torch.uint8), "b t c h w -> b t h w c")
