@@ -65,6 +65,8 @@ class RenderedConfig:
     """Share of layers that tilt in depth."""
     thin_plate: float = 0.15
     """Share of layers that bend."""
+    detail: float = 1.0
+    """How many times finer than usual textures are; 512 / width shows in a small frame what a large one shows."""
     match: str = field(default="", metadata={"file": True})
     """A flow artifact whose histogram of motion the speeds are fitted to, instead of speed_px and speed_spread."""
     tracks_grid: int = 0
@@ -84,6 +86,7 @@ class RenderedConfig:
             require(getattr(self, name) > 0, f"rendered.{name}", getattr(self, name), "use a positive number")
         for name in ("homography", "thin_plate"):
             require(0 <= getattr(self, name) <= 1, f"rendered.{name}", getattr(self, name), "use a share, 0 to 1")
+        require(1 <= self.detail <= 8, "rendered.detail", self.detail, "use 1 to 8")
         require(0 <= self.tracks_grid <= 64, "rendered.tracks_grid", self.tracks_grid, "use 0 to 64 points a side")
 
 

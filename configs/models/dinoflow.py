@@ -30,6 +30,9 @@ class DinoFlowConfig:
     """Largest distance between the frames of a pair; all stored pairs up to it are drawn."""
     max_motion_px: float = 400.0
     """Pixels that move this far or farther do not count."""
+    matching: float = 0.0
+    """Weight of a second loss, by which each patch's correlations have to point to its true motion: an encoder that
+    learns from scratch needs it (1 serves), a trained one does not. 0: none, as published."""
     visible_only: bool = False
     """Learn only from pixels that the stored occlusion calls visible (for flow of another teacher)."""
     augment: Variant = "dense"
@@ -40,6 +43,7 @@ class DinoFlowConfig:
     def __post_init__(self) -> None:
         require(min(self.crop) >= 16, "dinoflow.crop", list(self.crop), "use sides of 16 pixels or more")
         require(self.gap >= 1, "dinoflow.gap", self.gap, "use 1 or more")
+        require(self.matching >= 0, "dinoflow.matching", self.matching, "use a positive weight, or 0 for none")
         require(self.max_motion_px > 0, "dinoflow.max_motion_px", self.max_motion_px, "use a positive number")
         rule = "use a positive multiple of 4"
         require(self.width >= 4 and self.width % 4 == 0, "dinoflow.width", self.width, rule)

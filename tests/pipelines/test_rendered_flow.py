@@ -5,15 +5,19 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from kinema.configs import load_stage
 from kinema.configs.loader import LoaderConfig
 from kinema.configs.rendered import EffectsConfig
+from kinema.models.flow.dis import DIS
 from kinema.pipelines import shard
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.evaluate.flow.scores import evaluate_flow
 from kinema.pipelines.loader import ClipIndex, Loader
 from kinema.pipelines.loader.rendered import RenderedIndex
 from kinema.pipelines.scenes.rendered import RenderedShot, RenderSettings
+from kinema.pipelines.scenes.rendered.configured import artifact_shares, render_settings
 from kinema.pipelines.scenes.rendered.motion import ThinPlate
 from kinema.pipelines.scenes.rendered.statistics import distance, flow_shares, matched, rendered_shares
 
@@ -151,6 +155,55 @@ def test_motion_is_matched_to_a_histogram():
     constant = np.full((2, 8, 64), np.nan, np.float32)
     constant[:, :4] = np.array([3.0, 4.0])[:, None, None]  # 5 px of 64 is 40 px at the reference width
     assert flow_shares(constant)[17] == 4 * 64 and flow_shares(constant).sum() == 4 * 64
+
+
+def test_dis_finds_rendered_flow_about_as_hard_as_sintels(shared_data):
+    """Usual settings against two scenes of Sintel; errors of one order, hidden pixels among them."""
+    errors = []
+    for index in range(6):
+        shot = RenderedShot(RenderSettings(num_textures=4), 0, index)
+        first, second = (torch.from_numpy(shot.frame(t)).permute(2, 0, 1)[None].float() / 255 for t in (0, 1))
+        errors.append((DIS()(first, second)[0] - torch.from_numpy(shot.flow_px(0, 1))).norm(dim=0).mean().item())
+    sintel = evaluate_flow(DIS(), shared_data / "flow/sintel", "sintel")
+    print(f"DIS: rendered {np.mean(errors):.3f} px, Sintel {sintel['clean_epe']:.3f} and {sintel['final_epe']:.3f} px")
+    assert sintel["clean_epe"] / 4 < np.mean(errors) < 4 * sintel["clean_epe"]
+
+
+def test_finer_textures_show_as_much_in_a_small_frame_and_move_alike():
+    small = replace(PLAIN, height=64, width=96)
+    edges = []
+    for detail in (1.0, 4.0):
+        settings = replace(small, detail=detail)
+        edges.append([])
+        for index in range(6):
+            shot = RenderedShot(settings, 1, index)
+            flow, use = shot.flow_px(0, 1), inner(shot, 0, 1)
+            assert np.array_equal(flow, RenderedShot(small, 1, index).flow_px(0, 1))
+            first, second = shot.frame(0).astype(np.float32), shot.frame(1)
+            edges[-1].append(np.abs(np.diff(first, axis=1)).mean())
+            if use.any():  # as at the usual size: no finer than a frame can carry
+                assert np.abs(warped(second, flow, cv2.INTER_LANCZOS4) - first)[use].mean() < 1.0
+    assert np.mean(edges[1]) > 1.5 * np.mean(edges[0])
+    with pytest.raises(ValueError, match="rendered.detail"):
+        load_stage("train", None, ["clips=rendered", "rendered.detail=0.5"])
+
+
+def test_rendered_motion_is_matched_to_a_flow_artifact(tmp_path, monkeypatch):
+    monkeypatch.setenv("KINEMA_ENGINE", "serial")
+    size = ["rendered.height=64", "rendered.width=80"]
+    fast = [*size, "rendered.speed_px=30", "rendered.speed_spread=0.3", "rendered.count=6", f"out={tmp_path}/clips"]
+    shard.run(load_stage("shard", None, ["layout=rendered", *fast]), report=lambda line: None)
+    wanted = artifact_shares(Artifact.read(tmp_path / "flow/truth"))
+    shots = [RenderedShot(render_settings(load_stage("shard", None, fast).rendered), 0, index) for index in range(6)]
+    ways = [shot.flow_px(*way) for shot in shots for way in ((0, 1), (1, 0))]
+    assert distance(wanted, sum(map(flow_shares, ways))) < 0.05  # flow is stored in steps of 1/64 px
+    usual, found = (
+        RenderedIndex.of(load_stage("train", None, ["clips=rendered", *size, *match]).rendered).settings
+        for match in ([], [f"rendered.match={tmp_path}/flow/truth"])
+    )
+    assert distance(rendered_shares(found), wanted) < 0.5 * distance(rendered_shares(usual), wanted)
+    with pytest.raises(ValueError, match="rendered.match"):
+        RenderedIndex.of(replace(load_stage("train", None, size).rendered, match=str(tmp_path / "clips")))
 
 
 def test_rendered_shots_become_shards_that_read_back(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -203,8 +204,9 @@ def test_the_published_heads_file_can_be_trained_on(data, tmp_path):
     assert built.head.motion.reading == "A"
 
 
-def test_samples_without_known_pixels_do_not_count():
-    recipe = train.make_recipe(TrainConfig(model="dinoflow", settings=SMALL))
+@pytest.mark.parametrize("matching", [0.0, 1.0])
+def test_samples_without_known_pixels_do_not_count(matching):
+    recipe = train.make_recipe(TrainConfig(model="dinoflow", settings=dataclasses.replace(SMALL, matching=matching)))
     module = recipe.build()
     batch = {name: torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8) for name in ("image1", "image2")}
     batch |= {"flow_px": torch.zeros(2, 2, 32, 32), "valid": torch.ones(2, 32, 32)}
@@ -215,6 +217,22 @@ def test_samples_without_known_pixels_do_not_count():
     assert nothing.num_samples == 0 and nothing.value == 0
     nothing.value.backward()
     assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+
+
+def test_matching_is_added_to_the_loss_of_whole_patches():
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = {"image1": images, "image2": images, "flow_px": torch.zeros(2, 2, 32, 32), "valid": torch.ones(2, 32, 32)}
+    values = {}
+    for matching in (0.0, 0.5, 1.0):
+        settings = dataclasses.replace(SMALL, matching=matching)
+        recipe = train.make_recipe(TrainConfig(model="dinoflow", settings=settings))
+        torch.manual_seed(0)
+        values[matching] = recipe.loss(recipe.build(), batch).value.item()
+    assert values[1.0] - values[0.0] == pytest.approx(2 * (values[0.5] - values[0.0]), rel=1e-3)
+    assert 0 < values[1.0] - values[0.0] < math.log(81)  # better than chance: equal pictures match at once
+    uneven = dataclasses.replace(SMALL, matching=1.0, crop=(48, 60))
+    with pytest.raises(ValueError, match=r"dinoflow.crop=\[48,60\] is no multiple of their 8 px"):
+        train.make_recipe(TrainConfig(model="dinoflow", settings=uneven)).check()
 
 
 def test_a_registered_dinoflow_gives_the_same_flow(data, tmp_path):

@@ -25,6 +25,7 @@ def render_settings(config: RenderedConfig, textures: str = "") -> RenderSetting
         homography=config.homography,
         thin_plate=config.thin_plate,
         textures=textures,
+        detail=config.detail,
         effects=config.effects,
     )
     if not config.match:

@@ -51,7 +51,7 @@ class Layer:
 
     mask: UInt8[np.ndarray, "s s"] | None
     """Coverage, with a texel a pixel and the origin in its middle; None: the whole plane."""
-    texture: tuple[str, int, int]
+    texture: tuple[str, int, int, float]
     """Arguments of `textures.texture`."""
     to_texels: Matrix
     pose: Pose

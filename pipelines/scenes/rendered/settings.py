@@ -35,6 +35,8 @@ class RenderSettings:
     """Share of layers that bend (thin-plate splines)."""
     textures: str = ""
     """Folder of images; empty: procedural textures."""
+    detail: float = 1.0
+    """How many times finer than usual textures are, 1 or more."""
     num_textures: int = 48
     """Different textures of a seed."""
     effects: EffectsConfig = field(default_factory=EffectsConfig)

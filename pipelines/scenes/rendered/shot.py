@@ -205,10 +205,12 @@ class RenderedShot:
         if mask is None:
             angle = 0.0
         cos, sin = zoom * TEXELS_PER_PX * math.cos(angle), zoom * TEXELS_PER_PX * math.sin(angle)
-        origin = rng.uniform((0.3 * WIDTH, 0.3 * HEIGHT), (0.7 * WIDTH, 0.7 * HEIGHT))
+        wide, high = WIDTH / settings.detail, HEIGHT / settings.detail
+        origin = rng.uniform((0.3 * wide, 0.3 * high), (0.7 * wide, 0.7 * high))
         to_texels = np.array([[cos, -sin, origin[0]], [sin, cos, origin[1]], [0, 0, 1]])
         number = int(rng.integers(settings.num_textures))
-        return Layer(mask, (settings.textures, self.seed, number), to_texels, pose, is_affine, plate)
+        picture = (settings.textures, self.seed, number, settings.detail)
+        return Layer(mask, picture, to_texels, pose, is_affine, plate)
 
     def _mask(self, radius: float) -> UInt8[np.ndarray, "s s"]:
         rng = self._rng

@@ -8,6 +8,7 @@ nothing: OpenCV warps four channels twice as fast as three.
 from __future__ import annotations
 
 import colorsys
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,12 +25,25 @@ KEPT = 64
 _PICTURES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"))
 
 
-def texture(folder: str, seed: int, number: int) -> UInt8[np.ndarray, "h w 4"]:
+def texture(folder: str, seed: int, number: int, detail: float = 1.0) -> UInt8[np.ndarray, "h w 4"]:
     """Texture `number` of a seed: an image of the folder, or a procedural one when there is no folder.
 
+    Args: detail, how many times smaller what it shows is; a picture of 1/detail of the usual size needs it to show as
+        much as usual.
     Raises: ValueError for a folder without an image that can be decoded.
     """
+    if detail != 1.0:
+        return _shrunk(folder, seed, number, detail)
     return _from_folder(folder, number) if folder else _procedural(seed, number)
+
+
+@lru_cache(KEPT)
+def _shrunk(folder: str, seed: int, number: int, detail: float) -> UInt8[np.ndarray, "h w 4"]:
+    """A texture at 1/detail of its sides, blurred first so that it has no finer detail per texel than the usual one."""
+    image = texture(folder, seed, number)
+    size = [round(side / detail) for side in image.shape[1::-1]]
+    smooth = cv2.GaussianBlur(image, (0, 0), SMOOTHING_TEXELS * math.sqrt(detail**2 - 1))
+    return cv2.resize(smooth, size, interpolation=cv2.INTER_LINEAR)
 
 
 @lru_cache(KEPT)

@@ -15,12 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from kinema.configs import TrainConfig
 from kinema.configs.models.dinoflow import DinoFlowConfig
-from kinema.models.dinoflow.loss import endpoint_loss
-from kinema.models.dinoflow.model import FlowModel, FlowModelConfig, published_name
+from kinema.kernels import local_correlation
+from kinema.models.dinoflow.head import RADIUS
+from kinema.models.dinoflow.loss import endpoint_loss, matching_loss
+from kinema.models.dinoflow.model import DinoFlowFeatures, FlowModel, FlowModelConfig, published_name
 from kinema.models.flow.raft.loss import flow_errors
 from kinema.models.weights import LEDGER, load_weights, published_file
 from kinema.pipelines.loader import Clip, Skip
@@ -45,7 +48,13 @@ class DinoFlowRecipe:
 
     def check(self) -> None:
         """Refuse, before anything starts, settings and weights that cannot work (ValueError)."""
-        self.build()
+        model = self.build()
+        patch = model.encoder.patch_size
+        if self.config.matching and any(side % patch for side in self.config.crop):
+            raise ValueError(
+                f"dinoflow.matching={self.config.matching:g} compares whole patches, and dinoflow.crop="
+                f"[{self.config.crop[0]},{self.config.crop[1]}] is no multiple of their {patch} px; change the crop"
+            )
 
     def notices(self) -> tuple[str, ...]:
         """What a user must know of a model trained so."""
@@ -56,7 +65,7 @@ class DinoFlowRecipe:
             "features; give a checkpoint, or dinoflow.freeze_encoder=false",
         )
 
-    def build(self) -> nn.Module:
+    def build(self) -> FlowModel:
         """The model, its encoder from `backbone_weights`, all of it from `weights` where given."""
         model = FlowModel(self._model_config())
         name, source = published_name(self.config.backbone), self.config.backbone_weights
@@ -80,13 +89,19 @@ class DinoFlowRecipe:
 
     def loss(self, module: nn.Module, batch: Batch) -> Loss:
         """Mean over the samples with a pixel that counts."""
-        images = [batch[name].float() / 255 for name in ("image1", "image2")]
-        flow = module(*images)
+        images = torch.cat([batch[name].float() / 255 for name in ("image1", "image2")])
         flow_px, valid, cap = batch["flow_px"], batch["valid"], self.config.max_motion_px
+        features: DinoFlowFeatures = module.encode(images)  # type: ignore[operator]
+        first, second = features[: len(flow_px)], features[len(flow_px) :]
+        flow = module.flow_from_features(first, second)  # type: ignore[operator]
         errors, counted = endpoint_loss(flow, flow_px, valid, cap)
         number = counted.sum().float()
         # Samples without a counted pixel have an error of 0 that still reaches every parameter.
-        value = errors.sum() / number.clamp_min(1)
+        total = errors.sum()
+        if self.config.matching:
+            correlation = local_correlation(first.fused, second.fused, RADIUS)
+            total = total + self.config.matching * matching_loss(correlation, flow_px, valid)[counted].sum()
+        value = total / number.clamp_min(1)
         metrics = (
             flow_errors(flow.detach(), flow_px, valid, cap) if bool(counted.any()) else dict.fromkeys(_METRICS, 0.0)
         )
