@@ -11,7 +11,6 @@ from torch.distributed.checkpoint import metadata
 
 from kinema.pipelines.train.sharded import INDEX_FILE
 
-
 _STORED = "Metadata TensorStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex StorageMeta"
 _ADMITTED = {("torch.distributed.checkpoint.metadata", name) for name in _STORED.split()} | {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
