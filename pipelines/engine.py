@@ -31,7 +31,8 @@ _MAX_NODES_LOST = 8  # by one item, which then may be what takes them down
 _NODE_LOST = "NodeLost"
 _TICK_S = 1.0
 _NODE_WAIT_VARIABLE, _NODE_WAIT_S = "KINEMA_NODE_WAIT_S", 600.0
-_END_S = 1.0  # killed processes hold what they were writing until they are gone, about 0.1 s later
+_END_S = 0.3  # killed processes hold what they were writing until they are gone, about 0.1 s later
+_END_WAIT_S = 30.0  # on a machine with ten times more work than cores it takes them seconds to die
 _log = logging.getLogger(__name__)
 
 
@@ -192,8 +193,7 @@ def run_tasks(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
-        if running:
-            time.sleep(_END_S)
+        _wait_for_the_end(list(running))
 
 
 def run_on_actors(
@@ -324,8 +324,16 @@ class _ActorPool:
     def close(self) -> None:
         for host in [*self.starting.values(), *self.idle, *(entry[0] for entry in self.busy.values())]:
             self.ray.kill(host)
-        if self.busy:
-            time.sleep(_END_S)
+        _wait_for_the_end(list(self.busy))
+
+
+def _wait_for_the_end(references: list[Any]) -> None:
+    """Of work that was killed: until then its process may hold, and finish, what it is writing."""
+    import ray
+
+    if references:
+        ray.wait(references, num_returns=len(references), timeout=_END_WAIT_S)
+        time.sleep(_END_S)
 
 
 class _Host:
