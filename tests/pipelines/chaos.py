@@ -254,3 +254,8 @@ def tree(folder: Path) -> dict[str, str]:
         if path.is_file() and not path.name.startswith("."):
             found[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def but_for_scans(found: dict[str, str]) -> dict[str, str]:
+    """Scans of sources hold the store's own mark of the file's content, which a folder has not."""
+    return {name: value for name, value in found.items() if not name.startswith("_scan/")}
