@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from kinema.pipelines.bench.cluster import ClusterBenchConfig, one_core_each, simulate
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ray_nodes import Nodes, end_of, in_namespace, needs_namespace, start_stage
+from ray_nodes import Nodes, end_of, in_namespace, needs_namespace, num_commits, start_stage
 from s3_server import s3_server
 
 BUCKET, NUM_FILMS = "s3://kinema", 24
@@ -25,14 +26,6 @@ def stages(root: str) -> dict[str, list[str]]:
     clips = f"{root}/clips"
     shard = [f"videos={BUCKET}/videos", f"out={clips}", f"min_shards={NUM_FILMS}", "near_duplicate_bits=0"]
     return {"shard": shard, "teach": [f"clips={clips}", f"out={root}/flow", "teacher=dis", "gaps=[1]"]}
-
-
-def seconds_per_shard(url: str) -> float:
-    """Between the first and the last commit: starts of drivers and actors do not count."""
-    files, root = fsspec.core.url_to_fs(url)
-    files.invalidate_cache()
-    times = sorted(entry["LastModified"].timestamp() for entry in files.ls(f"{root}/_commits", detail=True))
-    return (times[-1] - times[0]) / (len(times) / 2 - 1)  # two files a shard
 
 
 def used_s() -> tuple[float, float]:
@@ -47,6 +40,20 @@ def used_s() -> tuple[float, float]:
             continue
         on_nodes, elsewhere = on_nodes + spent * pinned, elsewhere + spent * (not pinned)
     return on_nodes, elsewhere
+
+
+def per_shard(arguments: list[str]) -> list[float]:
+    """Run a stage. Returns: wall time, processor time on nodes and elsewhere for a shard, between the first commits and
+    the last one: starts of drivers and workers do not count."""
+    out, process = arguments[2].partition("=")[2], start_stage(*arguments)
+    seen: list[tuple[int, float, float, float]] = []
+    while process.poll() is None:
+        if (there := num_commits(out)) and (not seen or there > seen[-1][0]):
+            seen.append((there, time.monotonic(), *used_s()))
+        time.sleep(0.2)
+    end_of(process)
+    first, last = seen[0], seen[-1]
+    return [(last[place] - first[place]) / (last[0] - first[0]) for place in (1, 2, 3)]
 
 
 def scene() -> dict[str, Any]:
@@ -68,10 +75,7 @@ def scene() -> dict[str, Any]:
                     nodes.add(f"{number}-{core}", core)
                 nodes.wait_for(number)
                 for name, arguments in stages(f"{BUCKET}/{number}").items():
-                    before = used_s()
-                    end_of(start_stage(name, *arguments))
-                    cpu_s = [(now - then) / NUM_FILMS for now, then in zip(used_s(), before, strict=True)]
-                    found[number][name] = [seconds_per_shard(arguments[1].partition("=")[2]), *cpu_s]
+                    found[number][name] = per_shard([name, *arguments])
     return found
 
 
