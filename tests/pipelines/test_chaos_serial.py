@@ -99,8 +99,9 @@ def test_faults_at_any_file_that_becomes_visible(calm, tmp_path, stage):
     """Kills, signals, a full disk and a read-only folder, at moments drawn anew each time."""
     rng, expected = rng_of(stage), state(stage, calm / NAMES[stage])
     number = num_replaced(stage, calm, tmp_path)
+    slow = stage in ("train", "embed")  # ten times as long as the others
     for name, times in (("kill -9 of the driver", 7), ("SIGTERM", 3), ("disk full", 4), ("read-only", 3)):
-        for round_ in range(times):
+        for round_ in range(times // 2 if slow else times):
             out = tmp_path / f"{name}-{round_}".replace(" ", "")
             call = arguments(stage, str(calm), str(out))
             ended = command(call, tmp_path, partial(struck, name, rng.randint(1, number)))
