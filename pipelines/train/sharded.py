@@ -48,7 +48,7 @@ def shard(recipe: Any, module: nn.Module, device: torch.device) -> None:
 
 def whole_tensor(value: Tensor) -> Tensor:
     """The same on every rank."""
-    return value.full_tensor() if _is_shared(value) else value  # type: ignore[operator]
+    return value.full_tensor() if _is_shared(value) else value  # type: ignore[attr-defined]
 
 
 def _is_shared(value: Tensor) -> bool:
