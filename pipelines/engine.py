@@ -110,7 +110,11 @@ class Counter:
             connect()
             import ray
 
-            self._remote = ray.remote(_Tally).options(num_cpus=0).remote(size)
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            # Beside the driver: any other node may be lost.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            self._remote = ray.remote(_Tally).options(num_cpus=0, scheduling_strategy=here).remote(size)
 
     def add(self, *amounts: int) -> None:
         """Add one amount to each number; does not wait."""
@@ -120,12 +124,16 @@ class Counter:
             self._remote.add.remote(*amounts)
 
     def read(self) -> list[int]:
-        """The sums so far."""
+        """The sums so far; those of the last time where the count does not answer: no work fails for its progress."""
         if self._remote is None:
             return self._local.read()
         import ray
 
-        return ray.get(self._remote.read.remote())
+        try:
+            self._local.sums = ray.get(self._remote.read.remote(), timeout=_TICK_S)
+        except ray.exceptions.RayError:
+            _log.debug("the count does not answer", exc_info=True)
+        return self._local.read()
 
 
 class _Tally:
