@@ -109,7 +109,6 @@ class Counter:
         if backend(engine) == "ray":
             connect()
             import ray
-
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
             # Beside the driver: any other node may be lost.
