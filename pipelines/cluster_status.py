@@ -65,6 +65,7 @@ def cluster_status(address: str, prices: PricesConfig, now: float | None = None)
         "nodes_lost": len(nodes) - len(alive),
         "cpus": sum(node.resources.get("CPU", 0) for node in alive),
         "gpus": sum(node.resources.get("GPU", 0) for node in alive),
+        **_use(client),
         "cost_per_hour": round(sum(price_of(prices, node.resources) for node in alive), 4),
         "cost_so_far": round(cost(nodes, prices, began, now), 4),
     }
@@ -112,9 +113,29 @@ def _num_running(client: Any, job_id: str) -> int:
     return len(_listed(client, f"/api/v0/tasks?limit={_LIMIT}&{filters}"))
 
 
+def _use(client: Any) -> dict[str, float | None]:
+    """What of the processors and GPUs tasks hold, by Ray's accounts, and how busy the GPUs are, in percent, by the
+    nodes' own agents; null for what nobody reports (yet)."""
+    status = _answer(client, "/api/cluster_status").get("clusterStatus") or {}
+    held = (status.get("loadMetricsReport") or {}).get("usage") or {}
+    nodes = _answer(client, "/nodes?view=summary").get("summary") or []
+    percents = [gpu.get("utilizationGpu") for node in nodes for gpu in node.get("gpus") or []]
+    busy = [percent for percent in percents if percent is not None]
+    return {
+        "cpus_in_use": held["CPU"][0] if "CPU" in held else None,
+        "gpus_in_use": held["GPU"][0] if "GPU" in held else None,
+        "gpu_percent": round(sum(busy) / len(busy), 1) if busy else None,
+    }
+
+
 def _listed(client: Any, path: str) -> list[dict[str, Any]]:
-    """Rows of Ray's state API, asked with the job client's own credentials."""
+    """Rows of Ray's state API."""
+    return _answer(client, path)["result"]["result"]
+
+
+def _answer(client: Any, path: str) -> dict[str, Any]:
+    """What the head says, asked with the job client's own credentials."""
     answer = client._do_request("GET", path)
     if answer.status_code != 200:
         raise RuntimeError(f"{path.partition('?')[0]} answers {answer.status_code}: {answer.text[:200]}")
-    return answer.json()["data"]["result"]["result"]
+    return answer.json()["data"]

@@ -31,7 +31,8 @@ _MAX_NODES_LOST = 8  # by one item, which then may be what takes them down
 _NODE_LOST = "NodeLost"
 _TICK_S = 1.0
 _NODE_WAIT_VARIABLE, _NODE_WAIT_S = "KINEMA_NODE_WAIT_S", 600.0
-_END_S = 1.0  # killed processes hold what they were writing until they are gone, about 0.1 s later
+_END_S = 0.3  # killed processes hold what they were writing until they are gone, about 0.1 s later
+_END_WAIT_S = 30.0  # on a machine with ten times more work than cores it takes them seconds to die
 _log = logging.getLogger(__name__)
 
 
@@ -108,8 +109,11 @@ class Counter:
         if backend(engine) == "ray":
             connect()
             import ray
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-            self._remote = ray.remote(_Tally).options(num_cpus=0).remote(size)
+            # Beside the driver: any other node may be lost.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            self._remote = ray.remote(_Tally).options(num_cpus=0, scheduling_strategy=here).remote(size)
 
     def add(self, *amounts: int) -> None:
         """Add one amount to each number; does not wait."""
@@ -119,12 +123,16 @@ class Counter:
             self._remote.add.remote(*amounts)
 
     def read(self) -> list[int]:
-        """The sums so far."""
+        """The sums so far; those of the last time where the count does not answer: no work fails for its progress."""
         if self._remote is None:
             return self._local.read()
         import ray
 
-        return ray.get(self._remote.read.remote())
+        try:
+            self._local.sums = ray.get(self._remote.read.remote(), timeout=_TICK_S)
+        except ray.exceptions.RayError:
+            _log.debug("the count does not answer", exc_info=True)
+        return self._local.read()
 
 
 class _Tally:
@@ -192,8 +200,7 @@ def run_tasks(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
-        if running:
-            time.sleep(_END_S)
+        _wait_for_the_end(list(running))
 
 
 def run_on_actors(
@@ -324,8 +331,16 @@ class _ActorPool:
     def close(self) -> None:
         for host in [*self.starting.values(), *self.idle, *(entry[0] for entry in self.busy.values())]:
             self.ray.kill(host)
-        if self.busy:
-            time.sleep(_END_S)
+        _wait_for_the_end(list(self.busy))
+
+
+def _wait_for_the_end(references: list[Any]) -> None:
+    """Of work that was killed: until then its process may hold, and finish, what it is writing."""
+    import ray
+
+    if references:
+        ray.wait(references, num_returns=len(references), timeout=_END_WAIT_S)
+        time.sleep(_END_S)
 
 
 class _Host:

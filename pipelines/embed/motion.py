@@ -11,6 +11,7 @@ import torch
 from kinema.configs import EmbedConfig
 from kinema.models.dismo.target_offset import frame_times, frames_at_rate
 from kinema.pipelines.loader.clip import Clip
+from kinema.pipelines.video.errors import TooShort
 
 COLUMNS = pa.schema(
     [("source", pa.string()), ("frames", pa.list_(pa.int32())), ("motion_mean", pa.list_(pa.float32()))]
@@ -24,13 +25,13 @@ def embed_clip(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Members and row of one clip: `motion` float32 [Q, d], the frames that they belong to, and their mean.
 
-    Raises: ValueError for a clip that is too short at this rate.
+    Raises: TooShort at this rate.
     """
     times = frame_times(clip.meta["pts"], clip.meta["time_base"])
     chosen = frames_at_rate(times, config.fps)
     least = model.max_delta_time + 1
     if len(chosen) < least:
-        raise ValueError(
+        raise TooShort(
             f"clip {clip.key} has {len(chosen)} frames at {config.fps:g} a second; motion embeddings need {least}"
         )
     video = torch.from_numpy(clip.frames(chosen.tolist()))[None]

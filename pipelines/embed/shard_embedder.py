@@ -16,11 +16,11 @@ from kinema.configs import EmbedConfig
 from kinema.pipelines import tracking
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.embed import dense, motion
-from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader.clip import Clip, ReadCounter
 from kinema.pipelines.model_address import check_kind, row_of
 from kinema.pipelines.registry.files import load_registered
 from kinema.pipelines.registry.versions import Registry
+from kinema.pipelines.sidecars.sidecar import Sample, ShardOutcome, write_shard
 from kinema.pipelines.teach.teachers import use_threads
 from kinema.pipelines.train.checkpoint import model_sha256, resolve_checkpoint
 from kinema.pipelines.train.trained import load_model
@@ -90,32 +90,23 @@ class ShardEmbedder:
         self.count = count or (lambda clips, frames: None)
         self.model: Any = spec.load()
 
-    def __call__(self, shard: int) -> int:
-        """Build and commit one shard; returns the number of frames.
+    def __call__(self, shard: int) -> ShardOutcome:
+        """Build and commit one shard. Raises: ValueError when the clip shard was not committed."""
+        with use_threads(self.spec.threads):
+            return write_shard(
+                {"clips": self.clips},
+                self.features,
+                shard,
+                self.spec.form.COLUMNS,
+                lambda key, rows: self._clip(shard, rows["clips"]),
+                self.count,
+                units="frames",
+            )
 
-        Raises: ValueError when the clip shard was not committed.
-        """
-        record = self.clips.commit_of(shard)
-        if record is None:
-            raise ValueError(f"clip shard {shard} of {self.clips.url} is not committed; run `kinema shard` to the end")
-        rows = {row["key"]: row for row in self.clips.rows_of(shard).to_pylist()}
-        num_frames = 0
-        with use_threads(self.spec.threads), self.features.shard_writer(shard, self.spec.form.COLUMNS) as writer:
-            for key in writer.planned:
-                clip = Clip(rows[key], self.clips.shard_url(shard), None, ReadCounter())
-                try:
-                    members, row = self.embed(clip)
-                except StageError:
-                    raise
-                except ValueError as error:  # damaged bytes among them
-                    writer.quarantine(key, stage="embed", error_class=type(error).__name__, message=str(error))
-                    self.count(1, 0)
-                    continue
-                writer.add(key, members, {"source": rows[key]["source"], **row})
-                num_frames += len(row["frames"])
-                self.count(1, len(row["frames"]))
-            writer.commit(input_hashes={"clips": record["sha256"]})
-        return num_frames
+    def _clip(self, shard: int, row: dict[str, Any]) -> Sample:
+        """Members and row of one clip. Raises: DamagedClip, ValueError."""
+        members, found = self.embed(Clip(row, self.clips.shard_url(shard), None, ReadCounter()))
+        return members, {"source": row["source"], **found}
 
     def embed(self, clip: Clip) -> tuple[dict[str, bytes], dict[str, Any]]:
         """Members and row of one clip."""

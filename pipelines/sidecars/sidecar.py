@@ -274,7 +274,8 @@ def write_shard(
     """Build and commit one sidecar shard.
 
     Args: sample(key, rows) -> members and row of one clip, where rows[kind] is the key's row in that input and is
-        absent when the input does not hold it; units, the column of the row that is counted besides clips.
+        absent when the input does not hold it; units, the column of the row that is counted besides clips, a number or
+        a list.
     Raises: ValueError when an input shard was not committed.
     """
     records = {name: _committed(artifact, shard) for name, artifact in inputs.items()}
@@ -295,8 +296,9 @@ def write_shard(
                 count(1, 0)
                 continue
             writer.add(key, members, row)
-            num_units += row[units]
-            count(1, row[units])
+            number = row[units] if isinstance(row[units], int) else len(row[units])
+            num_units += number
+            count(1, number)
         # RETRY is a hash that no shard has, so the next run tries again what may have passed by then.
         hashes = {name: record["sha256"] for name, record in records.items()}
         committed = writer.commit(input_hashes=hashes | ({"clips": RETRY} if passing else {}))

@@ -30,7 +30,7 @@ from kinema.pipelines.train.loop import Finished, TrainJob, train_worker
 from kinema.pipelines.train.meter import PROGRESS_FILE
 from kinema.pipelines.train.parallel import Place
 from kinema.pipelines.train.rank_folder import rank_folder
-from kinema.pipelines.train.stop import CatchSignals, Stop
+from kinema.pipelines.train.stop import CatchSignals, Notice, Stop
 
 # Files between driver and ranks, under RUN/_ranks; gone when the run ends.
 EXCHANGE = "_ranks"
@@ -80,6 +80,7 @@ def _in_process(job: TrainJob, follower: _Follower) -> Finished:
 def _on_ray(job: TrainJob, exchange: Path, follower: _Follower) -> Finished:
     # Ray Train watches its ranks every 2 s by default; a lost one should be noticed sooner.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     config = job.config
     needs = {"num_cpus": config.cpus_per_worker, "num_gpus": float(config.use_gpu == "yes")}
@@ -157,7 +158,8 @@ def _rank_main(settings: dict[str, Any]) -> None:
     place = Place(context.get_world_rank(), context.get_world_size(), device)
     try:
         with rank_folder(job, place, messages) as own_job:
-            finished = train_worker(own_job, place, Stop(lambda: messages.get("stop")))
+            stop, notice = Stop(lambda: messages.get("stop")), Notice(_node_will_be_taken_away)
+            finished = train_worker(own_job, place, stop, notice)
     except (OSError, RuntimeError) as error:
         # Among these are the other ranks' "connection closed by peer" when one is lost: worth another start.
         if isinstance(error, StageError | torch.OutOfMemoryError):
@@ -168,6 +170,16 @@ def _rank_main(settings: dict[str, Any]) -> None:
         raise
     if place.rank == 0:
         messages.put("finished.json", json_text(dataclasses.asdict(finished)))
+
+
+def _node_will_be_taken_away() -> bool:
+    """Whether a node of ours is being drained (a spot machine, an autoscaler); all ranks ask at the same time.
+
+    Ray Train starts the ranks anew elsewhere when the node's time is over, and does not count it as a failure.
+    """
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
 
 
 def _report_failure(messages: Exchange, error: Exception) -> None:

@@ -40,7 +40,7 @@ from kinema.pipelines.train.parallel import (
 )
 from kinema.pipelines.train.recipes.protocol import Batch, Recipe, to_device
 from kinema.pipelines.train.sharded import load_parts, shard
-from kinema.pipelines.train.stop import Stop
+from kinema.pipelines.train.stop import Notice, Stop
 
 MAX_EMPTY_STEPS = 10
 
@@ -91,9 +91,10 @@ def rank_batch_size(config: TrainConfig, world_size: int) -> int:
     return config.batch_size // world_size
 
 
-def train_worker(job: TrainJob, place: Place, stop: Stop) -> Finished:
+def train_worker(job: TrainJob, place: Place, stop: Stop, notice: Notice | None = None) -> Finished:
     """Train to `config.steps` from the newest complete checkpoint, or to a request to stop.
 
+    A notice that machines will be taken away brings checkpoints forward; the training goes on until they are.
     Raises: StageError for a loss or gradient that is not finite, and when nothing can be saved or learned from;
         ValueError if the newest checkpoint belongs to another config or other data.
     """
@@ -126,7 +127,8 @@ def train_worker(job: TrainJob, place: Place, stop: Stop) -> Finished:
                     loss, count, metrics = parallel(part)
                 (loss * count).backward()
                 sums.add(loss, count, metrics)
-            num_samples, means, stopped = sums.reduce(stop.requested)
+            asked = notice is not None and place.rank == 0 and notice.due
+            num_samples, means, stopped, asked = sums.reduce(stop.requested, asked)
             if not math.isfinite(means["loss"]):
                 raise StageError(_not_finite("loss", means["loss"], state.step, batch, place))
             if stopped:
@@ -146,6 +148,11 @@ def train_worker(job: TrainJob, place: Place, stop: Stop) -> Finished:
             with state.lock:
                 state.update(means, num_samples, wait_s)
                 point = log.step(state, means) if log else None
+            if asked and notice is not None:
+                began = time.monotonic()
+                if notice.ask() and takes_part:
+                    state.save()
+                notice.answered(time.monotonic() - began)
             if log and point:
                 log.send(point, state.step)
     except OSError as error:

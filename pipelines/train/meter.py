@@ -42,16 +42,16 @@ class StepSums:
         row = torch.cat([weight.reshape(1), values * weight])
         self.total = row if self.total is None else self.total + row
 
-    def reduce(self, stop: bool) -> tuple[float, dict[str, float], bool]:
-        """Over ranks: number of samples, mean of every metric over them, whether any rank was asked to stop."""
+    def reduce(self, stop: bool, ask: bool = False) -> tuple[float, dict[str, float], bool, bool]:
+        """Over ranks: number of samples, mean of every metric over them, whether any rank set each of the two flags."""
         assert self.total is not None
-        row = torch.cat([self.total, self.total.new_tensor([float(stop)])])
+        row = torch.cat([self.total, self.total.new_tensor([float(stop), float(ask)])])
         if dist.is_initialized():
             dist.all_reduce(row)
-        *sums, stops = row.tolist()
+        *sums, stops, asks = row.tolist()
         count = sums[0]
         means = {n: s / count if count else 0.0 for n, s in zip(self.names[1:], sums[1:], strict=True)}
-        return count, means, stops > 0
+        return count, means, stops > 0, asks > 0
 
 
 class Window:

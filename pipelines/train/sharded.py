@@ -2,12 +2,13 @@
 
 Each rank writes its own part (torch.distributed.checkpoint); any other number of ranks, and a reader that is no rank at
 all, puts together what it needs. `parallel.py` and the loop know only what is here; recipes only name their units.
+torch's modules for it take 2 s of processor time to import, so that functions import them: every worker of every stage
+has this module, few have anything sharded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,26 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import metadata
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from kinema.pipelines.errors import StageError
 
 INDEX_FILE = ".metadata"
 """Of torch.distributed.checkpoint; it is there when all parts are."""
 _MODEL, _OPTIMIZER = "model.", "optimizer."
-_STORED = "Metadata TensorStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex StorageMeta"
-_ADMITTED = {("torch.distributed.checkpoint.metadata", name) for name in _STORED.split()} | {
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-}
-_TORCH_NAMES = frozenset({"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"})
 _OTHER_FORWARDS = ("sample", "forward_sliding")
 
 
@@ -43,6 +31,9 @@ def shard(recipe: Any, module: nn.Module, device: torch.device) -> None:
 
     Raises: AssertionError for trained weights outside of the units.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in recipe.shard_units(module):
         sharded: Any = fully_shard(unit, mesh=mesh)  # the same module, which is an FSDPModule now
@@ -51,13 +42,18 @@ def shard(recipe: Any, module: nn.Module, device: torch.device) -> None:
                 register_fsdp_forward_method(unit, name)
         if device.type == "cpu":
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no mean
-    whole = [name for name, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    whole = [name for name, p in module.named_parameters() if p.requires_grad and not _is_shared(p)]
     assert not whole, f"trained weights outside of the units: {whole[:3]}"
 
 
 def whole_tensor(value: Tensor) -> Tensor:
     """The same on every rank."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if _is_shared(value) else value  # type: ignore[attr-defined]
+
+
+def _is_shared(value: Tensor) -> bool:
+    """Whether it is a DTensor, without the import."""
+    return hasattr(value, "full_tensor")
 
 
 def save_parts(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
@@ -65,6 +61,8 @@ def save_parts(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
 
     Raises: StageError, on every rank, if one of them cannot write.
     """
+    import torch.distributed.checkpoint as dcp
+
     try:
         tensors = {**_model_tensors(module), **_optimizer_tensors(module, optimizer)}
         with _quietly_alone():
@@ -95,34 +93,6 @@ def read_parts(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix(_MODEL): value for name, value in found.items()}
 
 
-class _IndexNames(pickle.Unpickler):
-    """Unpickler for which no names exist but those of an index."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED and not (module == "torch" and name in _TORCH_NAMES):
-            raise pickle.UnpicklingError(f"holds {module}.{name}")
-        return super().find_class(module, name)
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the index, which is a pickle, without running what else a pickle may hold."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
-        """The index. Raises: ValueError."""
-        path = Path(self.path) / INDEX_FILE
-        try:
-            with path.open("rb") as file:
-                found = _IndexNames(file).load()
-            entries = list(found.state_dict_metadata.values())
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not an index of parts ({error}); take another checkpoint") from None
-        if not all(isinstance(entry, metadata.TensorStorageMetadata) for entry in entries):
-            raise ValueError(f"{path} is not an index of parts (of other things than tensors); take another checkpoint")
-        found.storage_meta = found.storage_meta or metadata.StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
-
-
 @contextlib.contextmanager
 def _quietly_alone() -> Iterator[None]:
     """Without being told, each time, that a process without ranks is on its own."""
@@ -132,12 +102,18 @@ def _quietly_alone() -> Iterator[None]:
 
 
 def _index(folder: Path) -> Mapping[str, Any]:
-    return _Reader(str(folder)).read_metadata().state_dict_metadata
+    from kinema.pipelines.train.parts_index import PartsReader
+
+    return PartsReader(str(folder)).read_metadata().state_dict_metadata
 
 
 def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    from kinema.pipelines.train.parts_index import PartsReader
+
     with _quietly_alone():
-        dcp.load(tensors, storage_reader=_Reader(str(folder)), no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=PartsReader(str(folder)), no_dist=not dist.is_initialized())
 
 
 def _model_tensors(module: nn.Module) -> dict[str, Tensor]:

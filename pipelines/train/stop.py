@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,28 @@ class Stop:
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
+
+
+class Notice:
+    """Word that a machine of the run will soon be taken away: checkpoints then come as fast as they may.
+
+    Asking takes all ranks (`ask` is called on each of them at the same step), so rank 0 says when: every two seconds,
+    and once there is a notice not before four times as long as the last checkpoint took.
+    """
+
+    def __init__(self, ask: Callable[[], bool], every_s: float = 2.0):
+        """Args: ask, whether there is a notice now."""
+        self.ask, self.every_s = ask, every_s
+        self._next = time.monotonic() + every_s
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to ask."""
+        return time.monotonic() >= self._next
+
+    def answered(self, took_s: float) -> None:
+        """Asked, and saved if there was a notice, which took so long."""
+        self._next = time.monotonic() + max(self.every_s, 4 * took_s)
 
 
 class CatchSignals:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -33,21 +34,58 @@ class Ended:
     said: str
 
 
-ROWS: Counter[tuple[str, str, str, str]] = Counter()
-"""(engine, stage, fault, outcome) -> faults, over all chaos tests of this process."""
+ROWS_FILE = "KINEMA_CHAOS_ROWS"
+"""Variable with the file that chaos tests, in whatever process, enter their faults into (conftest.py)."""
+
+Rows = Counter[tuple[str, str, str, str]]
+"""(engine, stage, fault, outcome) -> faults."""
+
+KINDS = (
+    "kill -9 of the driver", "kill -9 of a worker", "kill -9 of an actor", "kill -9 of a node", "SIGTERM", "disk full",
+    "read-only", "object store", "cut tar", "cut parquet", "wrong magic", "clock jumps", "NaN gradients",
+)  # fmt: skip
+"""Each begins the name of a fault that must have occurred."""
+FEWEST, FEWEST_UNDER_RAY = 200, 100
 
 
 def note(engine: str, stage: str, fault: str, outcome: str, count: int = 1) -> None:
     """Enter faults that ended well into the table."""
-    ROWS[engine, stage, fault, outcome] += count
+    file = os.environ.get(ROWS_FILE)
+    if file and count:
+        with open(file, "a") as rows:
+            rows.write(json.dumps([[engine, stage, fault, outcome], count]) + "\n")
 
 
-def table() -> list[str]:
+def read_rows(file: str) -> Rows:
+    """What was entered."""
+    rows: Rows = Counter()
+    for line in Path(file).read_text().splitlines():
+        row, count = json.loads(line)
+        rows[tuple(row)] += count
+    return rows
+
+
+def table(rows: Rows) -> list[str]:
     """Lines of the table, faults counted by engine, stage and kind."""
-    total = sum(ROWS.values())
-    under_ray = sum(count for (engine, *_), count in ROWS.items() if engine == "ray")
-    lines = [f"| engine | stage | fault | outcome | faults |  ({total} in all, {under_ray} under Ray)"]
-    return lines + [f"| {' | '.join(row)} | {count} |" for row, count in sorted(ROWS.items())]
+    lines = ["| engine | stage | fault | outcome | faults |", "|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} | {count} |" for row, count in sorted(rows.items())]
+    return [*lines, "", f"{sum(rows.values())} faults, {under_ray(rows)} of them under Ray"]
+
+
+def under_ray(rows: Rows) -> int:
+    return sum(count for (engine, *_), count in rows.items() if engine == "ray")
+
+
+def missing(rows: Rows) -> list[str]:
+    """What a whole `make chaos` must have injected and has not."""
+    lacks = [f"no fault of the kind: {kind}" for kind in KINDS if not any(row[2].startswith(kind) for row in rows)]
+    for number, fewest, where in (
+        (sum(rows.values()), FEWEST, "in all"),
+        (under_ray(rows), FEWEST_UNDER_RAY, "under Ray"),
+    ):
+        if number < fewest:
+            lacks.append(f"{number} faults {where}, fewer than {fewest}")
+    return lacks
 
 
 Fault = Callable[[str], None]
@@ -72,11 +110,31 @@ def refuse(number: int) -> Fault:
 
 
 FAULTS: dict[str, Fault] = {
-    "kill -9": kill,
+    "kill -9 of the driver": kill,
     "SIGTERM": terminate,
     "disk full": refuse(errno.ENOSPC),
     "read-only": refuse(errno.EROFS),
 }
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    for place in range(600, len(data), 997):
+        data[place] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+def cut(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+
+
+def wrong_magic(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(b"NOTWHATITWAS" + data[12:])
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {"flipped": flip, "cut": cut, "wrong magic": wrong_magic}
 
 
 @contextlib.contextmanager
@@ -91,7 +149,10 @@ def struck(fault: str, at: int) -> Iterator[None]:
         real(source, target, **options)
 
     os.replace = replace
-    yield
+    try:
+        yield
+    finally:
+        os.replace = real
 
 
 @contextlib.contextmanager
@@ -193,3 +254,8 @@ def tree(folder: Path) -> dict[str, str]:
         if path.is_file() and not path.name.startswith("."):
             found[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def but_for_scans(found: dict[str, str]) -> dict[str, str]:
+    """Scans of sources hold the store's own mark of the file's content, which a folder has not."""
+    return {name: value for name, value in found.items() if not name.startswith("_scan/")}

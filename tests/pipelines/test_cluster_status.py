@@ -20,6 +20,8 @@ from test_submit import NO_NAMESPACE, SUBMIT, on_a_head, two_films
 
 PRICES = PricesConfig(cpu_node=3.6, gpu_node=36.0, head=0.36)
 HOUR = 3600.0
+# Ray's own client starts a job that holds a GPU.
+HOLD = ["ray", "--no-wait", "--", "python", "-c"]
 
 
 def test_cost_counts_every_node_for_as_long_as_it_lived():
@@ -60,7 +62,13 @@ class Cluster:
             {"state": "ALIVE", "resources_total": {"CPU": 4.0}, "start_time_ms": 0},
             {"state": "DEAD", "resources_total": {"CPU": 4.0}, "start_time_ms": 0, "end_time_ms": 1_030_000},
         ]
-        answer = {"data": {"result": {"result": rows if "nodes" in path else [{}, {}, {}]}}}
+        data = {"result": {"result": rows if "nodes" in path else [{}, {}, {}]}}
+        if path == "/api/cluster_status":
+            data = {"clusterStatus": {"loadMetricsReport": {"usage": {"CPU": [3.0, 4.0], "GPU": [1.0, 2.0]}}}}
+        if path.startswith("/nodes"):
+            gpus = [{"utilizationGpu": 80}, {"utilizationGpu": 41}, {"utilizationGpu": None}]
+            data = {"summary": [{"gpus": gpus}, {"gpus": []}, {}]}
+        answer = {"data": data}
         return SimpleNamespace(status_code=200, json=lambda: answer, text="")
 
 
@@ -77,6 +85,7 @@ def test_jobs_of_ours_with_figures_and_cost(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(ray.job_submission, "JobSubmissionClient", Cluster)
     found = cluster_status("http://head:8265", PRICES, now=1060.0)
     assert (found["nodes"], found["nodes_lost"], found["cpus"]) == (2, 1, 4.0)
+    assert (found["cpus_in_use"], found["gpus_in_use"], found["gpu_percent"]) == (3.0, 1.0, 60.5)
     assert found["cost_so_far"] == pytest.approx((1060 * 3.96 + 1030 * 3.6) / HOUR, abs=1e-4)
     assert list(found["jobs"]) == ["r", "d"], "the one that runs first, others' jobs not at all"
     job = found["jobs"]["r"]
@@ -109,16 +118,19 @@ def test_progress_is_told_to_listeners(capsys):
 def test_a_real_head_shows_the_job_and_prometheus_the_figures(tmp_path):
     two_films(tmp_path / "videos")
     out = str(tmp_path / "clips")
-    (tmp_path / "prices.yaml").write_text("prices: {cpu_node: 3600}")
-    status = ["kinema", "status", SUBMIT[2], "--config", str(tmp_path / "prices.yaml"), "--json"]
+    (tmp_path / "prices.yaml").write_text("prices: {gpu_node: 3600}")
+    status = ["until", '"gpus_in_use": 1.0', "status", SUBMIT[2], "--config", str(tmp_path / "prices.yaml"), "--json"]
     shard = ["kinema", *SUBMIT, "shard", f"videos={tmp_path / 'videos'}", f"out={out}"]
-    done, metrics, found = on_a_head([shard, ["metrics", "ray_kinema_items"], status], tmp_path, 500)
+    hold = [*HOLD, "import ray, time; ray.init(); ray.get(ray.remote(num_gpus=1)(time.sleep).remote(90))"]
+    commands = [shard, ["metrics", "ray_kinema_items"], hold, status]
+    done, metrics, _, found = on_a_head(commands, tmp_path, 500, num_gpus=2)
     assert done["status"] == 0, done["err"][-2000:]
     assert found["status"] == 0, found["err"][-2000:]
     cluster = json.loads(found["out"])
     (job,) = cluster["jobs"].values()
     assert (job["stage"], job["status"], job["out"]) == ("shard", "SUCCEEDED", out)
     assert job["done"] == job["shards"] == 2 and job["clips"] == 2 and job["failed"] == 0
+    assert (cluster["gpus"], cluster["gpus_in_use"], cluster["gpu_percent"]) == (2, 1, None), "Ray's accounts only"
     assert cluster["nodes"] == 1 and cluster["cpus"] == 3 and cluster["cost_per_hour"] == 3600
     assert job["cost_so_far"] == job["cost_in_all"] == pytest.approx(job["seconds"], rel=0.2)
     assert 'stage="shard"' in metrics["out"] or 'stage="scan"' in metrics["out"], metrics

@@ -148,13 +148,17 @@ def test_another_model_is_refused(clips, run, tmp_path):
 def test_a_damaged_clip_is_quarantined_and_the_rest_embedded(clips, run, tmp_path):
     row = clips.samples().to_pylist()[2]
     shard = Path(clips.shard_url(row["shard"]))
-    data = bytearray(shard.read_bytes())
+    whole = shard.read_bytes()
+    data = bytearray(whole)
     data[row["mp4_offset"] + 40 : row["mp4_offset"] + row["mp4_size"]] = bytes(row["mp4_size"] - 40)
     shard.write_bytes(data)
     summary = embed.run(config(clips, run, tmp_path / "out"))
     assert (summary.clips, summary.quarantined, summary.exit_status) == (4, 1, 3)
     bad = Artifact.read(tmp_path / "out").quarantined().to_pylist()
     assert [b["key"] for b in bad] == [row["key"]] and bad[0]["stage"] == "embed"
+    shard.write_bytes(whole)
+    again = embed.run(config(clips, run, tmp_path / "out"))
+    assert (again.clips, again.quarantined, again.new_shards) == (5, 0, 1), "a disk that reads again"
 
 
 @pytest.mark.parametrize(

@@ -213,3 +213,15 @@ def test_a_lost_node_is_not_held_against_the_item():
     assert engine._Try("item", attempt=2).after(crash, retries=1) is None
     assert engine._Try("item").after(Failure("error", "ValueError", "m"), 3) is None
     assert engine._Try("item").after(Result(1), 3) is None
+
+
+def test_a_count_that_is_lost_keeps_its_last_sums(ray_session):
+    """The node it was on, say; the work goes on without."""
+    counter = engine.Counter(engine="ray")
+    counter.add(2, 5)
+    deadline = time.monotonic() + 60
+    while counter.read() != [2, 5]:
+        assert time.monotonic() < deadline
+    ray_session.kill(counter._remote)
+    counter.add(1, 1)
+    assert counter.read() == [2, 5]

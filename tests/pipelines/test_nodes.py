@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import fsspec
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ray_nodes import Nodes, end_of, in_namespace, needs_namespace, num_commits, objects, start_stage
+from ray_nodes import ADDRESS, Nodes, end_of, in_namespace, needs_namespace, num_commits, objects, start_stage
 from s3_server import s3_server
+from toy_training import ToyRecipe, toy_job
 
 BUCKET = "s3://kinema"
 NUM_FILMS = 12
@@ -160,3 +163,83 @@ def test_the_node_of_rank_0_is_lost_and_the_weights_are_the_same():
     assert found["run"]["newest"] == "step_00000010" and len(found["run"]["losses"]) == 10
     assert found["run"] == found["calm-run"]
     assert found["summary"]["step"] == 10 and found["summary"]["checkpoint"].startswith("s3://kinema/run/checkpoints/")
+
+
+STEPS_OF_NOTICE = dict(steps=60, batch_size=4, lr=0.01, log_every=1, pictures_every=0, num_workers=2, use_gpu="no")
+
+
+class Watched(ToyRecipe):
+    """Every rank says which steps it has done; rank 0 where it is, in the node's own folder and to all."""
+
+    def __init__(self, folder: str, slow_s: float):
+        super().__init__(noise=0, slow_s=slow_s)
+        self.folder = folder
+
+    def after_step(self, module, step):
+        import ray
+        import torch.distributed as dist
+
+        super().after_step(module, step)
+        if self.folder and dist.get_rank() == 0:
+            (Path(tempfile.gettempdir()) / "rank-0-is-here").touch()
+            (Path(self.folder) / "node").write_text(ray.get_runtime_context().get_node_id())
+            with (Path(self.folder) / "steps").open("a") as steps:
+                steps.write(f"{step}\n")
+
+
+def take_away_with_notice(nodes: Nodes, folder: Path, found: dict[str, Any]) -> None:
+    """Tell Ray, some steps on, that the node of rank 0 goes in 15 s, and let it go then."""
+    while not (folder / "steps").exists() or len((folder / "steps").read_text().split()) < 5:
+        time.sleep(0.1)
+    lost, node = nodes.holding("rank-0-is-here"), (folder / "node").read_text()
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    when = ["--deadline-remaining-seconds", "15"]
+    ray = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", ADDRESS]
+    told = subprocess.run([*ray, "--node-id", node, *reason, *when], capture_output=True, text=True)
+    found |= {"drained": told.returncode == 0, "said": told.stderr[-500:]}
+    found["told_at"] = int((folder / "steps").read_text().split()[-1])
+    time.sleep(15)
+    nodes.kill(lost)
+
+
+def notice_scene() -> dict[str, Any]:
+    """Two ranks on two of three nodes; no checkpoint is due before the end, and no failure is allowed."""
+    import toy_training
+    from ray import cloudpickle
+    from test_train_elastic import train
+
+    from kinema.configs import TrainConfig
+    from kinema.pipelines.train import checkpoint
+    from kinema.pipelines.train.launch import launch
+
+    for module in (toy_training, sys.modules[__name__]):
+        cloudpickle.register_pickle_by_value(module)
+    folder = Path(tempfile.mkdtemp())
+    calm, run, found = folder / "calm", folder / "run", {}
+    train(calm, [(2, STEPS_OF_NOTICE["steps"])], **STEPS_OF_NOTICE, cpus_per_worker=1, checkpoint_every=1000)
+    run.mkdir()
+    config = TrainConfig(**STEPS_OF_NOTICE, cpus_per_worker=1, checkpoint_every=1000, max_failures=0, seed=3)
+    os.environ |= {"RAY_ADDRESS": ADDRESS}
+    with Nodes() as nodes:
+        for name in "abc":
+            nodes.add(name)
+        nodes.wait_for(3)
+        arguments = nodes, folder, found
+        threading.Thread(target=take_away_with_notice, args=arguments, daemon=True).start()
+        finished = launch(toy_job(run, config, Watched(str(folder), 0.5)))
+    weights = [(checkpoint.latest_checkpoint(one) / "model.safetensors").read_bytes() for one in (run, calm)]
+    steps = [int(step) for step in (folder / "steps").read_text().split()]
+    return found | {"step": finished.step, "same": weights[0] == weights[1], "steps": steps}
+
+
+@needs_namespace
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_notice_saves_what_the_node_has_done_and_is_no_failure():
+    found = in_namespace(notice_scene, timeout=800)
+    assert found["drained"], found["said"]
+    assert found["step"] == STEPS_OF_NOTICE["steps"] and found["same"]
+    (place,) = [place for place in range(1, len(found["steps"])) if found["steps"][place] <= found["steps"][place - 1]]
+    left, began = found["steps"][place - 1], found["steps"][place]
+    print(f"told after step {found['told_at']}, gone after {left}, on from {began}")
+    assert found["told_at"] < began <= left

@@ -22,8 +22,9 @@ INSIDE = """
 import fcntl, json, os, socket, struct, subprocess, sys, time, urllib.request
 plain = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 fcntl.ioctl(plain, 0x8914, struct.pack("16sh14x", b"lo", 0x1 | 0x40))
-head = ["start", "--head", "--port=6399", "--num-cpus=3", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-        "--dashboard-port=8299", "--disable-usage-stats", "--metrics-export-port=8298",
+head = ["start", "--head", "--port=6399", "--num-cpus=3", f"--num-gpus={sys.argv[3]}",
+        "--include-dashboard=true", "--dashboard-host=127.0.0.1", "--dashboard-port=8299",
+        "--disable-usage-stats", "--metrics-export-port=8298",
         "--object-store-memory=200000000", "--temp-dir", sys.argv[1]]
 ray = os.path.join(os.path.dirname(sys.executable), "ray")
 subprocess.run([ray, *head], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -50,6 +51,12 @@ for kind, *command in json.loads(sys.argv[2]):
                 break
             time.sleep(1)
         results.append({"status": 0, "out": "\\n".join(lines), "err": ""})
+    elif kind == "until":  # kinema, again and again until it says so
+        for _ in range(60):
+            results.append(run([sys.executable, "-m", "kinema.pipelines.cli", *command[1:]]))
+            if command[0] in results[-1]["out"]:
+                break
+            results.pop()
     elif kind == "kinema":
         results.append(run([sys.executable, "-m", "kinema.pipelines.cli", *command]))
     else:  # a job that is stopped as soon as its log has what `kind` says
@@ -77,8 +84,8 @@ def can_unshare() -> bool:
 NO_NAMESPACE = pytest.mark.skipif(not can_unshare(), reason="network namespaces are not permitted (unshare -rnpf)")
 
 
-def on_a_head(commands: list[list[str]], folder: Path, timeout: float) -> list[dict]:
-    """What each command came to, on a head of its own."""
+def on_a_head(commands: list[list[str]], folder: Path, timeout: float, num_gpus: int = 0) -> list[dict]:
+    """What each command came to, on a head of its own. Args: num_gpus, which Ray believes to be there."""
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
     environment.pop("MLFLOW_TRACKING_URI", None)
@@ -88,7 +95,8 @@ def on_a_head(commands: list[list[str]], folder: Path, timeout: float) -> list[d
     with_short_path = Path("/tmp") / f"kinema-head-{os.getpid()}"
     try:
         done = subprocess.run(
-            ["unshare", "-rnpf", "--mount-proc", sys.executable, "-c", INSIDE, with_short_path, json.dumps(commands)],
+            ["unshare", "-rnpf", "--mount-proc", sys.executable, "-c", INSIDE, with_short_path, json.dumps(commands),
+             str(num_gpus)],
             capture_output=True, text=True, env=environment, timeout=timeout, cwd=folder,
         )  # fmt: skip
     finally:

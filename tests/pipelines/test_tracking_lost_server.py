@@ -246,9 +246,42 @@ def postgresql(tmp_path):
     shutil.rmtree(folder)
 
 
+ONE_WORKER = """
+import sys
+from kinema.pipelines import tracking
+
+tracker = tracking.start_run("many", f"worker-{sys.argv[1]}", {"number": int(sys.argv[1])})
+for step in range(40):
+    tracker.log_metrics({"loss": float(step), "share": 0.5}, step)
+tracker.flush(120)
+tracker.end()
+"""
+WORKERS = 4
+
+
+def log_from_many_workers(server: RealServer) -> None:
+    """Processes that begin, fill and end a run each, at the same time, in an experiment that none of them finds."""
+    server.start()
+    workers = [subprocess.Popen([sys.executable, "-c", ONE_WORKER, str(number)]) for number in range(WORKERS)]
+    assert [worker.wait(300) for worker in workers] == [0] * WORKERS
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(server.uri)
+    (found,) = [one for one in client.search_experiments() if one.name == "many"]
+    runs = client.search_runs([found.experiment_id])
+    assert sorted(run.data.params["number"] for run in runs) == [str(number) for number in range(WORKERS)]
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        history = client.get_metric_history(run.info.run_id, "loss")
+        assert [(point.step, point.value) for point in history] == [(step, float(step)) for step in range(40)]
+    server.stop()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_real_server_on_postgresql_by_url(tmp_path, monkeypatch, postgresql):
+    """Killed and started again over its database, and used by several processes at the same time."""
     server = RealServer(tmp_path, postgresql)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     log_through_a_loss(server)
+    log_from_many_workers(server)

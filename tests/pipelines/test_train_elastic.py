@@ -8,6 +8,8 @@ import random
 import secrets
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import torch.multiprocessing as mp
 from ray import cloudpickle
 
 from kinema.configs import TrainConfig
+from kinema.pipelines.errors import StageError
 from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.launch import launch
 from kinema.pipelines.train.loop import train_worker
@@ -26,6 +29,7 @@ from kinema.pipelines.train.stop import Stop
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_training
+from chaos import note
 from toy_training import ToyRecipe, toy_job
 
 STEPS = 12
@@ -73,25 +77,26 @@ def samples_of_steps(folder: Path) -> list[list[str]]:
     return [sorted(keys) for _, keys in sorted(steps.items())]
 
 
-def one_rank(rank: int, world: int, run: Path, notes: Path, steps: int) -> None:
+def one_rank(rank: int, world: int, run: Path, notes: Path, steps: int, changes: dict | None = None) -> None:
     torch.set_num_threads(1)
     if world > 1:
         store = dist.FileStore(str(run / f"rendezvous-{steps}"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    train_worker(toy_job(run, config(steps=steps, num_workers=world), Noted(notes)), Place(rank, world), Stop())
+    settings = config(**{**(changes or {}), "steps": steps, "num_workers": world})
+    train_worker(toy_job(run, settings, Noted(notes)), Place(rank, world), Stop())
     if world > 1:
         dist.destroy_process_group()
 
 
-def train(run: Path, plan: list[tuple[int, int]]) -> list[list[str]]:
-    """Args: plan, (ranks, step at which they end), one after the other."""
+def train(run: Path, plan: list[tuple[int, int]], **changes) -> list[list[str]]:
+    """Args: plan, (ranks, step at which they end), one after the other; changes, of the settings."""
     notes = run / "notes"
     notes.mkdir(parents=True)
     for world, steps in plan:
         if world == 1:
-            one_rank(0, 1, run, notes, steps)
+            one_rank(0, 1, run, notes, steps, changes)
             continue
-        mp.start_processes(one_rank, (world, run, notes, steps), nprocs=world, start_method="fork")
+        mp.start_processes(one_rank, (world, run, notes, steps, changes), nprocs=world, start_method="fork")
     return samples_of_steps(notes)
 
 
@@ -165,6 +170,54 @@ def test_a_rank_killed_at_a_random_step_changes_no_bit_five_times(toys_travel, t
         assert found[0].read_bytes() == found[1].read_bytes()
         losses = [[(point["step"], point["loss"]) for point in read_metrics(one)] for one in (run, calm)]
         assert losses[0] == losses[1]
+        note("ray", "train", "kill -9 of a worker (a rank, in a step)", "identical")
+
+
+class Disturbed(ToyRecipe):
+    """A gradient that is NaN in one step, once; a marker when another step is done."""
+
+    def __init__(self, folder: Path, nan_at: int, told_at: int):
+        super().__init__(noise=0, slow_s=0.05)
+        self.folder, self.nan_at, self.told_at = folder, nan_at, told_at
+        self.step = 0
+
+    def loss(self, module, batch):
+        found = super().loss(module, batch)
+        if self.step == self.nan_at and not (self.folder / "told").exists() and found.mean.requires_grad:
+            found.mean.register_hook(lambda gradient: gradient * float("nan"))
+        return found
+
+    def after_step(self, module, step):
+        super().after_step(module, step)
+        self.step = step
+        if step == self.told_at:
+            (self.folder / "told").touch()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_gradients_that_are_nan_and_a_driver_that_is_told_to_end(toys_travel, tmp_path):
+    """An end in one line, an end with a checkpoint, and then the rest: the undisturbed run's bits."""
+    calm, run = tmp_path / "calm", tmp_path / "run"
+    train(calm, [(2, STEPS)])
+    run.mkdir()
+    with pytest.raises(StageError, match="gradient norm is nan at step 4"):
+        launch(toy_job(run, config(), Disturbed(tmp_path, 4, 99)))
+    assert checkpoint.latest_checkpoint(run).name == "step_00000003"
+
+    def stop_when_told():
+        while not (tmp_path / "told").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_told, daemon=True).start()
+    stopped = launch(toy_job(run, config(), Disturbed(tmp_path, 99, 7)))
+    assert stopped.stopped == "SIGTERM" and 7 <= stopped.step < STEPS
+    assert launch(toy_job(run, config(), ToyRecipe(noise=0))).step == STEPS
+    found = [checkpoint.latest_checkpoint(one) / "model.safetensors" for one in (run, calm)]
+    assert found[0].read_bytes() == found[1].read_bytes()
+    note("ray", "train", "NaN gradients", "clear error, then identical")
+    note("ray", "train", "SIGTERM of the driver", "a checkpoint, then identical")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from kinema.pipelines.train.loop import rank_batch_size, train_worker
 from kinema.pipelines.train.meter import read_metrics
 from kinema.pipelines.train.optimizer import learning_rate
 from kinema.pipelines.train.parallel import Place
-from kinema.pipelines.train.stop import Stop
+from kinema.pipelines.train.stop import Notice, Stop
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_training import NUM_SAMPLES, MakeLoader, ToyRecipe, toy_job
@@ -115,6 +115,34 @@ def test_stop_saves_the_last_finished_step_at_once(tmp_path):
     assert thread.is_alive() and checkpoint.latest_checkpoint(tmp_path).name == "step_00000000"
     thread.join()
     assert [p.name for p in checkpoint.complete_checkpoints(tmp_path)] == ["step_00000000"]
+
+
+class Killed(ToyRecipe):
+    """Dies in a step."""
+
+    def after_step(self, module, step):
+        super().after_step(module, step)
+        if step == 8:
+            raise ConnectionError("the machine is gone")
+
+
+def test_a_notice_that_the_machine_goes_brings_checkpoints_forward(tmp_path):
+    """No checkpoint is due before step 100; the notice comes with step 4, the end in step 8."""
+    cfg, asked = config(checkpoint_every=100, keep_checkpoints=9), []
+
+    def ask() -> bool:
+        asked.append(None)
+        return len(asked) >= 4
+
+    (tmp_path / "run").mkdir()
+    job = toy_job(tmp_path / "run", cfg, Killed())
+    with pytest.raises(ConnectionError):
+        train_worker(job, Place(), Stop(), Notice(ask, every_s=0.0))
+    kept = [path.name for path in checkpoint.complete_checkpoints(tmp_path / "run")]
+    assert kept[0] == "step_00000004"
+    train(tmp_path / "run", cfg)
+    train(tmp_path / "calm", cfg)
+    same_bytes(tmp_path / "run", tmp_path / "calm")
 
 
 def test_accumulation_and_skipped_samples_do_not_change_a_samples_weight(tmp_path):

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import psutil
 import pytest
 
 from kinema.pipelines.bench.cluster import ClusterBenchConfig, one_core_each, simulate
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ray_nodes import Nodes, end_of, in_namespace, needs_namespace, start_stage
+from ray_nodes import Nodes, end_of, in_namespace, needs_namespace, num_commits, start_stage
 from s3_server import s3_server
 
 BUCKET, NUM_FILMS = "s3://kinema", 24
@@ -27,20 +28,40 @@ def stages(root: str) -> dict[str, list[str]]:
     return {"shard": shard, "teach": [f"clips={clips}", f"out={root}/flow", "teacher=dis", "gaps=[1]"]}
 
 
-def seconds_per_shard(url: str) -> float:
-    """Between the first and the last commit: starts of drivers and actors do not count."""
-    files, root = fsspec.core.url_to_fs(url)
-    files.invalidate_cache()
-    times = sorted(entry["LastModified"].timestamp() for entry in files.ls(f"{root}/_commits", detail=True))
-    return (times[-1] - times[0]) / (len(times) / 2 - 1)  # two files a shard
+def used_s() -> tuple[float, float]:
+    """Processor seconds so far of everything in this namespace: on nodes, which have one core each, and elsewhere
+    (head, store, drivers)."""
+    on_nodes, elsewhere = 0.0, 0.0
+    for process in psutil.process_iter():
+        try:
+            spent = sum(process.cpu_times()[:4])  # its own, and of children that have ended
+            pinned = len(process.cpu_affinity()) == 1
+        except psutil.Error:
+            continue
+        on_nodes, elsewhere = on_nodes + spent * pinned, elsewhere + spent * (not pinned)
+    return on_nodes, elsewhere
+
+
+def per_shard(arguments: list[str]) -> list[float]:
+    """Run a stage. Returns: wall time, processor time on nodes and elsewhere for a shard, between the first commits and
+    the last one: starts of drivers and workers do not count."""
+    out, process = arguments[2].partition("=")[2], start_stage(*arguments)
+    seen: list[tuple[int, float, float, float]] = []
+    while process.poll() is None:
+        if (there := num_commits(out)) and (not seen or there > seen[-1][0]):
+            seen.append((there, time.monotonic(), *used_s()))
+        time.sleep(0.2)
+    end_of(process)
+    first, last = seen[0], seen[-1]
+    return [(last[place] - first[place]) / (last[0] - first[0]) for place in (1, 2, 3)]
 
 
 def scene() -> dict[str, Any]:
-    """Serially for the cost of a shard, then on one node, then on two, each on a core of its own."""
+    """On one node, then on two, each on a core of its own; what a shard costs there, and in driver, store and head."""
     from kinema.pipelines.scenes import Scene
     from kinema.pipelines.scenes.demo import write_scene
 
-    found: dict[str, Any] = {"cpu_s": {}, 1: {}, 2: {}, "load": os.getloadavg()}
+    found: dict[str, Any] = {1: {}, 2: {}, "load": os.getloadavg()}
     with s3_server():
         files = fsspec.filesystem("s3")
         with tempfile.TemporaryDirectory() as folder:
@@ -48,34 +69,39 @@ def scene() -> dict[str, Any]:
                 path = Path(folder) / f"{seed}.mp4"
                 write_scene(Scene(seed=seed, height=192, width=256, num_frames=24), path)
                 files.put_file(str(path), f"kinema/videos/{path.name}")
-        for name, arguments in stages(f"{BUCKET}/serial").items():
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            end_of(start_stage(name, *arguments, engine="serial"))
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            found["cpu_s"][name] = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / NUM_FILMS
         for number in (1, 2):
             with Nodes() as nodes:
                 for core in range(number):
                     nodes.add(f"{number}-{core}", core)
                 nodes.wait_for(number)
                 for name, arguments in stages(f"{BUCKET}/{number}").items():
-                    end_of(start_stage(name, *arguments))
-                    out = arguments[1].partition("=")[2]
-                    found[number][name] = seconds_per_shard(out)
+                    found[number][name] = per_shard([name, *arguments])
     return found
+
+
+QUIET = 3.0
 
 
 @needs_namespace
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_two_nodes_over_one():
+    """Two cores for one, less what driver, store and head take of them; the simulation says the same."""
     found = in_namespace(scene, timeout=1400)
+    load = found["load"][0]
     for name in ("shard", "teach"):
-        measured = found["1"][name] / found["2"][name]
-        config = one_core_each(ClusterBenchConfig(), found["cpu_s"][name], NUM_FILMS)
-        said = simulate(config, 1).wall_s / simulate(config, 2).wall_s
-        one, two, cpu_s = found["1"][name], found["2"][name], found["cpu_s"][name]
-        print(f"{name}: {one:.2f} s a shard on one node, {two:.2f} on two: {measured:.2f} times; simulated {said:.2f}")
-        print(f"{name}: {cpu_s:.2f} s of processor a shard, serially; load {found['load'][0]:.1f}")
-        assert 1.0 < measured < 2.6, "two cores for one, less what others take of them"
-        assert 1.8 < said <= 2.0
+        (one, on_node, elsewhere), (two, *_) = found["1"][name], found["2"][name]
+        # One node leaves a core to the rest; with two, the rest takes its time from both.
+        settings = ClusterBenchConfig()
+        alone = simulate(one_core_each(settings, on_node, NUM_FILMS), 1)
+        shared = simulate(one_core_each(settings, on_node + elsewhere, NUM_FILMS), 2)
+        measured, said = one / two, alone.wall_s / shared.wall_s
+        print(f"{name}: {one:.2f} s a shard on one node, {two:.2f} on two: {measured:.2f} times")
+        print(
+            f"{name}: {on_node:.2f} s of processor a shard on nodes, {elsewhere:.2f} in driver, store and head, so that"
+        )
+        print(f"{name}: two nodes on these two cores are at most {said:.2f} times as fast as one; load {load:.1f}")
+        assert 0.0 < measured < 2.6
+        assert 1.0 < said <= 2.0
+        if load < QUIET:  # otherwise others take what they like of the cores
+            assert measured == pytest.approx(said, rel=0.3)
