@@ -1,36 +1,48 @@
 """Backward pass in two kernels, without atomics: the same input gives the same bytes.
 
-One kernel walks over rows and gives the gradients of q, of the scale, and of keys that only their own row sees; on its
-way it stores the prepared queries. The other walks over the shared keys and meets all rows that see them.
+One kernel walks over rows and gives the gradients of q, of the scale, and of keys that only their own row sees. The
+other walks over the shared keys and meets all rows that see them, as the first has prepared and stored them: in whole
+blocks, pokes first, so that neither loop asks where rows end. Between preparation, loop and the way back, tiles go
+through memory: they are handled a few rows at a time, and the loop has all registers to itself.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from kinema.kernels.cosine_attention.prepare import (
     LOG2_E,
-    halves,
     head_of,
-    joined,
+    load_halves,
     load_tile,
     pointers,
     store_input_gradient,
     store_prepared,
     store_tile,
     strength_of,
+    tile_of,
     unit_rotated,
 )
-from kinema.kernels.cosine_attention.visibility import (
-    CAUSAL,
-    FULL,
-    QUERY_CAUSAL,
-    QUERY_INFERENCE,
-    limits_of,
-    seen_by_all,
-    seen_by_some,
-)
+from kinema.kernels.cosine_attention.visibility import CAUSAL, FULL, QUERY_CAUSAL, QUERY_INFERENCE, limits_of
 
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Placed(NamedTuple):
+    """What the pass over keys needs of rows, at their places: as they come, but queries after whole blocks of pokes.
+
+    Places without a row hold zeros and an infinite sum.
+    """
+
+    rows: Any
+    """[B, H, num, 2 WIDTH], contiguous: queries, prepared and scaled, beside the output's gradients."""
+    sums: Any
+    """[B, H, 2, num] float32, contiguous: log2 of the sum of exponentials; <gradient, output>."""
+    num: int
+    """Places of a head, in whole blocks."""
+    queries_from: int
+    """Place of the first query of the query patterns."""
 
 
 @triton.jit
@@ -41,12 +53,13 @@ def backward_rows_kernel(
     theta_q,  # Rows [B, H, N, R], or None
     theta_k,  # Rows [B, H, M, R], or None
     prepared_ptr,  # [B, H, padded, WIDTH], contiguous: shared keys
+    values,  # Rows [B, H, at least num_shared, WIDTH]: their values
     scale_ptr,  # [H] float32, contiguous
     out,  # Rows [B, H, N, D]
     dout,  # Rows [B, H, N, D]
     lse_ptr,  # [B, H, N] float32, contiguous
-    delta_ptr,  # [B, H, N] float32, contiguous: written, <dout, out> per row
-    queries_ptr,  # [B, H, N up to whole blocks, WIDTH], contiguous: written, prepared and scaled
+    placed,  # Placed: written
+    totals_ptr,  # [B, H, places, WIDTH] float32, contiguous: written, gradient of the prepared rows
     dq,  # Rows [B, H, N, D]: written
     dk,  # Rows [B, H, M, D]: written for queries, whose keys no other row sees
     dv,  # Rows [B, H, M, D]: written for queries
@@ -56,80 +69,106 @@ def backward_rows_kernel(
     HEAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    num_blocks = tl.cdiv(lengths.N, BLOCK_ROWS)
+    num_blocks = placed.num // BLOCK_ROWS
     head = tl.program_id(0) // num_blocks
     b, h = head // lengths.H, head % lengths.H
-    start = (tl.program_id(0) % num_blocks) * BLOCK_ROWS
-    rows = start + tl.arange(0, BLOCK_ROWS)
-    in_rows = rows < lengths.N
-    row_offset = head.to(tl.int64) * lengths.N
-    q, k, v, dout = (
+    first = (tl.program_id(0) % num_blocks) * BLOCK_ROWS
+    # Pokes and queries never share a block, so that one limit rises over its rows.
+    queries_from, end = placed.queries_from, lengths.N
+    shift = 0
+    if KIND == QUERY_CAUSAL or KIND == QUERY_INFERENCE:
+        shift = tl.where(first < queries_from, 0, queries_from - lengths.P)
+        end = tl.where(first < queries_from, lengths.P, lengths.N)
+    start = first - shift
+    q, k, v, dout, out = (
         head_of(q, b, h, HEAD.ALIGN),
         head_of(k, b, h, HEAD.ALIGN),
         head_of(v, b, h, HEAD.ALIGN),
         head_of(dout, b, h, HEAD.ALIGN),
+        head_of(out, b, h, HEAD.ALIGN),
     )
     theta_q = head_of(theta_q, b, h, 1) if HEAD.R > 0 else None
     theta_k = head_of(theta_k, b, h, 1) if HEAD.R > 0 else None
     strength = strength_of(scale_ptr, h)
-    lse = tl.load(lse_ptr + row_offset + rows, mask=in_rows, other=0.0)
-    dout_tile = load_tile(dout, rows, in_rows, HEAD)
-    delta = tl.sum(
-        load_tile(head_of(out, b, h, HEAD.ALIGN), rows, in_rows, HEAD).to(tl.float32) * dout_tile.to(tl.float32), axis=1
-    )
-    tl.store(delta_ptr + row_offset + rows, delta, mask=in_rows)
+    lse_ptr += head.to(tl.int64) * lengths.N
+    place = head.to(tl.int64) * placed.num + first
+    rows_ptr = placed.rows + place * (2 * HEAD.WIDTH)
+    totals_ptr += place * HEAD.WIDTH
+    sums_ptr = placed.sums + head.to(tl.int64) * placed.num + place
+    deltas_ptr = sums_ptr + placed.num
 
-    q1, q2, _ = unit_rotated(q, theta_q, rows, in_rows, HEAD)
-    q1 = (q1 * (strength * LOG2_E)).to(DOT_DTYPE)
-    q2 = (q2 * (strength * LOG2_E)).to(DOT_DTYPE)
-    store_prepared(queries_ptr + head.to(tl.int64) * num_blocks * BLOCK_ROWS * HEAD.WIDTH, q1, q2, rows, HEAD)
+    for chunk in range(0, BLOCK_ROWS, CHUNK):
+        piece = chunk + tl.arange(0, CHUNK)
+        piece_rows = start + piece
+        known = piece_rows < end
+        q1, q2, _ = unit_rotated(q, theta_q, piece_rows, known, HEAD)
+        strength_2 = strength * LOG2_E
+        store_prepared(rows_ptr, q1 * strength_2, q2 * strength_2, piece, 2 * HEAD.WIDTH, HEAD)
+        gradient = load_tile(dout, piece_rows, known, HEAD)
+        tl.store(tile_of(rows_ptr + HEAD.WIDTH, piece, 2 * HEAD.WIDTH, HEAD), gradient.to(DOT_DTYPE))
+        product = load_tile(out, piece_rows, known, HEAD).to(tl.float32) * gradient.to(tl.float32)
+        tl.store(deltas_ptr + piece, tl.sum(product, axis=1))
+        # Places without a row get no weight from an infinite sum.
+        tl.store(sums_ptr + piece, tl.load(lse_ptr + piece_rows, mask=known, other=float("inf")))
+    # What all threads wrote, all may read from here on.
+    tl.debug_barrier()
 
-    last = tl.minimum(start + BLOCK_ROWS, lengths.N) - 1
-    stop = seen_by_some(start, last, lengths, KIND)
-    plain = seen_by_all(start, last, lengths, KIND) // BLOCK_KEYS * BLOCK_KEYS
+    lane = tl.arange(0, BLOCK_ROWS)
+    rows = start + lane
+    last = tl.minimum(start + BLOCK_ROWS, end) - 1
+    stop = tl.where(start < end, limits_of(last, lengths, KIND), 0)
+    plain = tl.where(start < end, limits_of(start, lengths, KIND), 0) // BLOCK_KEYS * BLOCK_KEYS
     limits = limits_of(rows, lengths, KIND)
     prepared = prepared_ptr + head.to(tl.int64) * lengths.padded * HEAD.WIDTH
-    q_tile, dout_tile = joined(q1, q2, HEAD), dout_tile.to(DOT_DTYPE)
+    q_tile = tl.load(tile_of(rows_ptr, lane, 2 * HEAD.WIDTH, HEAD))
+    dout_tile = tl.load(tile_of(rows_ptr + HEAD.WIDTH, lane, 2 * HEAD.WIDTH, HEAD))
+    lse, delta = tl.load(sums_ptr + lane), tl.load(deltas_ptr + lane)
+    values = head_of(values, b, h, HEAD.ALIGN)
     total = tl.full([BLOCK_ROWS, HEAD.WIDTH], 0.0, tl.float32)
     total = _add_keys(
-        total, q_tile, dout_tile, lse, delta, prepared, v, 0, plain, limits, lengths, False,
+        total, q_tile, dout_tile, lse, delta, prepared, values, 0, plain, limits, lengths, False,
         HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION,
     )  # fmt: skip
     total = _add_keys(
-        total, q_tile, dout_tile, lse, delta, prepared, v, plain, stop, limits, lengths, True,
+        total, q_tile, dout_tile, lse, delta, prepared, values, plain, stop, limits, lengths, True,
         HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION,
     )  # fmt: skip
+    tl.store(tile_of(totals_ptr, lane, HEAD.WIDTH, HEAD), total)
+    tl.debug_barrier()
 
-    # Loads stay behind stores: what comes later does not take registers now.
-    dq1, dq2 = halves(total, HEAD)
-    if KIND != FULL:
-        gradient = load_tile(dout, rows, in_rows, HEAD).to(tl.float32)
-        dweight = tl.sum(gradient * load_tile(v, rows, in_rows, HEAD).to(tl.float32), axis=1) - delta
-    q1, q2, q_inverse = unit_rotated(q, theta_q, rows, in_rows, HEAD)
-    if KIND != FULL:
-        own1, own2, own_inverse = unit_rotated(k, theta_k, rows, in_rows, HEAD)
-        weight = tl.exp2(tl.sum(q1 * own1 + q2 * own2, axis=1) * (strength * LOG2_E) - lse)
-        dlogit = weight * dweight
-        dq1 += dlogit[:, None] * own1
-        dq2 += dlogit[:, None] * own2
-    along = store_input_gradient(
-        head_of(dq, b, h, HEAD.ALIGN), theta_q, dq1, dq2, q1, q2, q_inverse * strength, rows, in_rows, in_rows, HEAD
-    )
-    tl.store(dscale_ptr + tl.program_id(0), tl.sum(along, axis=0))
-    if KIND == QUERY_CAUSAL or KIND == QUERY_INFERENCE:
-        is_query = in_rows & (rows >= lengths.P)
-        gradient = load_tile(dout, rows, in_rows, HEAD).to(tl.float32)
-        store_tile(head_of(dv, b, h, HEAD.ALIGN), weight[:, None] * gradient, rows, is_query, HEAD)
-        q1, q2, _ = unit_rotated(q, theta_q, rows, in_rows, HEAD)
-        own1, own2, own_inverse = unit_rotated(k, theta_k, rows, in_rows, HEAD)
-        dlogit = dlogit * strength
-        store_input_gradient(
-            head_of(dk, b, h, HEAD.ALIGN), theta_k, dlogit[:, None] * q1, dlogit[:, None] * q2, own1, own2, own_inverse,
-            rows, in_rows, is_query, HEAD,
-        )  # fmt: skip
+    # A few rows at a time: all at once do not fit into registers.
+    dscale = tl.zeros([CHUNK], tl.float32)
+    for chunk in range(0, BLOCK_ROWS, CHUNK):
+        piece = chunk + tl.arange(0, CHUNK)
+        piece_rows = start + piece
+        known = piece_rows < end
+        dq1, dq2 = load_halves(totals_ptr, piece, HEAD.WIDTH, HEAD)
+        q1, q2, q_inverse = unit_rotated(q, theta_q, piece_rows, known, HEAD)
+        if KIND != FULL:
+            own1, own2, own_inverse = unit_rotated(k, theta_k, piece_rows, known, HEAD)
+            gradient = load_tile(dout, piece_rows, known, HEAD).to(tl.float32)
+            value = load_tile(v, piece_rows, known, HEAD).to(tl.float32)
+            dweight = tl.sum(gradient * value, axis=1) - tl.load(deltas_ptr + piece)
+            weight = tl.exp2(tl.sum(q1 * own1 + q2 * own2, axis=1) * (strength * LOG2_E) - tl.load(sums_ptr + piece))
+            dlogit = weight * dweight
+            dq1 += dlogit[:, None] * own1
+            dq2 += dlogit[:, None] * own2
+        dscale += store_input_gradient(
+            head_of(dq, b, h, HEAD.ALIGN), theta_q, dq1, dq2, q1, q2, q_inverse * strength, piece_rows, known, known, HEAD
+        )
+        if KIND == QUERY_CAUSAL or KIND == QUERY_INFERENCE:
+            is_query = known & (piece_rows >= lengths.P)
+            store_tile(head_of(dv, b, h, HEAD.ALIGN), weight[:, None] * gradient, piece_rows, is_query, HEAD)
+            dlogit = dlogit * strength
+            store_input_gradient(
+                head_of(dk, b, h, HEAD.ALIGN), theta_k, dlogit[:, None] * q1, dlogit[:, None] * q2, own1, own2,
+                own_inverse, piece_rows, known, is_query, HEAD,
+            )  # fmt: skip
+    tl.store(dscale_ptr + tl.program_id(0), tl.sum(dscale, axis=0))
 
 
 @triton.jit
@@ -140,7 +179,7 @@ def _add_keys(
     lse,  # [rows]
     delta,  # [rows]
     prepared,  # one head of shared keys
-    v,  # Rows, one head
+    values,  # Rows, one head
     first,
     stop,
     limits,  # [rows]
@@ -153,44 +192,41 @@ def _add_keys(
 ):
     """Adds what the keys first..stop give; without MASKED every row sees all of them."""
     lane, columns = tl.arange(0, BLOCK_KEYS), tl.arange(0, HEAD.WIDTH)
-    k_tile = prepared + (first + lane)[:, None] * HEAD.WIDTH + columns[None, :]
-    v_tile = pointers(v, first + lane, columns, HEAD.ALIGN)
-    real = (columns < HEAD.D)[None, :]
+    k_tile = tile_of(prepared, first + lane, HEAD.WIDTH, HEAD)
+    v_tile = pointers(values, first + lane, columns, HEAD.ALIGN)
     for key in range(first, stop, BLOCK_KEYS):
         keys = tl.load(k_tile)
         logits = tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION)
         weights = tl.exp2(logits - lse[:, None])
         if MASKED:
             weights = tl.where((key + lane)[None, :] < limits[:, None], weights, 0.0)
-            values = tl.load(v_tile, mask=real & (key + lane < lengths.M)[:, None], other=0.0)
+            value = tl.load(v_tile, mask=(key + lane < lengths.num_shared)[:, None], other=0.0)
         else:
-            values = tl.load(v_tile, mask=real, other=0.0)
-        dweights = tl.dot(dout_tile, tl.trans(values.to(DOT_DTYPE)), input_precision=PRECISION)
+            value = tl.load(v_tile)
+        dweights = tl.dot(dout_tile, tl.trans(value.to(DOT_DTYPE)), input_precision=PRECISION)
         dlogits = (weights * (dweights - delta[:, None])).to(DOT_DTYPE)
         total = tl.dot(dlogits, keys, total, input_precision=PRECISION)
         k_tile += BLOCK_KEYS * HEAD.WIDTH
-        v_tile += BLOCK_KEYS * v.n
+        v_tile += BLOCK_KEYS * values.n
     return total
 
 
 @triton.jit
 def backward_keys_kernel(
     k,  # Rows [B, H, M, D]
-    v,  # Rows [B, H, M, D]
     theta_k,  # Rows [B, H, M, R], or None
     prepared_ptr,  # [B, H, padded, WIDTH], contiguous: shared keys
-    queries_ptr,  # [B, H, padded_rows, WIDTH], contiguous: prepared and scaled
-    dout,  # Rows [B, H, N, D]
-    lse_ptr,  # [B, H, N] float32, contiguous
-    delta_ptr,  # [B, H, N] float32, contiguous
+    values,  # Rows [B, H, at least num_shared, WIDTH]: their values
+    placed,  # Placed
+    totals_ptr,  # [B, H, padded, 2 WIDTH] float32, contiguous: written, gradients of prepared keys and of values
     dk,  # Rows [B, H, M, D]: written for shared keys
     dv,  # Rows [B, H, M, D]: written for shared keys
-    padded_rows,
     lengths,
     KIND: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -199,47 +235,52 @@ def backward_keys_kernel(
     b, h = head // lengths.H, head % lengths.H
     start = (tl.program_id(0) % num_blocks) * BLOCK_KEYS
     keys = start + tl.arange(0, BLOCK_KEYS)
-    in_keys = keys < lengths.num_shared
-    columns = tl.arange(0, HEAD.WIDTH)
-    row_offset = head.to(tl.int64) * lengths.N
-    prepared = prepared_ptr + head.to(tl.int64) * lengths.padded * HEAD.WIDTH
-    k_tile = tl.load(prepared + keys[:, None] * HEAD.WIDTH + columns[None, :])
-    v_tile = load_tile(head_of(v, b, h, HEAD.ALIGN), keys, in_keys, HEAD).to(DOT_DTYPE)
-    queries = queries_ptr + head.to(tl.int64) * padded_rows * HEAD.WIDTH
-    dout = head_of(dout, b, h, HEAD.ALIGN)
+    prepared_ptr += head.to(tl.int64) * lengths.padded * HEAD.WIDTH
+    k_tile = tl.load(tile_of(prepared_ptr, keys, HEAD.WIDTH, HEAD))
+    v_tile = pointers(head_of(values, b, h, HEAD.ALIGN), keys, tl.arange(0, HEAD.WIDTH), HEAD.ALIGN)
+    v_tile = tl.load(v_tile, mask=(keys < lengths.num_shared)[:, None], other=0.0).to(DOT_DTYPE)
     dk_tile = tl.full([BLOCK_KEYS, HEAD.WIDTH], 0.0, tl.float32)
     dv_tile = tl.full([BLOCK_KEYS, HEAD.WIDTH], 0.0, tl.float32)
 
-    # Rows that see some keys of this block, and those among them that see all: pokes and queries of the query patterns,
-    # any rows of the others.
-    N, P, n = lengths.N, lengths.P, lengths.n
+    # Places whose rows see some keys of this block, and those among them whose rows see all, both in whole blocks:
+    # pokes and queries of the query patterns, any rows of the others.
+    num, queries_from, n = placed.num, placed.queries_from, lengths.n
     end = start + BLOCK_KEYS
     if KIND == FULL:
-        some_pokes, all_pokes, stop_pokes, some_queries, all_queries = 0, 0, N, N, N
-    elif KIND == CAUSAL:
-        some_pokes, all_pokes, stop_pokes, some_queries, all_queries = start, tl.minimum(end, N), N, N, N
-    elif KIND == QUERY_CAUSAL:
-        some_pokes, all_pokes, stop_pokes = start, tl.minimum(end, P), P
-        some_queries, all_queries = tl.minimum(P + (start + 1) * n, N), tl.minimum(P + end * n, N)
+        some_pokes, all_pokes, stop_pokes, some_queries, all_queries = 0, 0, num, num, num
     else:
-        some_pokes, all_pokes, stop_pokes, some_queries, all_queries = start, tl.minimum(end, P), P, P, P
-    if KIND != FULL:
+        some_pokes = start // BLOCK_ROWS * BLOCK_ROWS
+        stop_pokes, some_queries, all_queries = num, num, num
+        if KIND != CAUSAL:
+            stop_pokes, some_queries, all_queries = queries_from, queries_from, queries_from
+        if KIND == QUERY_CAUSAL:
+            some_queries = tl.minimum(queries_from + (start + 1) * n // BLOCK_ROWS * BLOCK_ROWS, num)
+            all_queries = tl.minimum(queries_from + tl.cdiv(end * n, BLOCK_ROWS) * BLOCK_ROWS, num)
+        all_pokes = tl.minimum(tl.cdiv(end, BLOCK_ROWS) * BLOCK_ROWS, stop_pokes)
         dk_tile, dv_tile = _add_rows(
-            dk_tile, dv_tile, k_tile, v_tile, queries, dout, lse_ptr + row_offset, delta_ptr + row_offset, keys,
+            dk_tile, dv_tile, k_tile, v_tile, placed, head, keys,
             some_pokes, all_pokes, some_queries, all_queries, lengths, True, HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
         )  # fmt: skip
     dk_tile, dv_tile = _add_rows(
-        dk_tile, dv_tile, k_tile, v_tile, queries, dout, lse_ptr + row_offset, delta_ptr + row_offset, keys,
-        all_pokes, stop_pokes, all_queries, N, lengths, False, HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
+        dk_tile, dv_tile, k_tile, v_tile, placed, head, keys,
+        all_pokes, stop_pokes, all_queries, num, lengths, False, HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
     )  # fmt: skip
 
-    store_tile(head_of(dv, b, h, HEAD.ALIGN), dv_tile, keys, in_keys, HEAD)
+    totals_ptr += head.to(tl.int64) * lengths.padded * (2 * HEAD.WIDTH)
+    tl.store(tile_of(totals_ptr, keys, 2 * HEAD.WIDTH, HEAD), dk_tile * LN_2)
+    tl.store(tile_of(totals_ptr + HEAD.WIDTH, keys, 2 * HEAD.WIDTH, HEAD), dv_tile)
+    tl.debug_barrier()
     theta = head_of(theta_k, b, h, 1) if HEAD.R > 0 else None
-    k1, k2, k_inverse = unit_rotated(head_of(k, b, h, HEAD.ALIGN), theta, keys, in_keys, HEAD)
-    dk1, dk2 = halves(dk_tile * LN_2, HEAD)
-    store_input_gradient(
-        head_of(dk, b, h, HEAD.ALIGN), theta, dk1, dk2, k1, k2, k_inverse, keys, in_keys, in_keys, HEAD
-    )
+    for chunk in range(0, BLOCK_KEYS, CHUNK):
+        piece = start + chunk + tl.arange(0, CHUNK)
+        known = piece < lengths.num_shared
+        value_gradient = tl.load(tile_of(totals_ptr + HEAD.WIDTH, piece, 2 * HEAD.WIDTH, HEAD))
+        store_tile(head_of(dv, b, h, HEAD.ALIGN), value_gradient, piece, known, HEAD)
+        dk1, dk2 = load_halves(totals_ptr, piece, 2 * HEAD.WIDTH, HEAD)
+        k1, k2, k_inverse = unit_rotated(head_of(k, b, h, HEAD.ALIGN), theta, piece, known, HEAD)
+        store_input_gradient(
+            head_of(dk, b, h, HEAD.ALIGN), theta, dk1, dk2, k1, k2, k_inverse, piece, known, known, HEAD
+        )
 
 
 @triton.jit
@@ -248,10 +289,8 @@ def _add_rows(
     dv_tile,  # [keys, WIDTH]
     k_tile,  # [keys, WIDTH]
     v_tile,  # [keys, WIDTH]
-    queries,  # one head of prepared and scaled rows
-    dout,  # Rows, one head
-    lse_ptr,  # one head
-    delta_ptr,  # one head
+    placed,  # Placed
+    head,
     keys,
     first_poke,
     stop_pokes,
@@ -264,30 +303,28 @@ def _add_rows(
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds what two ranges of rows give; without MASKED each sees all keys of the block."""
-    lane, columns = tl.arange(0, BLOCK_ROWS), tl.arange(0, HEAD.WIDTH)
-    poke_blocks = tl.cdiv(stop_pokes - first_poke, BLOCK_ROWS)
-    query_blocks = tl.cdiv(stop_queries - first_query, BLOCK_ROWS)
-    for block in range(0, poke_blocks + query_blocks):
+    """Adds what the rows in two ranges of places give; without MASKED each sees all keys of the block."""
+    rows_ptr = placed.rows + head.to(tl.int64) * placed.num * (2 * HEAD.WIDTH)
+    sums_ptr = placed.sums + head.to(tl.int64) * placed.num * 2
+    lane = tl.arange(0, BLOCK_ROWS)
+    poke_blocks = (stop_pokes - first_poke) // BLOCK_ROWS
+    blocks = poke_blocks + (stop_queries - first_query) // BLOCK_ROWS
+    for block in range(0, blocks):
         is_poke = block < poke_blocks
-        row = tl.where(is_poke, first_poke + block * BLOCK_ROWS, first_query + (block - poke_blocks) * BLOCK_ROWS)
-        rows = row + lane
-        in_rows = rows < tl.where(is_poke, stop_pokes, stop_queries)
-        q_tile = tl.load(queries + rows[:, None] * HEAD.WIDTH + columns[None, :], mask=in_rows[:, None], other=0.0)
-        # Rows that are none get no weight from an infinite sum.
-        lse = tl.load(lse_ptr + rows, mask=in_rows, other=float("inf"))
-        delta = tl.load(delta_ptr + rows, mask=in_rows, other=0.0)
-        gradient = tl.load(
-            pointers(dout, rows, columns, HEAD.ALIGN), mask=in_rows[:, None] & (columns < HEAD.D)[None, :], other=0.0
-        ).to(DOT_DTYPE)
-        logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # [keys, rows]
+        place = block * BLOCK_ROWS + tl.where(is_poke, first_poke, first_query - poke_blocks * BLOCK_ROWS)
+        tile = tile_of(rows_ptr + place * (2 * HEAD.WIDTH), lane, 2 * HEAD.WIDTH, HEAD)
+        q_tile, gradient = tl.load(tile), tl.load(tile + HEAD.WIDTH)
+        lse, delta = tl.load(sums_ptr + place + lane), tl.load(sums_ptr + placed.num + place + lane)
+        # Both products before what is made of them: fewer registers at a time.
+        dweights = tl.dot(v_tile, tl.trans(gradient), input_precision=PRECISION)  # [keys, rows]
+        logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         weights = tl.exp2(logits - lse[None, :])
         if MASKED:
-            # A poke sees itself and the pokes before it; key c is below the limit of the queries from P + (c + 1) n on.
-            seen_from = keys * tl.where(is_poke, 1, lengths.n) + tl.where(is_poke, 0, lengths.P + lengths.n)
-            weights = tl.where(rows[None, :] >= seen_from[:, None], weights, 0.0)
-        dv_tile = tl.dot(weights.to(DOT_DTYPE), gradient, dv_tile, input_precision=PRECISION)
-        dweights = tl.dot(v_tile, tl.trans(gradient), input_precision=PRECISION)
+            # A poke sees itself and the pokes before it; key c is below the limit of the queries from (c + 1) n on.
+            seen_from = keys * tl.where(is_poke, 1, lengths.n)
+            seen_from += tl.where(is_poke, 0, placed.queries_from + lengths.n) - place
+            weights = tl.where(lane[None, :] >= seen_from[:, None], weights, 0.0)
         dlogits = (weights * (dweights - delta[None, :])).to(DOT_DTYPE)
+        dv_tile = tl.dot(weights.to(DOT_DTYPE), gradient, dv_tile, input_precision=PRECISION)
         dk_tile = tl.dot(dlogits, q_tile, dk_tile, input_precision=PRECISION)
     return dk_tile, dv_tile

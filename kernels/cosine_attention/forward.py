@@ -28,6 +28,7 @@ def forward_kernel(
     theta_q,  # Rows [B, H, N, R], or None
     theta_k,  # Rows [B, H, M, R], or None
     prepared_ptr,  # [B, H, padded, WIDTH], contiguous: shared keys
+    values,  # Rows [B, H, at least num_shared, WIDTH]: their values
     scale_ptr,  # [H] float32, contiguous
     out,  # Rows [B, H, N, D]: written
     lse_ptr,  # [B, H, N] float32, contiguous: written, log2 of the sum of exponentials of the logits
@@ -45,7 +46,7 @@ def forward_kernel(
     start = (tl.program_id(0) % num_blocks) * BLOCK_ROWS
     rows = start + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < lengths.N
-    v = head_of(v, b, h, HEAD.ALIGN)
+    values = head_of(values, b, h, HEAD.ALIGN)
     theta = head_of(theta_q, b, h, 1) if HEAD.R > 0 else None
     q1, q2, _ = unit_rotated(head_of(q, b, h, HEAD.ALIGN), theta, rows, in_rows, HEAD)
     strength = strength_of(scale_ptr, h) * LOG2_E
@@ -60,7 +61,7 @@ def forward_kernel(
         own1, own2, _ = unit_rotated(head_of(k, b, h, HEAD.ALIGN), theta, rows, in_rows, HEAD)
         top = tl.sum(q1 * own1 + q2 * own2, axis=1)
         total = tl.full([BLOCK_ROWS], 1.0, tl.float32)
-        acc = load_tile(v, rows, in_rows, HEAD).to(tl.float32)
+        acc = load_tile(head_of(v, b, h, HEAD.ALIGN), rows, in_rows, HEAD).to(tl.float32)
     q_tile = joined(q1.to(DOT_DTYPE), q2.to(DOT_DTYPE), HEAD)
 
     last = tl.minimum(start + BLOCK_ROWS, lengths.N) - 1
@@ -69,10 +70,10 @@ def forward_kernel(
     limits = limits_of(rows, lengths, KIND)
     prepared = prepared_ptr + head.to(tl.int64) * lengths.padded * HEAD.WIDTH
     top, total, acc = _attend(
-        q_tile, prepared, v, top, total, acc, 0, plain, limits, lengths, False, HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION
+        q_tile, prepared, values, top, total, acc, 0, plain, limits, lengths, False, HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION
     )
     top, total, acc = _attend(
-        q_tile, prepared, v, top, total, acc, plain, stop, limits, lengths, True, HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION
+        q_tile, prepared, values, top, total, acc, plain, stop, limits, lengths, True, HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION
     )
     store_tile(head_of(out, b, h, HEAD.ALIGN), acc / total[:, None], rows, in_rows, HEAD)
     tl.store(lse_ptr + head.to(tl.int64) * lengths.N + rows, top + tl.log2(total), mask=in_rows)
@@ -82,7 +83,7 @@ def forward_kernel(
 def _attend(
     q_tile,  # [rows, WIDTH]
     prepared,  # one head of shared keys
-    v,  # Rows, one head
+    values,  # Rows, one head
     top,  # [rows] largest logit so far, in units of log 2
     total,  # [rows] sum of exponentials relative to it
     acc,  # [rows, WIDTH] weighted sum of values
@@ -99,21 +100,20 @@ def _attend(
     """Softmax attention continued over keys first..stop; without MASKED every row sees all of them."""
     lane, columns = tl.arange(0, BLOCK_KEYS), tl.arange(0, HEAD.WIDTH)
     k_tile = prepared + columns[:, None] + (first + lane)[None, :] * HEAD.WIDTH
-    v_tile = pointers(v, first + lane, columns, HEAD.ALIGN)
-    real = (columns < HEAD.D)[None, :]
+    v_tile = pointers(values, first + lane, columns, HEAD.ALIGN)
     for key in range(first, stop, BLOCK_KEYS):
         logits = tl.dot(q_tile, tl.load(k_tile), input_precision=PRECISION)
         if MASKED:
             logits = tl.where((key + lane)[None, :] < limits[:, None], logits, float("-inf"))
-            values = tl.load(v_tile, mask=real & (key + lane < lengths.M)[:, None], other=0.0)
+            value = tl.load(v_tile, mask=(key + lane < lengths.num_shared)[:, None], other=0.0)
         else:
-            values = tl.load(v_tile, mask=real, other=0.0)
+            value = tl.load(v_tile)
         k_tile += BLOCK_KEYS * HEAD.WIDTH
-        v_tile += BLOCK_KEYS * v.n
+        v_tile += BLOCK_KEYS * values.n
         raised = tl.maximum(top, tl.max(logits, axis=1))
         weights = tl.exp2(logits - raised[:, None])
         fade = tl.exp2(top - raised)
         total = total * fade + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(DOT_DTYPE), values.to(DOT_DTYPE), acc * fade[:, None], input_precision=PRECISION)
+        acc = tl.dot(weights.to(DOT_DTYPE), value.to(DOT_DTYPE), acc * fade[:, None], input_precision=PRECISION)
         top = raised
     return top, total, acc

@@ -11,11 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kinema.kernels.cosine_attention.backward import backward_keys_kernel, backward_rows_kernel
+from kinema.kernels.cosine_attention.backward import Placed, backward_keys_kernel, backward_rows_kernel
 from kinema.kernels.cosine_attention.forward import forward_kernel
-from kinema.kernels.cosine_attention.patterns import AttentionPattern
+from kinema.kernels.cosine_attention.patterns import POKE_KINDS, AttentionPattern
 from kinema.kernels.cosine_attention.prepare import Head, Rows, prepare_keys_kernel
-from kinema.kernels.cosine_attention.tuning import LARGEST_BLOCK_KEYS, PREPARE_BLOCK, choose_config, half_width
+from kinema.kernels.cosine_attention.tuning import (
+    CHUNK_ELEMENTS,
+    LARGEST_BLOCK_KEYS,
+    PREPARE_BLOCK,
+    choose_config,
+    half_width,
+)
 from kinema.kernels.cosine_attention.visibility import KIND_CODES, Lengths
 from kinema.kernels.dispatch import INTERPRETING
 from kinema.kernels.launch import launch, on_device
@@ -107,12 +113,13 @@ def run_forward(
     """`attention_forward` on the current device."""
     B, H, N, _ = q.shape
     out, lse = _empty_outputs(q)
-    call = _Call(q, k, theta_q, theta_k, scale, kind, num_pokes, others=(v, out))
+    call = _Call(q, k, v, theta_q, theta_k, scale, kind, num_pokes, others=(out,))
     constants = call.constants("forward")
+    prepared, values = call.prepared_keys()
     launch(
         forward_kernel,
         (triton.cdiv(N, constants["BLOCK_ROWS"]) * B * H,),
-        *(call.q, call.k, as_rows(v), call.theta_q, call.theta_k, call.prepared_keys(), call.scale),
+        *(call.q, call.k, call.v, call.theta_q, call.theta_k, prepared, values, call.scale),
         *(as_rows(out), lse, call.lengths),
         **constants,
     )
@@ -133,29 +140,28 @@ def run_backward(
     num_pokes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`attention_backward` on the current device."""
-    B, H, N, _ = q.shape
-    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-    call = _Call(q, k, theta_q, theta_k, scale, kind, num_pokes, others=(v, out, dout, dq, dk, dv))
-    by_rows = call.constants("rows")
-    num_blocks = triton.cdiv(N, by_rows["BLOCK_ROWS"])
-    padded_rows = num_blocks * by_rows["BLOCK_ROWS"]
-    prepared, queries = call.prepared_keys(), call.scratch(padded_rows)
+    B, H, _, _ = q.shape
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    call = _Call(q, k, v, theta_q, theta_k, scale, kind, num_pokes, others=(out, dout, dq, dk, dv))
+    by_rows, by_keys = call.backward_constants("rows"), call.backward_constants("keys")
+    prepared, values = call.prepared_keys()
+    placed = call.placed(max(by_rows["BLOCK_ROWS"], by_keys["BLOCK_ROWS"]))
+    num_blocks = placed.num // by_rows["BLOCK_ROWS"]
     dscale = torch.empty((B, H, num_blocks), dtype=torch.float32, device=q.device)
     launch(
         backward_rows_kernel,
         (num_blocks * B * H,),
-        *(call.q, call.k, as_rows(v), call.theta_q, call.theta_k, prepared, call.scale),
-        *(as_rows(out), as_rows(dout), lse, delta, queries, as_rows(dq), as_rows(dk), as_rows(dv), dscale),
-        *(call.lengths,),
+        *(call.q, call.k, call.v, call.theta_q, call.theta_k, prepared, values, call.scale),
+        *(as_rows(out), as_rows(dout), lse, placed, call.scratch(placed.num, 1, torch.float32)),
+        *(as_rows(dq), as_rows(dk), as_rows(dv), dscale, call.lengths),
         **by_rows,
     )
     if call.lengths.num_shared > 0:
-        by_keys = call.constants("keys")
         launch(
             backward_keys_kernel,
             (triton.cdiv(call.lengths.num_shared, by_keys["BLOCK_KEYS"]) * B * H,),
-            *(call.k, as_rows(v), call.theta_k, prepared, queries, as_rows(dout), lse, delta),
-            *(as_rows(dk), as_rows(dv), padded_rows, call.lengths),
+            *(call.k, call.theta_k, prepared, values, placed, call.scratch(call.lengths.padded, 2, torch.float32)),
+            *(as_rows(dk), as_rows(dv), call.lengths),
             **by_keys,
         )
     return dq, dk, dv, (dscale.sum(dim=(0, 2)) * scale.sign()).to(scale.dtype)
@@ -183,6 +189,7 @@ class _Call:
         self,
         q: Tensor,
         k: Tensor,
+        v: Tensor,
         theta_q: Tensor | None,
         theta_k: Tensor | None,
         scale: Tensor,
@@ -193,14 +200,14 @@ class _Call:
         B, H, N, D = q.shape
         M = k.shape[2]
         self.pattern = pattern = _as_pattern(kind, num_pokes, N)
-        self.q, self.k = as_rows(q), as_rows(k)
+        self.q, self.k, self.v = as_rows(q), as_rows(k), as_rows(v)
         self.theta_q, self.theta_k, R = _angles_or_none(theta_q, theta_k, q, k)
         self.scale = scale.float().contiguous()
         self.batch, self.device, self.dtype = B, q.device, q.dtype
         # The interpreter multiplies the bits of bfloat16 numbers as if they were integers.
         self.operand = torch.float32 if INTERPRETING and q.dtype == torch.bfloat16 else q.dtype
         half = half_width(D)
-        self.head = Head(D, R, half, math.gcd(R, D // 2, 16), 2 * half, alignment(q, k, *others))
+        self.head = Head(D, R, half, math.gcd(R, D // 2, 16), 2 * half, alignment(q, k, v, *others))
         n = pattern.queries_per_poke(N) if pattern.kind == "query_causal" else 1
         num_shared = M if pattern.kind in ("full", "causal") else pattern.num_pokes
         padded = triton.cdiv(num_shared, LARGEST_BLOCK_KEYS) * LARGEST_BLOCK_KEYS
@@ -220,24 +227,39 @@ class _Call:
             "num_stages": config.num_stages,
         }
 
-    def prepared_keys(self) -> Tensor:
-        """Shared keys, normalised and rotated: [B, H, padded, WIDTH]."""
+    def prepared_keys(self) -> tuple[Tensor, Rows]:
+        """Shared keys, normalised and rotated: [B, H, padded, WIDTH]; and values of as many columns."""
         prepared = self.scratch(self.lengths.padded)
+        copied = None if self.head.D == self.head.WIDTH else self.scratch(self.lengths.padded)
         if self.lengths.padded > 0:
             launch(
                 prepare_keys_kernel,
                 (self.lengths.padded // PREPARE_BLOCK * self.batch * self.lengths.H,),
-                *(self.k, self.theta_k, prepared, self.lengths),
+                *(self.k, self.v, self.theta_k, prepared, copied, self.lengths),
                 HEAD=self.head,
                 BLOCK=PREPARE_BLOCK,
                 num_warps=4,
             )
-        return prepared
+        return prepared, self.v if copied is None else as_rows(copied)
 
-    def scratch(self, num_rows: int) -> Tensor:
-        """Memory for prepared rows, in the type that products take."""
-        shape = (self.batch, self.lengths.H, num_rows, self.head.WIDTH)
-        return torch.empty(shape, dtype=self.operand, device=self.device)
+    def backward_constants(self, kernel: str) -> dict[str, Any]:
+        """`constants`, and how many rows are handled at a time before and after the loop."""
+        constants = self.constants(kernel)
+        held = constants["BLOCK_ROWS" if kernel == "rows" else "BLOCK_KEYS"]
+        return {**constants, "CHUNK": held if INTERPRETING else min(held, CHUNK_ELEMENTS // self.head.WIDTH)}
+
+    def placed(self, block: int) -> Placed:
+        """Scratch for the rows of the backward pass, in whole blocks."""
+        pokes = self.lengths.P if self.pattern.kind in POKE_KINDS else 0
+        queries_from = triton.cdiv(pokes, block) * block
+        num = queries_from + triton.cdiv(self.lengths.N - pokes, block) * block
+        sums = torch.empty((self.batch, self.lengths.H, 2, num), dtype=torch.float32, device=self.device)
+        return Placed(self.scratch(num, 2), sums, num, queries_from)
+
+    def scratch(self, num_rows: int, tiles: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for rows of some tiles' width, in the type that products take unless told."""
+        shape = (self.batch, self.lengths.H, num_rows, tiles * self.head.WIDTH)
+        return torch.empty(shape, dtype=dtype or self.operand, device=self.device)
 
 
 def _angles_or_none(

@@ -88,9 +88,16 @@ def joined(first, second, HEAD: tl.constexpr):
 
 
 @triton.jit
-def halves(whole, HEAD: tl.constexpr):
-    """Both halves of [rows, WIDTH]."""
-    return tl.split(tl.permute(tl.reshape(whole, (whole.shape[0], 2, HEAD.HALF)), (0, 2, 1)))
+def tile_of(ptr, rows, STRIDE: tl.constexpr, HEAD: tl.constexpr):
+    """Pointers to rows of scratch memory [rows, STRIDE]: [rows, WIDTH]."""
+    return ptr + rows[:, None] * STRIDE + tl.arange(0, HEAD.WIDTH)[None, :]
+
+
+@triton.jit
+def load_halves(ptr, rows, STRIDE: tl.constexpr, HEAD: tl.constexpr):
+    """Both halves of rows of scratch memory [rows, STRIDE]."""
+    places = ptr + rows[:, None] * STRIDE + tl.arange(0, HEAD.HALF)[None, :]
+    return tl.load(places), tl.load(places + HEAD.HALF)
 
 
 @triton.jit
@@ -145,13 +152,18 @@ def store_input_gradient(gradient, theta, g1, g2, y1, y2, factor, rows, in_rows,
 @triton.jit
 def prepare_keys_kernel(
     k,  # Rows [B, H, M, D]
+    v,  # Rows [B, H, M, D]
     theta_k,  # Rows [B, H, M, R], or None
     prepared_ptr,  # [B, H, padded, WIDTH], contiguous: written
+    values_ptr,  # [B, H, padded, WIDTH], contiguous: written; None where v itself has WIDTH columns
     lengths,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Shared keys, normalised and rotated once for all the rows that meet them; zeros behind the last."""
+    """Shared keys, normalised and rotated once for all the rows that meet them; zeros behind the last.
+
+    Their values too, with zeros up to the width of a tile: loops then load whole rows.
+    """
     blocks = lengths.padded // BLOCK
     head = tl.program_id(0) // blocks
     b, h = head // lengths.H, head % lengths.H
@@ -159,13 +171,17 @@ def prepare_keys_kernel(
     in_rows = rows < lengths.num_shared
     theta = head_of(theta_k, b, h, 1) if HEAD.R > 0 else None
     y1, y2, _ = unit_rotated(head_of(k, b, h, HEAD.ALIGN), theta, rows, in_rows, HEAD)
-    store_prepared(prepared_ptr + head.to(tl.int64) * lengths.padded * HEAD.WIDTH, y1, y2, rows, HEAD)
+    before = head.to(tl.int64) * lengths.padded * HEAD.WIDTH
+    store_prepared(prepared_ptr + before, y1, y2, rows, HEAD.WIDTH, HEAD)
+    if values_ptr is not None:
+        values = load_tile(head_of(v, b, h, HEAD.ALIGN), rows, in_rows, HEAD)
+        tl.store(tile_of(values_ptr + before, rows, HEAD.WIDTH, HEAD), values.to(values_ptr.dtype.element_ty))
 
 
 @triton.jit
-def store_prepared(prepared_ptr, y1, y2, rows, HEAD: tl.constexpr):
-    """Prepared rows of one head into scratch memory [padded, WIDTH]."""
-    places = prepared_ptr + rows[:, None] * HEAD.WIDTH + tl.arange(0, HEAD.HALF)[None, :]
+def store_prepared(prepared_ptr, y1, y2, rows, STRIDE: tl.constexpr, HEAD: tl.constexpr):
+    """Prepared rows of one head into scratch memory [rows, STRIDE]."""
+    places = prepared_ptr + rows[:, None] * STRIDE + tl.arange(0, HEAD.HALF)[None, :]
     tl.store(places, y1.to(prepared_ptr.dtype.element_ty))
     tl.store(places + HEAD.HALF, y2.to(prepared_ptr.dtype.element_ty))
 

@@ -11,6 +11,8 @@ from kinema.kernels.tuning import Config, Key
 OP = "cosine_attention"
 PREPARE_BLOCK = 32
 """Rows of a program that prepares keys: half of them where operands are 32 bits wide."""
+CHUNK_ELEMENTS = 2048
+"""Of the rows or keys that the backward kernels prepare, and take back, at a time."""
 LARGEST_BLOCK_KEYS = 128
 """Scratch of shared keys is a whole number of these, so that no block reads behind it."""
 
@@ -22,12 +24,11 @@ DEFAULTS = {
     ("forward", False, False): Config((32, 32), 4, 2),
     ("forward", False, True): Config((32, 32), 4, 1),
     ("rows", True, False): Config((128, 64), 8, 2),
-    ("rows", True, True): Config((64, 32), 8, 1),
-    ("rows full", True, True): Config((128, 32), 8, 2),
+    ("rows", True, True): Config((128, 64), 8, 2),
     ("rows", False, False): Config((32, 16), 4, 1),
     ("rows", False, True): Config((16, 16), 8, 1),
     ("keys", True, False): Config((64, 64), 4, 2),
-    ("keys", True, True): Config((32, 64), 4, 2),
+    ("keys", True, True): Config((64, 128), 8, 2),
     ("keys full", True, False): Config((64, 128), 8, 2),
     ("keys causal", True, False): Config((64, 128), 8, 2),
     ("keys", False, False): Config((32, 16), 4, 1),
@@ -48,7 +49,7 @@ def bucket_of(D: int) -> str:
 def choose_config(kernel: str, dtype: torch.dtype, kind: str, D: int, device: torch.device) -> Config:
     """What a kernel runs with on a device: blocks are (rows, keys)."""
     size = (dtype != torch.float32, half_width(D) > 32)
-    # Rows of "full" have no own key to handle, which leaves registers; where keys are few, blocks of them stay small.
+    # Where keys are few, blocks of them stay small.
     default = DEFAULTS.get((f"{kernel} {kind}", *size)) or DEFAULTS[kernel, *size]
     key = Key(OP, kernel, str(dtype).removeprefix("torch."), bucket_of(D), kind)
     return tuning.choose_config(key, default, device)
