@@ -48,7 +48,7 @@ class TemporalStem(nn.Module):
         return rearrange(self.norm(self.conv(changes)), "b d t h w -> b t h w d")
 
 
-class SpreadNorm(nn.BatchNorm1d):
+class SpreadNorm(nn.Module):
     """Embeddings with mean 0 and deviation 1 over a batch, in every channel; the running ones when not training.
 
     While a small generator cannot copy its source yet, embeddings are noise to it, and an extractor that may learn to
@@ -56,10 +56,12 @@ class SpreadNorm(nn.BatchNorm1d):
     """
 
     def __init__(self, width: int):
-        super().__init__(width, affine=False, momentum=0.05)
+        super().__init__()
+        # Of planes, because those are what training makes one of all ranks.
+        self.norm = nn.BatchNorm2d(width, affine=False, momentum=0.05)
 
     def forward(self, motion: Float[Tensor, "B Q d"]) -> Float[Tensor, "B Q d"]:
-        return rearrange(super().forward(rearrange(motion, "b q d -> (b q) d")), "(b q) d -> b q d", b=len(motion))
+        return rearrange(self.norm(rearrange(motion, "b q d -> b d q 1")), "b d q 1 -> b q d")
 
 
 class MotionExtractor(nn.Module):
