@@ -11,6 +11,7 @@ behind every norm of the front end.
 Shape legend: B batch, F fusion width, P correlations (81), h w patch grid, H W output.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,25 @@ class MotionFrontEnd(nn.Sequential):
             layers += conv_norm_relu(width, width, bias=False)
         super().__init__(*layers)
         self.reading = reading
+
+    @torch.no_grad()
+    def read_waves(self) -> None:
+        """Begin with channels that see the correlations' sines and cosines over the displacements, in all directions.
+
+        Where one displacement stands out, they tell how far it leads along each direction, whatever all correlations
+        have in common; drawn as usual, sums over hundreds of them hide it, and one axis is learned without the other.
+        """
+        weight: Tensor = self[0].weight  # type: ignore[assignment]
+        start, count = weight.shape[1] - weight.shape[0] - NUM_CORRELATIONS, weight.shape[0]
+        places = torch.arange(-RADIUS, RADIUS + 1, dtype=weight.dtype, device=weight.device)
+        y, x = torch.meshgrid(places, places, indexing="ij")
+        number = torch.arange(count, device=weight.device)[:, None, None]
+        angle, shift = math.pi * (number // 4) / math.ceil(count / 4), math.pi / 2 * (number % 2)
+        period = (2 * RADIUS + 1) * torch.where(number % 4 < 2, 2.0, 1.0)
+        waves = torch.cos(2 * math.pi * (x * angle.cos() + y * angle.sin()) / period - shift).flatten(1)
+        correlations = slice(start, start + NUM_CORRELATIONS)
+        weight[:, correlations] = 0.0
+        weight[:, correlations, 1, 1] = waves - waves.mean(dim=1, keepdim=True)
 
     def forward(  # type: ignore[override]
         self, features1: Float[Tensor, "B F h w"], features2: Float[Tensor, "B F h w"]

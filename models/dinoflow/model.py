@@ -126,6 +126,7 @@ class FlowModel(nn.Module):
         )
         if isinstance(encoder, CellConfig):  # learned from scratch: what cells have in common shows from the start
             self.head.weighted_fusion.keep_angles()
+            self.head.motion.read_waves()
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         if config.freeze_encoder:

@@ -33,11 +33,13 @@ def run(pairs: int = 40) -> list[dict[str, Any]]:
     cv2.setNumThreads(1)
     everything = RenderSettings(num_textures=_TEXTURES)
     plain = replace(everything, effects=EffectsConfig.none())
+    always = replace(everything, effects=EffectsConfig(*[1.0] * len(EffectsConfig.__dataclass_fields__)))
     rows = []
     for name, settings, both_ways in (
         ("frames and flow", everything, False),
         ("frames and flow both ways", everything, True),
         ("frames and flow, no effects", plain, False),
+        ("frames and flow, every effect in every pair", always, False),
     ):
         render = partial(_pair, settings, both_ways)
         _seconds(render, range(4 * _TEXTURES))  # textures and grain are made once

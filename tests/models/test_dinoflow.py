@@ -285,3 +285,24 @@ def test_bfloat16_autocast_moves_the_flow_by_little(nano):
             rough = nano(*pair)
     assert rough.dtype == torch.float32
     assert (rough - exact).abs().max() < 0.05 * math.sqrt(float(exact.square().mean())) + 0.02
+
+
+@pytest.mark.parametrize("reading", ["A", "B"])
+def test_a_front_end_that_reads_waves_tells_displacements_of_both_axes(reading):
+    """One correlation of 81 stands out over a common level: a linear readout of the channels says which."""
+    front_end = MotionFrontEnd(32, reading)
+    others = front_end[0].weight.clone()
+    front_end.read_waves()
+    weight = front_end[0].weight.detach()
+    start = 32 if reading == "A" else 0
+    seen = weight[:, start : start + 81, 1, 1]
+    torch.testing.assert_close(seen.sum(dim=1), torch.zeros(32), atol=1e-4, rtol=0)
+    y, x = torch.meshgrid(torch.arange(-4.0, 5), torch.arange(-4.0, 5), indexing="ij")
+    displacements = torch.stack([x.flatten(), y.flatten()], dim=1)
+    inner = displacements.abs().amax(dim=1) <= 3  # waves turn round at the rim
+    channels = (seen @ torch.eye(81)).T[inner]
+    channels = torch.cat([channels, torch.ones(len(channels), 1)], dim=1)
+    readout = torch.linalg.lstsq(channels, displacements[inner]).solution
+    assert (channels @ readout - displacements[inner]).abs().max() < 0.2
+    kept = [c for c in range(weight.shape[1]) if not start <= c < start + 81]
+    assert torch.equal(weight[:, kept], others[:, kept])

@@ -5,12 +5,15 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from kinema.configs import load_stage
 from kinema.configs.loader import LoaderConfig
 from kinema.configs.rendered import EffectsConfig
+from kinema.models.flow.dis import DIS
 from kinema.pipelines import shard
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.evaluate.flow.scores import evaluate_flow
 from kinema.pipelines.loader import ClipIndex, Loader
 from kinema.pipelines.loader.rendered import RenderedIndex
 from kinema.pipelines.scenes.rendered import RenderedShot, RenderSettings
@@ -152,6 +155,18 @@ def test_motion_is_matched_to_a_histogram():
     constant = np.full((2, 8, 64), np.nan, np.float32)
     constant[:, :4] = np.array([3.0, 4.0])[:, None, None]  # 5 px of 64 is 40 px at the reference width
     assert flow_shares(constant)[17] == 4 * 64 and flow_shares(constant).sum() == 4 * 64
+
+
+def test_dis_finds_rendered_flow_about_as_hard_as_sintels(shared_data):
+    """Usual settings against two scenes of Sintel; errors of one order, hidden pixels among them."""
+    errors = []
+    for index in range(6):
+        shot = RenderedShot(RenderSettings(num_textures=4), 0, index)
+        first, second = (torch.from_numpy(shot.frame(t)).permute(2, 0, 1)[None].float() / 255 for t in (0, 1))
+        errors.append((DIS()(first, second)[0] - torch.from_numpy(shot.flow_px(0, 1))).norm(dim=0).mean().item())
+    sintel = evaluate_flow(DIS(), shared_data / "flow/sintel", "sintel")
+    print(f"DIS: rendered {np.mean(errors):.3f} px, Sintel {sintel['clean_epe']:.3f} and {sintel['final_epe']:.3f} px")
+    assert sintel["clean_epe"] / 4 < np.mean(errors) < 4 * sintel["clean_epe"]
 
 
 def test_finer_textures_show_as_much_in_a_small_frame_and_move_alike():
