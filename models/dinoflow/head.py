@@ -46,7 +46,7 @@ class MotionFrontEnd(nn.Sequential):
         """Begin with channels that see the correlations' sines and cosines over the displacements, in all directions.
 
         Where one displacement stands out, they tell how far it leads along each direction, whatever all correlations
-        have in common; drawn as usual, sums over hundreds of them hide it, and one axis may be learned without the other.
+        have in common; drawn as usual, sums over hundreds of them hide it, and one axis is learned without the other.
         """
         weight: Tensor = self[0].weight  # type: ignore[assignment]
         start, count = weight.shape[1] - weight.shape[0] - NUM_CORRELATIONS, weight.shape[0]
