@@ -183,8 +183,8 @@ class Disturbed(ToyRecipe):
 
     def loss(self, module, batch):
         found = super().loss(module, batch)
-        if self.step == self.nan_at and not (self.folder / "told").exists() and found.mean.requires_grad:
-            found.mean.register_hook(lambda gradient: gradient * float("nan"))
+        if self.step == self.nan_at and not (self.folder / "told").exists() and found.value.requires_grad:
+            found.value.register_hook(lambda gradient: gradient * float("nan"))
         return found
 
     def after_step(self, module, step):
