@@ -72,9 +72,9 @@ def cases_of(op: str) -> list[Case]:
     return importlib.import_module(f"kinema.kernels.{op}.aot").cases()
 
 
-def launches_of(case: Case) -> list[Launch]:
-    """What a case launches."""
-    with noted_launches() as noted:
+def launches_of(case: Case, capability: tuple[int, int]) -> list[Launch]:
+    """What a case launches on a GPU of this generation."""
+    with noted_launches(capability) as noted:
         case.call()
     return noted
 
@@ -117,7 +117,7 @@ def reports(op: str, capability: tuple[int, int], only: str = "", quick: bool = 
     for case in cases_of(op):
         if only not in case.name or (quick and not case.quick):
             continue
-        for launch in launches_of(case):
+        for launch in launches_of(case, capability):
             row = report(op, case, launch, capability)
             # Levels and directions often launch the same code.
             same = (

@@ -21,6 +21,7 @@ class Launch(NamedTuple):
 
 
 _noted: list[Launch] | None = None
+_capability = (9, 0)
 
 
 def launch(kernel: Any, grid: tuple[Any, ...], *arguments: Any, **options: Any) -> None:
@@ -32,14 +33,19 @@ def launch(kernel: Any, grid: tuple[Any, ...], *arguments: Any, **options: Any) 
 
 
 @contextlib.contextmanager
-def noted_launches() -> Iterator[list[Launch]]:
-    """Inside, launches are noted instead of started: operations can then be called with tensors on "meta"."""
-    global _noted
-    outer, _noted = _noted, []
+def noted_launches(capability: tuple[int, int] = (9, 0)) -> Iterator[list[Launch]]:
+    """Inside, launches are noted instead of started, as such a GPU would get them: tensors may be on "meta"."""
+    global _noted, _capability
+    outer, _noted, _capability = (_noted, _capability), [], capability
     try:
         yield _noted
     finally:
-        _noted = outer
+        _noted, _capability = outer
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a device; away from GPUs that of the noted launches."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _capability
 
 
 def on_device(x: Tensor) -> Any:

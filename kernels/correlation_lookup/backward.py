@@ -126,7 +126,8 @@ def target_grad_kernel(
     f1,  # Map [B, H, W, C]
     coords,
     boxes_ptr,  # [B, T, 4] int32, contiguous
-    grad_ptr,  # [B, h, w, C] in the type of the maps, contiguous
+    grad_ptr,  # [B, h, w, C] in the type of the maps, items contiguous
+    grad_b,  # stride from item to item
     level,
     num_tiles,  # T
     RADIUS: tl.constexpr,
@@ -165,5 +166,5 @@ def target_grad_kernel(
                 f1_rows = f1_image + qy * f1.y + qx * f1.x
                 features = tl.load(f1_rows[:, None] + channel[None, :], mask=known[:, None], other=0.0)
                 total = tl.dot(weights.to(COMPUTE), features.to(COMPUTE), total, input_precision=PRECISION)
-    out = grad_ptr + b * (level.h * level.w * level.C) + (ty * level.w + tx)[:, None] * level.C + channel[None, :]
+    out = grad_ptr + b * grad_b + (ty * level.w + tx)[:, None] * level.C + channel[None, :]
     tl.store(out, total.to(grad_ptr.dtype.element_ty), mask=inside[:, None])

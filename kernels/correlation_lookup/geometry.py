@@ -19,10 +19,19 @@ class Map(NamedTuple):
     """Stride from item to item, in elements; y, x likewise."""
     y: Any
     x: Any
-    low: Any = 0
+
+
+class Parts(NamedTuple):
+    """Pixels [B, pixels, C], contiguous, as they are multiplied."""
+
+    ptr: Any
+    b: int
+    """Stride from item to item, in elements."""
+    pixels: int
+    low: int = 0
     """Distance from a value to its low part, where float32 is held as two float16."""
     scales: Any = None
-    """[B, height, width] float32, contiguous: what multiplies the parts of a pixel."""
+    """[B, pixels] float32, contiguous: what multiplies the parts of a pixel."""
 
 
 class Coords(NamedTuple):
@@ -46,6 +55,19 @@ class Level(NamedTuple):
     """Channels, padded to whole blocks."""
     shrink: float
     """2^-level."""
+
+
+@triton.jit
+def level_of(number, H, W, heights, widths, firsts, C, LEVELS: tl.constexpr):
+    """Sizes of a level, and the pixel that it begins with."""
+    h, w, first = heights[0], widths[0], firsts[0]
+    for other in tl.static_range(1, LEVELS):
+        h = tl.where(number >= other, heights[other], h)
+        w = tl.where(number >= other, widths[other], w)
+        first = tl.where(number >= other, firsts[other], first)
+    # 2^-number, by its bits.
+    shrink = ((127 - number) << 23).to(tl.float32, bitcast=True)
+    return Level(H, W, h, w, C, shrink), first
 
 
 @triton.jit

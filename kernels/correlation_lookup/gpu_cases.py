@@ -60,20 +60,19 @@ def candidates() -> Iterator[Candidates]:
         (torch.float32, (32, 64), (16, 32)),
         (torch.bfloat16, (64, 128), (64, 128)),
     ):
-        for level in (0, 1, 2):
-            key = Key("correlation_lookup", "form", _kind(dtype), f"level {level}")
-            default = choose_config("form", dtype, level, torch.device("cpu"))
-            options = (Config((t, c), w, s) for t in targets for c in channels for w in (4, 8) for s in (3,))
-            configs = tuple(dict.fromkeys((default, *options)))
-            yield Candidates(key, configs, "form_kernel", functools.partial(_tuned_call, dtype))
+        key = Key("correlation_lookup", "lookup", _kind(dtype), "levels")
+        default = choose_config("lookup", dtype, None, torch.device("cpu"))
+        options = (Config((t, c), w, s) for t in targets for c in channels for w in (4, 8) for s in (3,))
+        configs = tuple(dict.fromkeys((default, *options)))
+        yield Candidates(key, configs, "lookup_kernel", functools.partial(_tuned_call, dtype))
 
 
 def _tuned_call(dtype: torch.dtype, device: str) -> Callable[[], Any]:
-    from kinema.kernels.correlation_lookup.op import form_windows
+    from kinema.kernels.correlation_lookup.op import form_windows, prepare_maps
 
     fmap1, fmap2, coords = _inputs(1, 135, 240, dtype, device)
-    pooled = feature_pyramid(fmap2)
-    return lambda: form_windows(fmap1, pooled, coords, RADIUS, False)
+    maps = prepare_maps(fmap1, feature_pyramid(fmap2))
+    return lambda: form_windows(maps, coords, RADIUS, False)
 
 
 def _lookup_case(B: int, H: int, W: int, dtype: torch.dtype) -> GpuCase:
@@ -147,10 +146,10 @@ def _pair_case(B: int, H: int, W: int, dtype: torch.dtype, iters: int) -> GpuCas
     )
 
 
-def grid_sampled(pyramid: list[Tensor], coords: Tensor) -> Tensor:
+def grid_sampled(pyramid: list[Tensor], coords: Tensor, radius: int = RADIUS) -> Tensor:
     """The published lookup: every window of every pixel through `grid_sample`."""
     B, _, H, W = coords.shape
-    offsets = torch.arange(-RADIUS, RADIUS + 1.0, device=coords.device)
+    offsets = torch.arange(-radius, radius + 1.0, device=coords.device)
     delta = torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"), -1)
     centres = coords.permute(0, 2, 3, 1).reshape(-1, 1, 1, 2)
     rows = []

@@ -25,8 +25,8 @@ ELEMENTS = 8192 if INTERPRETING else 512
 # Targets and channels of a block, by kernel and whether maps are 16 bits wide. float32 takes more matrix products and
 # their operands' parts, hence smaller blocks; gradients hold the weights of a block beside the sums.
 DEFAULTS = {
-    ("form", True): Config((128, 64), 8, 3),
-    ("form", False): Config((64, 64), 8, 2),
+    ("lookup", True): Config((128, 64), 8, 3),
+    ("lookup", False): Config((64, 64), 8, 2),
     ("query_grad", True): Config((64, 128), 8, 2),
     ("query_grad", False): Config((32, 64), 8, 2),
     ("target_grad", True): Config((TILE * TILE, 128), 8, 2),
@@ -34,15 +34,19 @@ DEFAULTS = {
 }
 
 
-def choose_config(kernel: str, dtype: torch.dtype, level: int, device: torch.device) -> Config:
-    """What a kernel runs with at a pyramid level on a device: blocks are (targets, channels)."""
-    key = Key(OP, kernel, str(dtype).removeprefix("torch."), f"level {min(level, 2)}")
+def choose_config(kernel: str, dtype: torch.dtype, level: int | None, device: torch.device) -> Config:
+    """What a kernel runs with at a pyramid level, None for all, on a device: blocks are (targets, channels)."""
+    bucket = "levels" if level is None else f"level {min(level, 2)}"
+    key = Key(OP, kernel, str(dtype).removeprefix("torch."), bucket)
     return tuning.choose_config(key, DEFAULTS[kernel, dtype != torch.float32], device)
 
 
-def block_of(targets: int, level: int) -> tuple[int, int]:
-    """Rows and columns of a block: coarse levels see a tile of queries closer together, so that blocks get narrower."""
-    columns = 32 if level < 2 else 16
+def block_of(targets: int, level: int | None) -> tuple[int, int]:
+    """Rows and columns of a block: coarse levels see a tile of queries closer together, so that blocks get narrower.
+
+    Where motion is smooth, windows of a tile span 17, 14, 12 and 11 pixels at the levels: for all of them, 16 columns.
+    """
+    columns = 32 if level is not None and level < 2 else 16
     return targets // columns, columns
 
 
@@ -51,17 +55,19 @@ def block_channels(channels: int, config: Config) -> int:
     return min(config.blocks[1], channels & -channels)
 
 
-def forward_types(dtype: torch.dtype) -> dict[str, Any]:
-    """Type in which products are formed; float32 comes as two float16, exact enough for 1e-5."""
+def forward_types(dtype: torch.dtype, precision: str) -> dict[str, Any]:
+    """Type in which products are formed; float32 comes as two float16, exact enough for 1e-5, or as one for TF32."""
     if dtype == torch.bfloat16 and INTERPRETING:
-        return {"SPLIT": False, "COMPUTE": tl.float32}  # numpy has no bfloat16
-    return {"SPLIT": dtype == torch.float32, "COMPUTE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16}
+        return {"SCALED": False, "SPLIT": False, "COMPUTE": tl.float32}  # numpy has no bfloat16
+    scaled = dtype == torch.float32
+    compute = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+    return {"SCALED": scaled, "SPLIT": scaled and precision == "float32", "COMPUTE": compute}
 
 
-def backward_types(dtype: torch.dtype) -> dict[str, Any]:
+def backward_types(dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """float16 is multiplied as TF32: as many mantissa bits, and small gradients stay; float32 in three products."""
     if dtype == torch.float16:
         return {"COMPUTE": tl.float32, "PRECISION": "tf32"}
     if dtype == torch.bfloat16 and not INTERPRETING:
         return {"COMPUTE": tl.bfloat16, "PRECISION": "tf32"}
-    return {"COMPUTE": tl.float32, "PRECISION": "tf32x3"}
+    return {"COMPUTE": tl.float32, "PRECISION": "tf32x3" if precision == "float32" else "tf32"}

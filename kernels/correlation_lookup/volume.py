@@ -29,8 +29,11 @@ from kinema.kernels.correlation_lookup.window import (
     positions,
     window_axis,
 )
+from kinema.kernels.dispatch import check_impl, use_triton, why_no_triton
 
 NUM_LEVELS = 4
+LARGEST_GRID = 65535
+"""Programs along the second and third axis of a launch: CUDA programming guide."""
 
 
 def feature_pyramid(fmap: Float[Tensor, "B C H W"], num_levels: int = NUM_LEVELS) -> list[Float[Tensor, "B C _ _"]]:
@@ -79,6 +82,7 @@ def volume_lookup(
     coords: Float[Tensor, "B 2 H W"],
     radius: int,
     window_order: WindowOrder = "x_major",
+    impl: str = "auto",
 ) -> Float[Tensor, "B P H W"]:
     """Windows of a correlation pyramid around `coords`, bilinear, 0 outside the target map.
 
@@ -87,12 +91,19 @@ def volume_lookup(
         coords: (x, y) in pixels of level 0, centres at integers; level k is read at coords / 2^k.
         radius: the window is 2 radius + 1 wide at each level.
         window_order: which axis of the window is the outer one.
+        impl: "auto" takes the Triton kernel where it can run; "reference" and "triton" force one.
 
     Returns: [B, L (2 radius + 1)^2, H, W], float32, laid out channels-last in memory. Channels run
         over levels, then the outer axis, then the inner one; nan where coords are not finite.
     Gradients: to the pyramid; coords get none.
     """
     check_window(radius, window_order)
+    check_impl(impl)
+    if use_triton(impl, _why_not_triton(pyramid, coords)):
+        # Imported where it runs: triton is not installed everywhere, and takes its time.
+        from kinema.kernels.correlation_lookup.stored import stored_lookup
+
+        return stored_lookup(pyramid, coords, radius, window_order)
     B, _, H, W = coords.shape
     points = coords.detach().permute(0, 2, 3, 1).reshape(B * H * W, 2).to(accumulation_dtype(pyramid[0]))
     windows = []
@@ -105,3 +116,16 @@ def volume_lookup(
         windows.append(blend(lattice, y, x, window_order))
     rows = mark_not_finite(torch.cat(windows, dim=1), points)
     return rows.view(B, H, W, -1).permute(0, 3, 1, 2)
+
+
+def _why_not_triton(pyramid: list[Tensor], coords: Tensor) -> str | None:
+    """A sentence that says why the kernel cannot read these volumes, or None."""
+    reason = why_no_triton(*pyramid, coords)
+    if reason is not None:
+        return reason
+    if pyramid[0].dtype == torch.float64:
+        return "the volume is float64; the kernel computes in float32"
+    B, _, H, W = coords.shape
+    if 0 in (B, H, W) or B > LARGEST_GRID:
+        return f"coords are {list(coords.shape)}; the kernel takes 1 to {LARGEST_GRID} items of at least one query"
+    return None

@@ -158,7 +158,17 @@ def backward_rows_kernel(
             dq1 += dlogit[:, None] * own1
             dq2 += dlogit[:, None] * own2
         dscale += store_input_gradient(
-            head_of(dq, b, h, HEAD.ALIGN), theta_q, dq1, dq2, q1, q2, q_inverse * strength, piece_rows, known, known, HEAD
+            head_of(dq, b, h, HEAD.ALIGN),
+            theta_q,
+            dq1,
+            dq2,
+            q1,
+            q2,
+            q_inverse * strength,
+            piece_rows,
+            known,
+            known,
+            HEAD,
         )
         if KIND == QUERY_CAUSAL or KIND == QUERY_INFERENCE:
             is_query = known & (piece_rows >= lengths.P)

@@ -70,10 +70,38 @@ def forward_kernel(
     limits = limits_of(rows, lengths, KIND)
     prepared = prepared_ptr + head.to(tl.int64) * lengths.padded * HEAD.WIDTH
     top, total, acc = _attend(
-        q_tile, prepared, values, top, total, acc, 0, plain, limits, lengths, False, HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION
+        q_tile,
+        prepared,
+        values,
+        top,
+        total,
+        acc,
+        0,
+        plain,
+        limits,
+        lengths,
+        False,
+        HEAD,
+        BLOCK_KEYS,
+        DOT_DTYPE,
+        PRECISION,
     )
     top, total, acc = _attend(
-        q_tile, prepared, values, top, total, acc, plain, stop, limits, lengths, True, HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION
+        q_tile,
+        prepared,
+        values,
+        top,
+        total,
+        acc,
+        plain,
+        stop,
+        limits,
+        lengths,
+        True,
+        HEAD,
+        BLOCK_KEYS,
+        DOT_DTYPE,
+        PRECISION,
     )
     store_tile(head_of(out, b, h, HEAD.ALIGN), acc / total[:, None], rows, in_rows, HEAD)
     tl.store(lse_ptr + head.to(tl.int64) * lengths.N + rows, top + tl.log2(total), mask=in_rows)

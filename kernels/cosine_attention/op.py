@@ -16,7 +16,7 @@ from kinema.kernels.cosine_attention.forward import forward_kernel
 from kinema.kernels.cosine_attention.patterns import POKE_KINDS, AttentionPattern
 from kinema.kernels.cosine_attention.prepare import Head, Rows, prepare_keys_kernel
 from kinema.kernels.cosine_attention.tuning import (
-    CHUNK_ELEMENTS,
+    CHUNK_BYTES,
     LARGEST_BLOCK_KEYS,
     PREPARE_BLOCK,
     choose_config,
@@ -246,7 +246,8 @@ class _Call:
         """`constants`, and how many rows are handled at a time before and after the loop."""
         constants = self.constants(kernel)
         held = constants["BLOCK_ROWS" if kernel == "rows" else "BLOCK_KEYS"]
-        return {**constants, "CHUNK": held if INTERPRETING else min(held, CHUNK_ELEMENTS // self.head.WIDTH)}
+        chunk = min(held, CHUNK_BYTES // self.operand.itemsize // self.head.WIDTH)
+        return {**constants, "CHUNK": held // 2 if INTERPRETING else chunk}
 
     def placed(self, block: int) -> Placed:
         """Scratch for the rows of the backward pass, in whole blocks."""

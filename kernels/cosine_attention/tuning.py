@@ -6,12 +6,13 @@ import torch
 import triton
 
 from kinema.kernels import tuning
+from kinema.kernels.launch import capability_of
 from kinema.kernels.tuning import Config, Key
 
 OP = "cosine_attention"
 PREPARE_BLOCK = 32
 """Rows of a program that prepares keys: half of them where operands are 32 bits wide."""
-CHUNK_ELEMENTS = 2048
+CHUNK_BYTES = 4096
 """Of the rows or keys that the backward kernels prepare, and take back, at a time."""
 LARGEST_BLOCK_KEYS = 128
 """Scratch of shared keys is a whole number of these, so that no block reads behind it."""
@@ -34,6 +35,11 @@ DEFAULTS = {
     ("keys", False, False): Config((32, 16), 4, 1),
     ("keys", False, True): Config((16, 16), 8, 1),
 }
+# Without the warp-group instructions of 9.0, operands take registers too, and most cards have 99 KiB of shared memory.
+EARLIER = {
+    ("rows", True, True): Config((128, 32), 8, 2),
+    ("keys", True, True): Config((64, 64), 8, 2),
+}
 
 
 def half_width(D: int) -> int:
@@ -51,5 +57,7 @@ def choose_config(kernel: str, dtype: torch.dtype, kind: str, D: int, device: to
     size = (dtype != torch.float32, half_width(D) > 32)
     # Where keys are few, blocks of them stay small.
     default = DEFAULTS.get((f"{kernel} {kind}", *size)) or DEFAULTS[kernel, *size]
+    if capability_of(device)[0] not in (9, 10):
+        default = EARLIER.get((kernel, *size), default)
     key = Key(OP, kernel, str(dtype).removeprefix("torch."), bucket_of(D), kind)
     return tuning.choose_config(key, default, device)

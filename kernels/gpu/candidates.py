@@ -81,7 +81,7 @@ def _fits(job: tuple[Candidates, Config, tuple[int, int]]) -> bool:
     candidates, config, capability = job
     with tuning.trying(candidates.key, config):
         case = ahead_of_time.Case("candidate", candidates.call("meta"))
-        launches = [x for x in ahead_of_time.launches_of(case) if x.kernel.__name__ == candidates.kernel]
+        launches = [x for x in ahead_of_time.launches_of(case, capability) if x.kernel.__name__ == candidates.kernel]
     reports = [ahead_of_time.report(candidates.key.op, case, launch, capability) for launch in launches]
     limit = ahead_of_time.SHARED_LIMIT_BYTES.get(capability, 99 * 1024)
     return all(row.spills == 0 and row.shared_bytes <= limit for row in reports)

@@ -144,6 +144,9 @@ def main() -> None:
     _print("needed gradients", _only_needed_gradients(op))
     _print("opcheck", _opcheck(op))
     _print("compiled", _compiled_equals_eager())
+    _print("tf32", _precisions())
+    _print("launches", _launches(op))
+    _print("stored volume", _stored_volume())
     _print("reference compiled", _reference_compiled())
 
 
@@ -203,10 +206,15 @@ def _opcheck(op) -> dict[str, dict[str, str]]:
     fmap1, pyramid, coords = lookup_inputs(SMALL)
     leaves = [t.requires_grad_() for t in (fmap1, *pyramid)]
     grad = torch.randn(1, 18, 4, 6)
-    maps = [t.detach() for t in leaves]
+    queries, targets, parts, *facts = op.prepare_maps(leaves[0], leaves[1:])
+    rows = [t.detach() for t in (queries, targets)]
+    window = (coords, *facts[:2], 1, True, "float32")
     return {
-        "forward": torch.library.opcheck(op._lookup, (leaves[0], leaves[1:], coords, 1, True)),
-        "backward": torch.library.opcheck(op._lookup_backward, (grad, maps[0], maps[1:], coords, 1, True, True, True)),
+        "split": torch.library.opcheck(op._split, (rows[1], "tf32")),
+        "forward": torch.library.opcheck(op._lookup, (*(t.requires_grad_() for t in rows), parts, *window)),
+        "backward": torch.library.opcheck(
+            op._lookup_backward, (grad, *(t.detach() for t in rows), *window, True, True)
+        ),
     }
 
 
@@ -218,6 +226,75 @@ def _compiled_equals_eager() -> bool:
         lambda a, b, c: correlation_lookup(a, b, c, 1, impl="triton"), fullgraph=True, backend="aot_eager"
     )
     return torch.equal(compiled(fmap1, pyramid, coords), correlation_lookup(fmap1, pyramid, coords, 1, impl="triton"))
+
+
+SEVERAL: Case = ((1, 40, 9, 10, 9, 10, 3, 3), torch.float32, "contiguous", "x_major", 1.5)
+
+
+def _precisions() -> dict[str, dict[str, float]]:
+    """Relative errors of the result and of the gradient of fmap1, by precision."""
+    from kinema.kernels import correlation_lookup
+    from kinema.kernels.correlation_lookup.reference import correlation_lookup_reference
+
+    fmap1, pyramid, coords = lookup_inputs(SEVERAL)
+    exact_leaf = fmap1.double().requires_grad_()
+    exact = correlation_lookup_reference(exact_leaf, [t.double() for t in pyramid], coords, 3)
+    (exact_grad,) = torch.autograd.grad(exact.sin().sum(), exact_leaf)
+    found = {}
+    for precision in ("float32", "tf32"):
+        leaf = fmap1.clone().requires_grad_()
+        out = correlation_lookup(leaf, pyramid, coords, 3, impl="triton", precision=precision)
+        (grad,) = torch.autograd.grad(out.sin().sum(), leaf)
+        found[precision] = {"result": _relative_error(out, exact), "fmap1": _relative_error(grad, exact_grad)}
+    return found
+
+
+def _launches(op) -> list[str]:
+    """What two lookups between the same float32 maps start."""
+    from kinema.kernels.correlation_lookup import lookup_into
+
+    started, real = [], op.launch
+
+    def noting(kernel, *arguments, **options):
+        started.append(kernel.fn.__name__)
+        real(kernel, *arguments, **options)
+
+    op.launch = noting
+    fmap1, pyramid, coords = lookup_inputs(SEVERAL)
+    look = lookup_into(fmap1, pyramid, 3, impl="triton")
+    look(coords)
+    look(coords + 1)
+    op.launch = real
+    return started
+
+
+def _stored_volume() -> dict[str, float]:
+    """Relative errors against bilinear sampling by torch in float64, in the volume's gradient too."""
+    from kinema.kernels.correlation_lookup import correlation_pyramid, volume_lookup
+    from kinema.kernels.correlation_lookup.gpu_cases import grid_sampled
+
+    errors = {}
+    for order in ORDERS:
+        generator = torch.Generator().manual_seed(3)
+        fmap1, fmap2 = (torch.randn(2, 8, 9, 11, generator=generator) for _ in range(2))
+        y, x = torch.meshgrid(torch.arange(9.0), torch.arange(11.0), indexing="ij")
+        coords = torch.stack([x, y]) + 6 * torch.randn(2, 2, 9, 11, generator=generator)
+        leaves = [t.requires_grad_() for t in correlation_pyramid(fmap1, fmap2, 3)]
+        exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
+        out = volume_lookup(leaves, coords, 2, order, impl="triton")
+        exact = grid_sampled(exact_leaves, coords.double(), 2)
+        if order == "y_major":
+            exact = exact.unflatten(1, (3, 5, 5)).transpose(2, 3).flatten(1, 3)
+        weight = torch.randn(exact.shape, generator=generator, dtype=torch.float64)
+        grads = torch.autograd.grad(out, leaves, weight.float())
+        exact_grads = torch.autograd.grad(exact, exact_leaves, weight)
+        errors[order] = _relative_error(out, exact)
+        for level, (found, right) in enumerate(zip(grads, exact_grads, strict=True)):
+            errors[f"{order} level {level}"] = _relative_error(found, right)
+    coords[0, 0, 0, 0] = math.nan
+    out = volume_lookup(leaves, coords, 2, impl="triton")
+    errors["nan elsewhere"] = float(out.isnan().sum() != out.shape[1] or not bool(out[0, :, 0, 0].isnan().all()))
+    return errors
 
 
 class _Reference(torch.nn.Module):

@@ -11,31 +11,28 @@ from kinema.kernels import sass
 from kinema.kernels.ahead_of_time import CAPABILITIES, OPS, SHARED_LIMIT_BYTES
 
 # Issue cycles of loops per 64 x 64 pairs of one pass on 9.0, by kernel and case: a tenth above what was counted with
-# triton 3.9. Attention has a loop without masks, then one with them, or the other way round over rows.
+# triton 3.9, but no more than what was aimed at: 325, 300, 375 for attention's three kernels at D 64, 425, 375, 450
+# above, in the loop without masks. That comes first, and behind the one with masks over rows.
 LIMITS = {
     ("forward_kernel", "bfloat16 D64 R32 query_causal"): (317, 418),
-    ("backward_rows_kernel", "bfloat16 D64 R32 query_causal"): (300, 397),
-    ("backward_keys_kernel", "bfloat16 D64 R32 query_causal"): (565, 435),
+    ("backward_rows_kernel", "bfloat16 D64 R32 query_causal"): (300, 404),
+    ("backward_keys_kernel", "bfloat16 D64 R32 query_causal"): (418, 339),
     ("forward_kernel", "bfloat16 D64 R32 full"): (325, 383),
-    ("backward_rows_kernel", "bfloat16 D64 R32 full"): (295, 349),
-    ("backward_keys_kernel", "bfloat16 D64 R32 full"): (439,),
-    ("forward_kernel", "bfloat16 D72 R18 full"): (391, 473),
-    ("backward_rows_kernel", "bfloat16 D72 R18 full"): (521, 596),
-    ("backward_keys_kernel", "bfloat16 D72 R18 full"): (717,),
-    ("backward_rows_kernel", "bfloat16 D128 R64 causal"): (1025, 1241),
-    ("backward_keys_kernel", "bfloat16 D128 R64 causal"): (805, 700),
-    ("form_kernel", "float32 C256 channels-last"): (464,),
-    ("form_kernel", "bfloat16 C256 channels-last"): (92,),
+    ("backward_rows_kernel", "bfloat16 D64 R32 full"): (300, 358),
+    ("backward_keys_kernel", "bfloat16 D64 R32 full"): (375,),
+    ("forward_kernel", "bfloat16 D72 R18 full"): (388, 471),
+    ("backward_rows_kernel", "bfloat16 D72 R18 full"): (358, 430),
+    ("backward_keys_kernel", "bfloat16 D72 R18 full"): (450,),
+    ("forward_kernel", "bfloat16 D128 R64 causal"): (398, 535),
+    ("backward_rows_kernel", "bfloat16 D128 R64 causal"): (363, 487),
+    ("backward_keys_kernel", "bfloat16 D128 R64 causal"): (523, 430),
+    ("lookup_kernel", "float32 C256 channels-last"): (464,),
+    ("lookup_kernel", "tf32 C256 channels-last"): (167,),
+    ("lookup_kernel", "bfloat16 C256 channels-last"): (92,),
     ("correlate_kernel", "float32 C128 r4 channels-last"): (424,),
     ("correlate_kernel", "float16 C128 r4 channels-last"): (90,),
     ("window_sum_kernel", "float32 C128 r4 channels-last"): (1201,),
     ("window_sum_kernel", "float16 C128 r4 channels-last"): (1008,),
-}
-# Bytes outside of loops. The gradient of 72 dims is written two at a time, which takes addresses; the rows of float32
-# would need 8 warps, and then three quarters more instructions.
-STACK = {
-    ("backward_keys_kernel", "bfloat16 D72 R18 full"): 48,
-    ("backward_rows_kernel", "float32 D64 R32 query_causal"): 8,
 }
 
 
@@ -62,7 +59,7 @@ def check(rows, capability):
 def check_limits(rows):
     for row in rows:
         which = row["kernel"], row["case"]
-        assert row["stack_bytes"] <= STACK.get(which, 0), row
+        assert row["stack_bytes"] == 0, row
         if which in LIMITS:
             assert all(loop["cycles"] <= most for loop, most in zip(row["loops"], LIMITS[which], strict=True)), row
 

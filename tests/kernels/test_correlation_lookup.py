@@ -391,6 +391,27 @@ def test_kernels_in_the_interpreter_keep_the_contract(interpreted):
         assert len(checks) == 4 and set(checks.values()) == {"SUCCESS"}, (op, checks)
 
 
+def test_float32_maps_may_be_multiplied_with_fewer_bits(interpreted):
+    """2^-11 is what TF32 rounds by."""
+    full, fewer = interpreted["tf32"]["float32"], interpreted["tf32"]["tf32"]
+    assert max(full.values()) < 1e-5
+    assert all(1e-5 < error < 1e-3 for error in fewer.values()), fewer
+    with pytest.raises(ValueError, match="precision='half' is not one of"):
+        correlation_lookup(
+            *_case(1, 4, 8, 8, (8, 8))[:1], [torch.zeros(1, 4, 8, 8)], torch.zeros(1, 2, 8, 8), 1, precision="half"
+        )
+
+
+def test_a_lookup_is_one_launch_and_maps_are_split_once(interpreted):
+    assert interpreted["launches"] == ["split_kernel", "split_kernel", "lookup_kernel", "lookup_kernel"]
+
+
+def test_the_kernel_reads_a_stored_volume_as_torch_samples_it(interpreted):
+    errors = interpreted["stored volume"]
+    assert len(errors) == 2 * 4 + 1
+    assert max(errors.values()) < 1e-5, errors
+
+
 def test_compiler_and_export_see_through_the_dispatch(interpreted):
     """Measured in the other process: here the tests' shape checks draw random numbers, which a compiler refuses."""
     errors = interpreted["reference compiled"]

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kinema.kernels import correlation_lookup
 from kinema.kernels.correlation_lookup import (
     LookupPlan,
     correlation_pyramid,
     feature_pyramid,
     free_memory,
+    lookup_into,
     plan_lookup,
     volume_lookup,
 )
@@ -119,4 +119,4 @@ def lookup_between(
         pyramid = correlation_pyramid(fmap1, fmap2)
         return lambda coords: volume_lookup(pyramid, coords, radius, window_order)
     pooled = feature_pyramid(fmap2.float())
-    return lambda coords: correlation_lookup(fmap1, pooled, coords, radius, window_order=window_order)
+    return lookup_into(fmap1, pooled, radius, window_order=window_order)

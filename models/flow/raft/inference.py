@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinema.kernels import correlation_lookup
-from kinema.kernels.correlation_lookup import feature_pyramid
+from kinema.kernels.correlation_lookup import feature_pyramid, lookup_into
 from kinema.kernels.correlation_lookup.padded_volume import PaddedVolume
 from kinema.kernels.correlation_lookup.window import WindowOrder
 from kinema.models.backbones.inference_linear import linear
@@ -79,12 +78,13 @@ class PairRefiner:
         else:
             fmap1 = fmap1.contiguous(memory_format=torch.channels_last)
             pooled = [p.contiguous(memory_format=torch.channels_last) for p in feature_pyramid(fmap2)]
+            look = lookup_into(fmap1, pooled, self.radius, window_order=self.window_order)
         self.update.begin(context)
         for _ in range(iters):
             if self.volume is not None:
                 windows = self.volume.lookup(target)
             else:
-                windows = correlation_lookup(fmap1, pooled, target, self.radius, window_order=self.window_order)
+                windows = look(target)
             target = target + self.update.step(windows, target - start)
             yield target - start, self.update.hidden
 
