@@ -65,8 +65,10 @@ class FrameEncoder(nn.Module):
             )
         if gradient_last_blocks is not None and not 0 <= gradient_last_blocks <= config.depth:
             raise ValueError(f"gradient_last_blocks={gradient_last_blocks}: {model_version} has {config.depth} blocks")
-        network = CellEncoder if isinstance(config, CellConfig) else VisionTransformer
-        self.model = network(config, image_size=(image_size, image_size))
+        size = (image_size, image_size)
+        self.model: CellEncoder | VisionTransformer = (
+            CellEncoder(config, size) if isinstance(config, CellConfig) else VisionTransformer(config, size)
+        )
         self.image_size = image_size
         if config.mask_token:
             self.model.mask_token.requires_grad_(False)  # of the encoder's own pre-training; never used
