@@ -182,9 +182,8 @@ class RealServer:
             self.process = subprocess.Popen(command, env=names, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.process.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
+            if self._answers():
+                return
             time.sleep(0.2)
         raise AssertionError((self.folder / "server.log").read_text()[-2000:])
 
@@ -192,6 +191,16 @@ class RealServer:
         """Away at once, with everything that it started."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        deadline = time.monotonic() + 60
+        while (
+            self._answers()
+        ):  # its workers hold the socket until they are gone, and would be taken for the next server
+            assert time.monotonic() < deadline, f"port {self.port} is still open"
+            time.sleep(0.1)
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
 
 def log_through_a_loss(server: RealServer) -> None:
