@@ -177,7 +177,15 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
         found = client.get_experiment_by_name(name)
         if found is not None:
             return found.experiment_id
-        return patiently(lambda: client.create_experiment(name, artifact_location=location))
+        try:
+            return patiently(lambda: client.create_experiment(name, artifact_location=location))
+        except _failures() as error:
+            if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # a server has no such lock: another process was quicker
+            if found is None:
+                raise
+            return found.experiment_id
 
 
 def start_run(

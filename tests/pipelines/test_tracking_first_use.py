@@ -40,6 +40,22 @@ def test_three_first_runs_at_once_all_succeed(tmp_path, monkeypatch):
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
+def test_an_experiment_that_another_process_made_meanwhile_is_taken(tmp_path, monkeypatch):
+    """As on a server, which no lock guards: both ask, neither finds it, one is told that it is there already."""
+    uri = tracking.tracking_uri(tmp_path)
+    client = tracking.open_client(uri)
+    made = tracking.experiment_id(client, uri, "shared")
+    ask, asked = client.get_experiment_by_name, []
+
+    def not_there_yet(name):
+        asked.append(name)
+        return ask(name) if len(asked) > 2 else None
+
+    monkeypatch.setattr(client, "get_experiment_by_name", not_there_yet)
+    assert tracking.experiment_id(client, uri, "shared") == made
+    assert len(asked) == 3
+
+
 def test_a_locked_database_is_waited_for_but_not_for_ever(monkeypatch):
     monkeypatch.setattr(tracking, "LOCKED_WAITS_S", (0.0, 0.0))
     tries = []
