@@ -1,7 +1,7 @@
 """`correlation_lookup`: windows of the correlation between two feature maps, formed on demand."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,6 @@ __all__ = [
 if TYPE_CHECKING:
     from kinema.kernels.correlation_lookup.op import PreparedMaps
 
-Precision = Literal["float32", "tf32"]
 PRECISIONS = ("float32", "tf32")
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,7 +48,7 @@ def correlation_lookup(
     radius: int,
     impl: str = "auto",
     window_order: WindowOrder = "x_major",
-    precision: Precision = "float32",
+    precision: str = "float32",
 ) -> Float[Tensor, "B P H W"]:
     """Correlation of each pixel with a window around its target, at every pyramid level.
 
@@ -73,7 +72,7 @@ def lookup_into(
     radius: int,
     impl: str = "auto",
     window_order: WindowOrder = "x_major",
-    precision: Precision = "float32",
+    precision: str = "float32",
 ) -> Callable[[Tensor], Tensor]:
     """`correlation_lookup` as a function of coords: maps are laid out for the kernels once, at its first call."""
     check_impl(impl)
