@@ -85,7 +85,7 @@ def rates_rows(argument: None) -> Iterator[dict[str, Any]]:
         yield {
             **_measured(name, times),
             "gflop": round(2 * n**3 / 1e9, 1),
-            "tflops": round(2 * n**3 / times.warm_ms / 1e9, 2),
+            "tflops": round(2 * n**3 / times.warm_ms / 1e9, 4),
         }
 
 

@@ -105,7 +105,7 @@ def _figures(case: GpuCase, times: timing.Times, rates: dict[str, float]) -> dic
         "mbytes": round(case.bytes_moved / 1e6, 2),
         "gflop": round(case.flops / 1e9, 2),
         "gbytes_per_s": round(gbytes_per_s, 1),
-        "tflops": round(tflops, 2),
+        "tflops": round(tflops, 4),
     }
     copy, matrix = rates.get("copy"), rates.get(f"matrix {str(case.matrix_dtype).removeprefix('torch.')}")
     if copy and matrix:

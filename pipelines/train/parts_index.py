@@ -9,8 +9,6 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata
 
-from kinema.pipelines.train.sharded import INDEX_FILE
-
 _STORED = "Metadata TensorStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex StorageMeta"
 _ADMITTED = {("torch.distributed.checkpoint.metadata", name) for name in _STORED.split()} | {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
@@ -33,9 +31,13 @@ class _IndexNames(pickle.Unpickler):
 class PartsReader(dcp.FileSystemReader):
     """Reads the index, which is a pickle, without running what else a pickle may hold."""
 
+    def __init__(self, folder: Path, index_file: str):
+        super().__init__(str(folder))
+        self.index_path = folder / index_file
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         """The index. Raises: ValueError."""
-        path = Path(self.path) / INDEX_FILE
+        path = self.index_path
         try:
             with path.open("rb") as file:
                 found = _IndexNames(file).load()

@@ -104,7 +104,7 @@ def _quietly_alone() -> Iterator[None]:
 def _index(folder: Path) -> Mapping[str, Any]:
     from kinema.pipelines.train.parts_index import PartsReader
 
-    return PartsReader(str(folder)).read_metadata().state_dict_metadata
+    return PartsReader(folder, INDEX_FILE).read_metadata().state_dict_metadata
 
 
 def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -113,7 +113,7 @@ def _load(folder: Path, tensors: dict[str, Tensor]) -> None:
     from kinema.pipelines.train.parts_index import PartsReader
 
     with _quietly_alone():
-        dcp.load(tensors, storage_reader=PartsReader(str(folder)), no_dist=not dist.is_initialized())
+        dcp.load(tensors, storage_reader=PartsReader(folder, INDEX_FILE), no_dist=not dist.is_initialized())
 
 
 def _model_tensors(module: nn.Module) -> dict[str, Tensor]:
