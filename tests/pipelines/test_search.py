@@ -13,6 +13,7 @@ from kinema.configs import DisMoConfig, EmbedConfig, RegisterConfig, SearchConfi
 from kinema.configs.load import to_mapping
 from kinema.pipelines import embed, registry, search
 from kinema.pipelines.cli import main
+from kinema.pipelines.pictures.motion import write_mp4
 from kinema.pipelines.search.approximate import ApproximateIndex, recall
 from kinema.pipelines.search.exact import Nearest
 from kinema.pipelines.search.exact import search as search_exactly
