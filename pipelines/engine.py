@@ -105,6 +105,7 @@ class Counter:
 
     def __init__(self, size: int = 2, engine: str | None = None):
         self._local = _Tally(size)
+        self._told = False
         self._remote: Any = None
         if backend(engine) == "ray":
             connect()
@@ -131,7 +132,9 @@ class Counter:
         try:
             self._local.sums = ray.get(self._remote.read.remote(), timeout=_TICK_S)
         except ray.exceptions.RayError:
-            _log.debug("the count does not answer", exc_info=True)
+            if not self._told:
+                _log.warning("the count of what is done does not answer: progress is shown as it was last known")
+            self._told = True
         return self._local.read()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kinema.configs.json_text import json_text
+from kinema.pipelines.bench.paired import print_rows
 
 BENCHMARKS = {
     "shard": "clips artifact against plain copying and a plain re-encode of the sources; clip.codec=copy",
@@ -52,16 +53,6 @@ def main(names: Sequence[str]) -> int:
         everything[name] = rows
     print("\n" + json_text(everything))
     return 0
-
-
-def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """Rows of {name, value, baseline, ratio, unit}, aligned; beside the ratio by the clock that of processor time."""
-    width = max(len(row["name"]) for row in rows)
-    columns = {"value": "ours", "baseline": "baseline", "ratio": "ratio", "processor_ratio": "processor"}
-    print(f"  {'':<{width}}" + "".join(f"  {title:>10}" for title in columns.values()))
-    for row in rows:
-        shown = "".join(f"  {row[key]:>10.4g}" if key in row else " " * 12 for key in columns)
-        print(f"  {row['name']:<{width}}{shown}  {row['unit']}")
 
 
 if __name__ == "__main__":

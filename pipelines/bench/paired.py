@@ -11,7 +11,7 @@ import gc
 import operator
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,3 +85,13 @@ def paired(sides: Mapping[str, Callable[[], Any]], rounds: int = 5, warm_up: int
 
 def _median_ratio(above: list[float], below: list[float]) -> float:
     return statistics.median(a / max(b, 1e-9) for a, b in zip(above, below, strict=True))
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of {name, value, baseline, ratio, unit}, aligned; beside the ratio by the clock that of processor time."""
+    width = max(len(row["name"]) for row in rows)
+    columns = {"value": "ours", "baseline": "baseline", "ratio": "ratio", "processor_ratio": "processor"}
+    print(f"  {'':<{width}}" + "".join(f"  {title:>10}" for title in columns.values()))
+    for row in rows:
+        shown = "".join(f"  {row[key]:>10.4g}" if key in row else " " * 12 for key in columns)
+        print(f"  {row['name']:<{width}}{shown}  {row['unit']}")

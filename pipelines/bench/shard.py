@@ -1,12 +1,16 @@
-"""`kinema shard` against plain copying of the same source bytes, and its processor time against a plain re-encode."""
+"""`kinema shard` against plain copying of the same source bytes, and its processor time against a plain re-encode.
+
+`python -m kinema.pipelines.bench.shard [FOLDER]` takes the videos of a folder instead of rendered ones.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +21,7 @@ import av
 from kinema.configs import ClipConfig, ShardConfig, build
 from kinema.pipelines import shard
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.bench.paired import print_rows
 from kinema.pipelines.scenes import render_demo_videos
 from kinema.pipelines.video.encode import encoder_options
 
@@ -113,3 +118,17 @@ def _copy(files: list[Path], target: Path) -> float:
 
 def _row(name: str, value: float, baseline: float, unit: str) -> dict[str, Any]:
     return {"name": name, "value": value, "baseline": baseline, "ratio": value / baseline, "unit": unit}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """See the top of the file."""
+    folder = arguments[0] if arguments else None
+    if folder and not any(path.is_file() for path in Path(folder).rglob("*")):
+        sys.stderr.write(f"{folder!r} is no folder with videos; name one, or nothing for rendered ones\n")
+        return 2
+    print_rows(run(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from kinema.pipelines.bench import flow_codec, fpt_loader, fpt_sampling
-from kinema.pipelines.bench.__main__ import print_rows
-from kinema.pipelines.bench.paired import Paired, paired
+from kinema.pipelines.bench.paired import Paired, paired, print_rows
 
 
 def test_ratios_are_those_of_one_round():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -171,6 +172,7 @@ class RealServer:
     def __init__(self, folder: Path, store: str):
         self.folder, self.store, self.port = folder, store, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Raises: AssertionError with its log when it does not answer."""
@@ -186,6 +188,11 @@ class RealServer:
                 return
             time.sleep(0.2)
         raise AssertionError((self.folder / "server.log").read_text()[-2000:])
+
+    def close(self) -> None:
+        """Nothing is left running, however the test ended."""
+        if self.process is not None and self.process.poll() is None:
+            self.stop()
 
     def stop(self) -> None:
         """Away at once, with everything that it started."""
@@ -228,7 +235,8 @@ def log_through_a_loss(server: RealServer) -> None:
 def test_a_real_server_on_sqlite_that_is_killed_and_started_again(tmp_path, monkeypatch):
     server = RealServer(tmp_path, f"sqlite:///{tmp_path / 'store.db'}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    log_through_a_loss(server)
+    with contextlib.closing(server):
+        log_through_a_loss(server)
 
 
 @pytest.fixture
@@ -292,5 +300,6 @@ def test_a_real_server_on_postgresql_by_url(tmp_path, monkeypatch, postgresql):
     """Killed and started again over its database, and used by several processes at the same time."""
     server = RealServer(tmp_path, postgresql)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    log_through_a_loss(server)
-    log_from_many_workers(server)
+    with contextlib.closing(server):
+        log_through_a_loss(server)
+        log_from_many_workers(server)
