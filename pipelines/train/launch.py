@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
@@ -34,7 +35,9 @@ from kinema.pipelines.train.stop import CatchSignals, Notice, Stop
 
 # Files between driver and ranks, under RUN/_ranks; gone when the run ends.
 EXCHANGE = "_ranks"
+_DRAINED = "drained"
 _POLL_S = 0.2
+_log = logging.getLogger(__name__)
 
 
 def use_gpu(choice: str) -> bool:
@@ -101,8 +104,12 @@ def _on_ray(job: TrainJob, exchange: Path, follower: _Follower) -> Finished:
     with CatchSignals(lambda name: messages.put("stop", name)):
         thread.start()
         follower.start()
+        told = False
         while thread.is_alive():
             thread.join(_POLL_S)
+            if not told and messages.get(_DRAINED) is not None:
+                told = True
+                _log.warning("a node of this training will be taken away: it saves every few seconds until then")
     raised = _read(messages, "failed.json")
     if raised:
         raise (ValueError if raised["kind"] == "ValueError" else StageError)(raised["message"])
@@ -158,7 +165,7 @@ def _rank_main(settings: dict[str, Any]) -> None:
     place = Place(context.get_world_rank(), context.get_world_size(), device)
     try:
         with rank_folder(job, place, messages) as own_job:
-            stop, notice = Stop(lambda: messages.get("stop")), Notice(_node_will_be_taken_away)
+            stop, notice = Stop(lambda: messages.get("stop")), Notice(lambda: _node_will_be_taken_away(messages))
             finished = train_worker(own_job, place, stop, notice)
     except (OSError, RuntimeError) as error:
         # Among these are the other ranks' "connection closed by peer" when one is lost: worth another start.
@@ -172,14 +179,17 @@ def _rank_main(settings: dict[str, Any]) -> None:
         messages.put("finished.json", json_text(dataclasses.asdict(finished)))
 
 
-def _node_will_be_taken_away() -> bool:
+def _node_will_be_taken_away(messages: Exchange) -> bool:
     """Whether a node of ours is being drained (a spot machine, an autoscaler); all ranks ask at the same time.
 
     Ray Train starts the ranks anew elsewhere when the node's time is over, and does not count it as a failure.
     """
     import ray.train
 
-    return ray.train.get_preemption_info() is not None
+    drained = ray.train.get_preemption_info() is not None
+    if drained:
+        messages.put(_DRAINED, "")  # for the driver, which users look at
+    return drained
 
 
 def _report_failure(messages: Exchange, error: Exception) -> None:
