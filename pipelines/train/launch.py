@@ -154,6 +154,7 @@ def _rank_main(settings: dict[str, Any]) -> None:
     """One rank, in its own process."""
     import ray.train
     import ray.train.torch
+    from ray.exceptions import RayError
 
     job, messages = settings["job"], settings["messages"]
     # A rank that failed for good fails again on any other worker: Ray Train's restart ends here.
@@ -167,8 +168,9 @@ def _rank_main(settings: dict[str, Any]) -> None:
         with rank_folder(job, place, messages) as own_job:
             stop, notice = Stop(lambda: messages.get("stop")), Notice(lambda: _node_will_be_taken_away(messages))
             finished = train_worker(own_job, place, stop, notice)
-    except (OSError, RuntimeError) as error:
-        # Among these are the other ranks' "connection closed by peer" when one is lost: worth another start.
+    except (OSError, RuntimeError, RayError) as error:
+        # Among these are the other ranks' "connection closed by peer" when one is lost, and the death of Ray Train's
+        # own actors, which it ends then: worth another start.
         if isinstance(error, StageError | torch.OutOfMemoryError):
             _report_failure(messages, error)
         raise

@@ -6,19 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ray import cloudpickle
+from ray.exceptions import ActorDiedError
 
 from kinema.configs import TrainConfig
 from kinema.pipelines import engine
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.train import checkpoint
-from kinema.pipelines.train.launch import launch
+from kinema.pipelines.train.exchange import FolderExchange
+from kinema.pipelines.train.launch import _rank_main, launch
 from kinema.pipelines.train.loop import train_worker
 from kinema.pipelines.train.meter import read_metrics
 from kinema.pipelines.train.parallel import Place
@@ -113,6 +118,24 @@ def test_a_failure_of_the_training_itself_is_not_tried_again(ray_session, tmp_pa
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.parametrize(
+    "error, is_final", [(ActorDiedError(), False), (ConnectionError("closed by peer"), False), (KeyError("loss"), True)]
+)
+def test_what_ends_a_rank_whose_group_is_ended_is_worth_another_start(tmp_path, monkeypatch, error, is_final):
+    """Ray Train ends its own actors when a rank is lost; the others see that as an error of theirs."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(ray.train, "get_context", lambda: types.SimpleNamespace(get_world_rank=int, get_world_size=int))
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setitem(_rank_main.__globals__, "train_worker", fail)
+    messages = FolderExchange(tmp_path)
+    with pytest.raises(type(error)):
+        _rank_main({"job": toy_job(tmp_path / "run", config()), "messages": messages})
+    assert (messages.get("failed.json") is not None) == is_final
+
+
 def test_more_ranks_than_cpus_is_said_before_waiting(tmp_path, monkeypatch):
     """Said from what the cluster has; the tests of engine ask Ray itself."""
     monkeypatch.setattr(engine, "connect", lambda **_: {"CPU": 2.0})
@@ -127,7 +150,7 @@ from pathlib import Path
 from ray import cloudpickle
 import toy_training
 from kinema.configs import TrainConfig
-from kinema.pipelines.train.launch import launch
+from kinema.pipelines.train.launch import _rank_main, launch
 cloudpickle.register_pickle_by_value(toy_training)
 config = TrainConfig(**eval(sys.argv[2]))
 recipe = toy_training.ToyRecipe(noise=0, slow_s=0.5)
