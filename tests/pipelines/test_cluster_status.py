@@ -121,7 +121,7 @@ def test_a_real_head_shows_the_job_and_prometheus_the_figures(tmp_path):
     (tmp_path / "prices.yaml").write_text("prices: {gpu_node: 3600}")
     status = ["until", '"gpus_in_use": 1.0', "status", SUBMIT[2], "--config", str(tmp_path / "prices.yaml"), "--json"]
     shard = ["kinema", *SUBMIT, "shard", f"videos={tmp_path / 'videos'}", f"out={out}"]
-    hold = [*HOLD, "import ray, time; ray.init(); ray.get(ray.remote(num_gpus=1)(time.sleep).remote(90))"]
+    hold = [*HOLD, "import ray, time; ray.init(); ray.get(ray.remote(num_gpus=1)(lambda: time.sleep(90)).remote())"]
     commands = [shard, ["metrics", "ray_kinema_items"], hold, status]
     done, metrics, _, found = on_a_head(commands, tmp_path, 500, num_gpus=2)
     assert done["status"] == 0, done["err"][-2000:]

@@ -52,11 +52,11 @@ for kind, *command in json.loads(sys.argv[2]):
             time.sleep(1)
         results.append({"status": 0, "out": "\\n".join(lines), "err": ""})
     elif kind == "until":  # kinema, again and again until it says so
-        for _ in range(60):
-            results.append(run([sys.executable, "-m", "kinema.pipelines.cli", *command[1:]]))
-            if command[0] in results[-1]["out"]:
+        for _ in range(40):
+            last = run([sys.executable, "-m", "kinema.pipelines.cli", *command[1:]])
+            if command[0] in last["out"]:
                 break
-            results.pop()
+        results.append(last)
     elif kind == "kinema":
         results.append(run([sys.executable, "-m", "kinema.pipelines.cli", *command]))
     else:  # a job that is stopped as soon as its log has what `kind` says
