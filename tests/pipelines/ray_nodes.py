@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import secrets
@@ -34,6 +35,7 @@ PORT = 6391
 ADDRESS = f"127.0.0.1:{PORT}"
 _MARK = "RESULT-OF-THE-SCENE "
 _SOON_S = 240.0
+_CLUSTERS = itertools.count()
 
 
 def can_unshare() -> bool:
@@ -72,7 +74,9 @@ class Nodes:
     """A head with a driver's place and no CPUs, and nodes by name."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.gettempdir())
+        # One for each cluster of a scene, with a short name: Ray's sockets live below it.
+        self.folder = Path(tempfile.gettempdir()) / f"c{next(_CLUSTERS)}"
+        self.folder.mkdir()
         self.running: dict[str, subprocess.Popen] = {}
         self.starts: dict[str, int] = {}
         self.cores: dict[str, int | None] = {}

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from ray_nodes import Nodes, end_of, in_namespace, needs_namespace, num_commits, start_stage
 from s3_server import s3_server
 
-BUCKET, NUM_FILMS = "s3://kinema", 24
+BUCKET, NUM_FILMS = "s3://kinema", 16
 
 
 def stages(root: str) -> dict[str, list[str]]:
@@ -28,28 +28,35 @@ def stages(root: str) -> dict[str, list[str]]:
     return {"shard": shard, "teach": [f"clips={clips}", f"out={root}/flow", "teacher=dis", "gaps=[1]"]}
 
 
-def used_s() -> tuple[float, float]:
+class Used:
     """Processor seconds so far of everything in this namespace: on nodes, which have one core each, and elsewhere
-    (head, store, drivers)."""
-    on_nodes, elsewhere = 0.0, 0.0
-    for process in psutil.process_iter():
-        try:
-            spent = sum(process.cpu_times()[:4])  # its own, and of children that have ended
-            pinned = len(process.cpu_affinity()) == 1
-        except psutil.Error:
-            continue
-        on_nodes, elsewhere = on_nodes + spent * pinned, elsewhere + spent * (not pinned)
-    return on_nodes, elsewhere
+    (head, store, drivers). Look often: what a process uses after the last look at it is missed."""
+
+    def __init__(self) -> None:
+        self.spent: dict[tuple[int, float], tuple[float, bool]] = {}
+
+    def look(self) -> tuple[float, float]:
+        """Both sums, also over processes that have ended."""
+        for process in psutil.process_iter():
+            try:
+                times = process.cpu_times()
+                pinned = len(process.cpu_affinity()) == 1
+                self.spent[process.pid, process.create_time()] = times.user + times.system, pinned
+            except psutil.Error:
+                continue
+        on_nodes = sum(spent for spent, pinned in self.spent.values() if pinned)
+        return on_nodes, sum(spent for spent, pinned in self.spent.values() if not pinned)
 
 
 def per_shard(arguments: list[str]) -> list[float]:
     """Run a stage. Returns: wall time, processor time on nodes and elsewhere for a shard, between the first commits and
     the last one: starts of drivers and workers do not count."""
-    out, process = arguments[2].partition("=")[2], start_stage(*arguments)
+    out, process, used = arguments[2].partition("=")[2], start_stage(*arguments), Used()
     seen: list[tuple[int, float, float, float]] = []
     while process.poll() is None:
+        spent = used.look()
         if (there := num_commits(out)) and (not seen or there > seen[-1][0]):
-            seen.append((there, time.monotonic(), *used_s()))
+            seen.append((there, time.monotonic(), *spent))
         time.sleep(0.2)
     end_of(process)
     first, last = seen[0], seen[-1]
@@ -67,7 +74,7 @@ def scene() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             for seed in range(NUM_FILMS):
                 path = Path(folder) / f"{seed}.mp4"
-                write_scene(Scene(seed=seed, height=192, width=256, num_frames=24), path)
+                write_scene(Scene(seed=seed, height=480, width=640, num_frames=72), path)  # a shard is work
                 files.put_file(str(path), f"kinema/videos/{path.name}")
         for number in (1, 2):
             with Nodes() as nodes:
