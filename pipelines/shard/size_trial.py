@@ -11,13 +11,13 @@ from kinema.configs import ClipConfig
 from kinema.pipelines.video.encode import ClipEncoder
 from kinema.pipelines.video.picture import PictureMaker, PictureSpec
 
-_TRIAL_EVERY, _TRIAL_FRAMES = 240, 12  # frames: part of the video that is encoded to estimate sizes
+_TRIAL_EVERY, _TRIAL_FRAMES = 480, 12  # frames: part of the video that is encoded to estimate sizes
 _SLOWER = ("veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 _QUICK = "superfast"  # 0.97 to 1.36 times medium's bytes in a fourth of the time (docs/PRESETS.md)
 
 
 class SizeTrial:
-    """Encodes one short stretch in every ten seconds or so, to know how large clips get.
+    """Encodes one short stretch in every twenty seconds or so, to know how large clips get.
 
     The settings are the clips' but for the preset, where that is a slow one: shards have to be alike, not exact.
     """
