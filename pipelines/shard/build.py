@@ -17,7 +17,7 @@ import pyarrow as pa
 from kinema.configs import ClipConfig
 from kinema.pipelines.artifacts import Artifact, ShardWriter
 from kinema.pipelines.artifacts.tables import canonical_json
-from kinema.pipelines.shard.limits import memory_limited, needs_more
+from kinema.pipelines.shard.limits import memory_limited, needs_more, one_thread
 from kinema.pipelines.shard.media import AnyVideo, Source, open_source, read_all
 from kinema.pipelines.shard.runs import THUMBNAIL_SIDE
 from kinema.pipelines.shard.scan import FrameScan, load_scan, stall_watch
@@ -25,7 +25,7 @@ from kinema.pipelines.video.decode import VideoFile
 from kinema.pipelines.video.encode import ClipEncoder
 from kinema.pipelines.video.errors import Corrupt, Missing, SourceError, TooMuchMemory
 from kinema.pipelines.video.masks import masks_npz, parse_palette, read_masks
-from kinema.pipelines.video.motion import MOTION
+from kinema.pipelines.video.motion import MOTION, is_measured
 from kinema.pipelines.video.packets import packet_table
 from kinema.pipelines.video.picture import PictureMaker, Thumbnails, matrix_fallback
 from kinema.pipelines.video.timeline import ClipSpan
@@ -100,6 +100,7 @@ class Built:
     """Sources of which clips are missing."""
 
 
+@one_thread()
 def build_shard(task: BuildTask) -> Built:
     """Encode the shard's clips and commit it. What cannot be decoded is quarantined with the shard."""
     hashes = {row["source"]: row["source_hash"] for row in task.rows}
@@ -112,6 +113,7 @@ def build_shard(task: BuildTask) -> Built:
     return Built(record["num_samples"], record["bytes"], tuple(sorted(lost)))
 
 
+@one_thread()
 def try_source(task: BuildTask) -> None:
     """Encode a source's clips and throw them away, to see whether it stops its worker.
 
@@ -272,14 +274,15 @@ def _encode_once(
     measure = MOTION[motion]()
     with ClipEncoder(clip, spec, span.fps) as encoder:
         for index, frame in cursor.frames(first, last + 1):
-            small = thumbnails.make(frame)
-            if index in (first, last) and zlib.crc32(small.data) != scan.checks[index]:
+            if index in (first, last) and zlib.crc32(thumbnails.make(frame).data) != scan.checks[index]:
                 raise _InexactSeek
-            if times_shown[index - first]:
+            shown = range(encoder.num_frames, encoder.num_frames + times_shown[index - first])
+            if shown:
                 picture = maker.make(frame)
-            for _ in range(times_shown[index - first]):
+            for position in shown:
                 encoder.add(picture)
-                measure.add(small)
+                if motion != "none" and is_measured(position):
+                    measure.add(thumbnails.make(frame))
         return encoder.finish(), measure.score()
 
 
@@ -298,8 +301,9 @@ def measure_motion(cursor: FrameCursor, scan: FrameScan, span: ClipSpan, motion:
     while True:
         thumbnails, measure = Thumbnails(spec.orientation, THUMBNAIL_SIDE, spec), MOTION[motion]()
         try:
-            for _, frame in cursor.frames(int(span.frames[0]), int(span.frames[-1]) + 1):
-                measure.add(thumbnails.make(frame))
+            for index, frame in cursor.frames(int(span.frames[0]), int(span.frames[-1]) + 1):
+                if is_measured(index - int(span.frames[0])):
+                    measure.add(thumbnails.make(frame))
             return measure.score()
         except _InexactSeek:
             cursor.give_up_seeking(int(span.frames[0]))

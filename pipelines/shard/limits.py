@@ -1,4 +1,4 @@
-"""Memory of decoding: a damaged header can ask a decoder for any amount."""
+"""What a task that decodes may use: memory, of which a damaged header can ask for any amount, and one thread."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import cv2
 
 
 def needs_more(what: str, limit_bytes: int) -> str:
@@ -36,3 +38,14 @@ def memory_limited(limit_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Meanwhile OpenCV uses this thread only: a task has one core, and small pictures do not gain by more."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from kinema.pipelines.video.motion import MOTION
+from kinema.pipelines.video.motion import MOTION, WINDOW
 
 _EVERY = 60  # frames from one sample to the next within a long group of pictures
-_FRAMES = 3  # of a sample
 
 
 class MotionSamples:
@@ -33,7 +32,7 @@ class MotionSamples:
             self._window = []
             return
         self._window.append(small)
-        if len(self._window) == _FRAMES:
+        if len(self._window) == WINDOW:
             self._measure(index)
 
     def _measure(self, last: int) -> None:
@@ -42,7 +41,7 @@ class MotionSamples:
             measure.add(small)
         score = measure.score()
         assert score is not None  # only "none" measures nothing
-        self._found.update(dict.fromkeys(range(last - _FRAMES + 2, last + 1), score))
+        self._found.update(dict.fromkeys(range(last - WINDOW + 2, last + 1), score))
         self._window = []
 
     def shares(self, num_frames: int) -> Float32[np.ndarray, "N"]:

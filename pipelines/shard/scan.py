@@ -26,7 +26,7 @@ import numpy as np
 from kinema.configs import ClipConfig
 from kinema.configs.json_text import json_text
 from kinema.pipelines.artifacts import Artifact
-from kinema.pipelines.shard.limits import memory_limited, needs_more
+from kinema.pipelines.shard.limits import memory_limited, needs_more, one_thread
 from kinema.pipelines.shard.media import AnyVideo, Source, content_hash, fingerprint, open_source, read_all
 from kinema.pipelines.shard.motion_samples import MotionSamples
 from kinema.pipelines.shard.runs import PerFrame, Runs
@@ -181,6 +181,7 @@ class ScanTask:
     """How the motion of clips is measured that need not be decoded again."""
 
 
+@one_thread()
 def scan_task(task: ScanTask) -> tuple[str, str]:
     """Scan one source and save its record. Returns: (error class, message), both empty for a good source."""
     settings = (task.clip, task.frames_fps, stall_watch(task.stall_s), task.stream, task.palette, task.motion)

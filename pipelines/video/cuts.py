@@ -66,12 +66,12 @@ class CutDetector:
     def __init__(self, clip: ClipConfig):
         self._detector: ContentDetector | None = None
         if clip.cuts == "content":
-            self._detector = _Content(threshold=clip.cut_threshold, min_scene_len=1)
+            self._detector = _Content(threshold=clip.cut_threshold, min_scene_len=0)
         elif clip.cuts == "adaptive":
             self._detector = _Adaptive(
                 adaptive_threshold=_ADAPTIVE_RATIO,
                 min_content_val=clip.cut_threshold * _ADAPTIVE_CONTENT_SHARE,
-                min_scene_len=1,
+                min_scene_len=0,
             )
         self._dissolves = DissolveDetector()
         self._recent: dict[int, np.ndarray] = {}

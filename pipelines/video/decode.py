@@ -180,6 +180,7 @@ class VideoFile:
         num_packets = num_frames = 0
         end_s = 0.0
         packets = self._container.demux()
+        tick_s = {stream.index: float(stream.time_base or 0) for stream in self._container.streams}
         aspects = _PixelAspects(self)
         decoder = JointDecoder(
             self._stream.codec_context, self.time_base, self._nominal_step(), watches=self._starts_anywhere
@@ -194,7 +195,7 @@ class VideoFile:
                     if not packet.size:
                         continue  # a stream's end; the decoder is flushed once, after the last packet
                     if packet.pts is not None:
-                        end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                        end_s = max(end_s, (packet.pts + (packet.duration or 0)) * tick_s.get(packet.stream_index, 0.0))
                     if packet.stream_index != self._stream.index:
                         continue
                     num_packets += 1

@@ -61,6 +61,7 @@ class ClipEncoder:
         )
         self._stream = _add_stream(self._container, clip, spec, fps)
         self._time_base = 1 / fps
+        self._scheduling = _own_scheduling if clip.codec == "av1" else contextlib.nullcontext
         self.num_frames = 0
 
     def __enter__(self) -> ClipEncoder:
@@ -75,7 +76,7 @@ class ClipEncoder:
         picture.pts, picture.time_base = self.num_frames, self._time_base
         picture.pict_type = 0  # the source's picture types must not steer the encoder
         self.num_frames += 1
-        with _own_scheduling():
+        with self._scheduling():
             packets = self._stream.encode(picture)
         self._container.mux(packets)
         picture.pts, _, picture.pict_type = before  # it may be the decoder's own frame
@@ -84,7 +85,7 @@ class ClipEncoder:
 
     def finish(self) -> bytes:
         """Flush and return the whole mp4."""
-        with _own_scheduling():
+        with self._scheduling():
             packets = self._stream.encode(None)
         self._container.mux(packets)
         self._container.close()

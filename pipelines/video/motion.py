@@ -4,6 +4,9 @@
 and frames. `vectors` takes the displacement from H.264 motion vectors. They come from our own encode of small frames
 with fixed settings (one reference, no B frames), not from the source's: VP8, VP9, HEVC and AV1 decoders export none,
 and the vectors of other people's encoders are not comparable. `flow` takes it from DIS optical flow.
+
+Three frames of every seven are looked at. Films repeat frames every second, third or fifth time, and seven has no
+factor with these: a sample takes part in all phases of such a rhythm.
 """
 
 from __future__ import annotations
@@ -14,15 +17,22 @@ from fractions import Fraction
 import av
 import cv2
 import numpy as np
+from av.video.frame import PictureType
 from jaxtyping import UInt8
 
 from kinema.pipelines.video.side_data import side_data
 
+WINDOW, _PERIOD = 3, 7  # frames looked at, out of
 _BLOCK = 16  # macroblock: sizes are cropped to multiples so that no vector describes padding
 
 
+def is_measured(index: int) -> bool:
+    """Whether a measure is to be given this frame of a clip."""
+    return index % _PERIOD < WINDOW
+
+
 class VectorMotion:
-    """Motion from the vectors of an H.264 encode of small frames."""
+    """Motion from the vectors of an H.264 encode of small frames. Every third frame begins a new window."""
 
     def __init__(self) -> None:
         self._encoder: av.VideoCodecContext | None = None
@@ -33,7 +43,7 @@ class VectorMotion:
         self._num_frames = 0
 
     def add(self, picture_bgr: UInt8[np.ndarray, "H W 3"]) -> None:
-        """The clip's next frame, small; all frames of a clip have one size."""
+        """The clip's next frame that `is_measured`, small; all frames of a clip have one size."""
         height, width = (max(_BLOCK, side // _BLOCK * _BLOCK) for side in picture_bgr.shape[:2])
         if picture_bgr.shape[0] < height or picture_bgr.shape[1] < width:
             picture_bgr = cv2.resize(picture_bgr, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -44,6 +54,8 @@ class VectorMotion:
         frame = frame.reformat(format="yuv420p", threads=1)
         frame.pts = self._num_frames
         frame.time_base = self._encoder.time_base
+        if self._num_frames % WINDOW == 0:
+            frame.pict_type = PictureType.I  # its vectors would tell what happened since the window before
         self._num_frames += 1
         self._read(self._encoder.encode(frame))
 
@@ -86,19 +98,22 @@ def _mean_length(vectors: np.ndarray) -> float:
 
 
 class FlowMotion:
-    """Motion from DIS optical flow between small frames."""
+    """Motion from DIS optical flow between small frames. Every third frame begins a new window."""
 
     def __init__(self) -> None:
         self._flow = cv2.DISOpticalFlow.create(cv2.DISOpticalFlow_PRESET_FAST)
         self._last: np.ndarray | None = None
         self._shares: list[float] = []
+        self._num_frames = 0
 
     def add(self, picture_bgr: UInt8[np.ndarray, "H W 3"]) -> None:
-        """The clip's next frame, small; all frames of a clip have one size."""
+        """The clip's next frame that `is_measured`, small; all frames of a clip have one size."""
         grey = cv2.cvtColor(picture_bgr, cv2.COLOR_BGR2GRAY)
         if min(grey.shape) < _BLOCK:
             grey = cv2.resize(grey, None, fx=_BLOCK / min(grey.shape), fy=_BLOCK / min(grey.shape))
-        if self._last is not None:
+        begins = self._num_frames % WINDOW == 0
+        self._num_frames += 1
+        if not begins and self._last is not None:
             flow = self._flow.calc(self._last, grey, None)  # type: ignore[call-overload]  # stubs omit None
             self._shares.append(float(np.hypot(flow[..., 0], flow[..., 1]).mean() / np.hypot(*grey.shape)))
         self._last = grey

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import av
@@ -135,11 +136,15 @@ def _is_yuv(pix_fmt: str) -> bool:
 
 def _colour(frame: av.VideoFrame) -> tuple[int, int]:
     """(matrix, range) a YUV clip of this frame gets; sources in RGB or grey become BT.709, limited range."""
-    if not _is_yuv(frame.format.name):
+    tags = int(frame.colorspace), int(frame.color_range), int(frame.color_primaries)
+    return _colour_of(frame.format.name, *tags)
+
+
+def _colour_of(pix_fmt: str, matrix: int, color_range: int, primaries: int) -> tuple[int, int]:
+    if not _is_yuv(pix_fmt):
         return 1, _LIMITED_RANGE
-    full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
-    matrix = _read_as(int(frame.colorspace), int(frame.color_primaries))
-    return matrix, _FULL_RANGE if full else _LIMITED_RANGE
+    full = color_range == _FULL_RANGE or pix_fmt.startswith("yuvj")
+    return _read_as(matrix, primaries), _FULL_RANGE if full else _LIMITED_RANGE
 
 
 def _read_as(matrix: int, primaries: int) -> int:
@@ -162,12 +167,18 @@ def matrix_fallback(pix_fmt: str, matrix: int, primaries: int) -> dict[str, int]
 
 def source_colours(frame: av.VideoFrame) -> dict[str, Any]:
     """How swscale is to read a frame; the same for pictures and small frames."""
-    if _is_yuv(frame.format.name):
-        matrix, color_range = _colour(frame)
-        return {"src_colorspace": Colorspace(_SWSCALE_MATRIX[matrix]), "src_color_range": color_range}
-    if int(frame.colorspace) in _READ_EXACTLY:
-        return {"src_colorspace": None, "src_color_range": None}
-    return {"src_colorspace": Colorspace(5), "src_color_range": None}
+    tags = int(frame.colorspace), int(frame.color_range), int(frame.color_primaries)
+    return dict(zip(("src_colorspace", "src_color_range"), _source_colours(frame.format.name, *tags), strict=True))
+
+
+@lru_cache
+def _source_colours(
+    pix_fmt: str, matrix: int, color_range: int, primaries: int
+) -> tuple[Colorspace | None, int | None]:
+    if _is_yuv(pix_fmt):
+        matrix, color_range = _colour_of(pix_fmt, matrix, color_range, primaries)
+        return Colorspace(_SWSCALE_MATRIX[matrix]), color_range
+    return (None if matrix in _READ_EXACTLY else Colorspace(5)), None
 
 
 class PictureMaker:

@@ -31,7 +31,7 @@ from kinema.pipelines.sidecars.sidecar import Sample
 from kinema.pipelines.teach import quality
 from kinema.pipelines.teach.shard_teacher import FLOW_COLUMNS
 from kinema.pipelines.video.encode import ClipEncoder
-from kinema.pipelines.video.motion import MOTION
+from kinema.pipelines.video.motion import MOTION, is_measured
 from kinema.pipelines.video.orient import Orientation
 from kinema.pipelines.video.packets import packet_table
 from kinema.pipelines.video.picture import PictureMaker, picture_spec
@@ -71,8 +71,9 @@ def clip_sample(
     table = packet_table(mp4)
     small = [_thumbnail(image) for image in images]
     measure = MOTION[motion]()
-    for picture in small:
-        measure.add(picture)
+    for index, picture in enumerate(small):
+        if is_measured(index):
+            measure.add(picture)
     score = measure.score()
     phash = perceptual_hash(clip_signature(np.stack([frame_signature(picture) for picture in small])))
     shared = {
