@@ -60,7 +60,9 @@ class TrainConfig:
     clip_norm: float = 0.0
     """Largest gradient norm; 0 means no clipping."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on GPU, fp32 on CPU."""
+    """Of matrix products (weights stay fp32). auto: bf16 on GPUs, and on CPUs that have instructions for it where the
+    model was shown to learn as it does in fp32 (FlowFeat); fp32 elsewhere. The summary says which; a run goes on as it
+    began."""
     seed: int = 0
     """Seed of initialisation, order and every random choice."""
     num_workers: int = 1

@@ -73,6 +73,8 @@ class TrainSummary:
     """The run's folder."""
     notices: tuple[str, ...] = ()
     """What a user must know of this model."""
+    precision: str = ""
+    """What `train.precision` came to: fp32 or bf16."""
 
     @property
     def exit_status(self) -> int:
@@ -359,4 +361,4 @@ def _summary(
     seconds = round(time.monotonic() - started, 3)
     said = tuple(record.get("notices", ()))
     facts = (meta["step"], meta["loss"], samples_per_second, str(newest), record.get("run_id", ""), seconds)
-    return TrainSummary(*facts, out=str(newest.parent.parent), notices=said)
+    return TrainSummary(*facts, out=str(newest.parent.parent), notices=said, precision=meta.get("precision", ""))

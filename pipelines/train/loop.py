@@ -6,7 +6,6 @@ is the recipe (`recipes/`); how ranks work together is in `parallel.py`.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 import threading
@@ -38,6 +37,7 @@ from kinema.pipelines.train.parallel import (
     seed_step,
     without_sync,
 )
+from kinema.pipelines.train.precision import autocast, choose
 from kinema.pipelines.train.recipes.protocol import Batch, Recipe, to_device
 from kinema.pipelines.train.sharded import load_parts, shard
 from kinema.pipelines.train.stop import Notice, Stop
@@ -123,7 +123,7 @@ def train_worker(job: TrainJob, place: Place, stop: Stop, notice: Notice | None 
             sums = StepSums()
             batch, wait_s = _next_batch(batches, place)
             for number, part in enumerate(split_batch(batch, config.accumulate), start=1):
-                with without_sync(parallel, number < config.accumulate), _autocast(config, place):
+                with without_sync(parallel, number < config.accumulate), autocast(state.precision, place.device):
                     loss, count, metrics = parallel(part)
                 (loss * count).backward()
                 sums.add(loss, count, metrics)
@@ -190,6 +190,8 @@ class _State:
         if self.sharded:
             shard(job.recipe, module, place.device)
         self.optimizer = make_optimizer(module, job.config)
+        # One for all ranks, whatever processors their machines have.
+        self.precision = same_on_all_ranks(choose(job.config.precision, place.device, job.recipe), place)
         self.window = Window()
         self.step, self.loss, self.saved_step = 0, math.nan, -1
         self.position = loader.state_dict()
@@ -225,6 +227,8 @@ class _State:
         self.window.load_state_dict(saved["window"])
         self.loader.load_state_dict(saved["loader"])
         self.position = saved["loader"]
+        if self.job.config.precision == "auto" and self.place.device.type == "cpu":
+            self.precision = meta.get("precision", "fp32")  # as it began, on whichever machine
         self.step, self.saved_step = meta["step"], meta["step"]
         self.loss = math.nan if meta["loss"] is None else meta["loss"]
 
@@ -266,7 +270,7 @@ class _State:
     def pictures(self, batch: Batch) -> dict[str, Any]:
         """What the model sees and says."""
         self.module.eval()
-        with torch.no_grad(), _autocast(self.job.config, self.place):
+        with torch.no_grad(), autocast(self.precision, self.place.device):
             made = self.job.recipe.pictures(self.module, batch)
         self.module.train()
         return made
@@ -278,6 +282,7 @@ class _State:
             "loss": self.loss,
             "mean_loss": sum(self.losses_since) / len(self.losses_since) if self.losses_since else None,
             "samples_per_second": rate,
+            "precision": self.precision,
             "identity": self.job.identity,
             "train_config": to_mapping(self.job.config),
         }
@@ -352,7 +357,7 @@ class _Log:
         if self.measures is None:
             return
         state.module.eval()
-        with torch.no_grad(), _autocast(self.job.config, state.place):
+        with torch.no_grad(), autocast(state.precision, state.place.device):
             measured: Any = self.job.recipe  # `measure` is there only in some, as `_check` of train/ has seen
             values = measured.measure(state.module, self.held_out)
         state.module.train()
@@ -381,11 +386,6 @@ def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
-
-
-def _autocast(config: TrainConfig, place: Place) -> contextlib.AbstractContextManager[Any]:
-    wanted = config.precision == "bf16" or (config.precision == "auto" and place.device.type == "cuda")
-    return torch.autocast(place.device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
 
 
 def _next_batch(batches: Iterator[Batch], place: Place) -> tuple[Batch, float]:

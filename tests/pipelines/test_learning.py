@@ -2,8 +2,10 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kinema.configs import ClipConfig, EvaluateConfig, FlowFeatConfig, LoaderConfig, TrainConfig
@@ -15,6 +17,7 @@ from kinema.pipelines.evaluate.davis.stage import dense_features
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
 from kinema.pipelines.train.flow_error import FlowError, flow_error
+from kinema.pipelines.train.meter import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -65,6 +68,7 @@ def config(place) -> TrainConfig:
         schedule="cosine",
         warmup_steps=10,
         cpus_per_worker=2,
+        precision="fp32",
     )
 
 
@@ -89,6 +93,22 @@ def test_held_out_flow_error_falls_well_below_its_value_at_step_0(config, traine
     )
     assert before.constant_epe_px == after.constant_epe_px  # the same crops were judged
     assert after.epe_px < LARGEST_SHARE_LEFT * before.epe_px
+
+
+def test_products_in_bf16_learn_the_same(config, trained, place):
+    """Why `precision=auto` takes them on CPUs that have instructions for them: curve and held-out error agree."""
+    other = replace(config, out=str(place / "bf16"), precision="bf16")
+    assert train.run(other).precision == "bf16"
+    curves = []
+    for run in (trained, Path(other.out)):
+        points = [point["loss"] for point in read_metrics(run) if "loss" in point]
+        curves.append(np.array(points)[-len(points) // 10 * 10 :].reshape(10, -1).mean(1))
+    errors = [held_out_error(train.load_model(run), config.settings).epe_px for run in (trained, Path(other.out))]
+    print("\nloss by tenths of the training, fp32:", *(f"{value:.3f}" for value in curves[0]))
+    print("loss by tenths of the training, bf16:", *(f"{value:.3f}" for value in curves[1]))
+    print(f"held-out flow error: {errors[0]:.3f} px in fp32, {errors[1]:.3f} px in bf16")
+    assert np.abs(curves[1] / curves[0] - 1).max() < 0.03
+    assert errors[1] < 1.03 * errors[0]
 
 
 @pytest.mark.skipif(not DAVIS.is_dir(), reason=f"needs the DAVIS folder {DAVIS}")

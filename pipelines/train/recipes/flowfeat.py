@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ class FlowFeatRecipe:
     config: FlowFeatConfig
     weights: str = ""
     needs: tuple[str, ...] = ("flow",)
+    learns_in_bf16: ClassVar[bool] = True  # tests/pipelines/test_learning.py compares
 
     @classmethod
     def of(cls, config: TrainConfig) -> FlowFeatRecipe:

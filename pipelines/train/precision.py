@@ -1,0 +1,31 @@
+"""In which precision a training multiplies matrices: float32, or bfloat16 through autocast (weights stay float32)."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+
+def choose(precision: str, device: torch.device, recipe: Any) -> str:
+    """ "fp32" or "bf16", from `train.precision`, the device and what is known of the model.
+
+    `auto` is bf16 on a GPU; on a CPU where it has instructions for bf16 and the recipe has `learns_in_bf16`: the
+    model's learning curves in both precisions were compared.
+    """
+    if precision != "auto":
+        return precision
+    if device.type != "cpu":
+        return "bf16"
+    return "bf16" if getattr(recipe, "learns_in_bf16", False) and cpu_multiplies_bf16() else "fp32"
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 (AVX512-BF16 or AMX): others emulate them."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context whose matrix products are in this precision."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
