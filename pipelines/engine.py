@@ -31,6 +31,7 @@ _MAX_NODES_LOST = 8  # by one item, which then may be what takes them down
 _NODE_LOST = "NodeLost"
 _TICK_S = 1.0
 _NODE_WAIT_VARIABLE, _NODE_WAIT_S = "KINEMA_NODE_WAIT_S", 600.0
+_SETTLED_S = 0.1  # within which the answer of a task that has just ended is dealt with
 _END_S = 0.3  # killed processes hold what they were writing until they are gone, about 0.1 s later
 _END_WAIT_S = 30.0  # on a machine with ten times more work than cores it takes them seconds to die
 _log = logging.getLogger(__name__)
@@ -201,9 +202,12 @@ def run_tasks(
                 continue
             yield one.item, outcome
     finally:
-        for reference in running:
+        # A signal is seen when something is ready: what has just ended is left alone, since cancelling it may end this
+        # process (Ray takes the answer of a task that it has cancelled for an error of its own).
+        pending = ray.wait(list(running), num_returns=len(running), timeout=_SETTLED_S)[1] if running else []
+        for reference in pending:
             ray.cancel(reference, force=True)
-        _wait_for_the_end(list(running))
+        _wait_for_the_end(pending)
 
 
 def run_on_actors(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from kinema.pipelines import engine, ray_start
 from kinema.pipelines.engine import Failure, Result, run_on_actors, run_tasks
@@ -118,6 +119,18 @@ def test_leaving_the_iterator_stops_what_runs(ray_session):
         break
     assert dict(run_tasks(sleep_if_odd, [2, 4], num_cpus=0.5)) == {2: Result(2), 4: Result(4)}
     assert time.monotonic() - started < 30
+
+
+def test_what_has_ended_by_then_is_not_cancelled(ray_session, monkeypatch):
+    """Ray may end the driver for the answer of a task that was cancelled meanwhile (ray-project/ray#54785)."""
+    cancelled = []
+    cancel = ray.cancel
+    monkeypatch.setattr(ray, "cancel", lambda one, force: (cancelled.append(one), cancel(one, force=force)))
+    results = run_tasks(sleep_if_odd, [0, 2, 1], max_in_flight=3, num_cpus=0.1)
+    next(results)
+    time.sleep(3)  # the other short one has ended, and nobody has looked at it
+    results.close()
+    assert len(cancelled) == 1
 
 
 def test_nothing_to_do_starts_nothing(monkeypatch):
