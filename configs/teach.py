@@ -57,7 +57,7 @@ class TeachConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the teacher runs."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Autocast dtype of the teacher; bf16 on GPU only."""
+    """Of the teacher's matrix products; bf16 on a GPU, or on a CPU that has instructions for it (AVX512-BF16, AMX)."""
     allowed_quarantine: float = 0.05
     """Exit status 3 when more than this share of the clips was quarantined."""
 

@@ -26,10 +26,10 @@ from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.loader.clip import Clip
 from kinema.pipelines.loader.reader import Skip, stack
 from kinema.pipelines.pictures.images import normalise_images
+from kinema.pipelines.precision import autocast, cpu_multiplies_bf16
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
 from kinema.pipelines.train.optimizer import make_optimizer
-from kinema.pipelines.train.precision import autocast, cpu_multiplies_bf16
 from kinema.pipelines.train.recipes.flowfeat import FlowFeatRecipe
 
 RAFT_ITERS = 20

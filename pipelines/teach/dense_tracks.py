@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 from kinema.configs.models.table import MODELS
 from kinema.models.tracks.alltracker.network import AllTracker, FrameMaps
 from kinema.models.tracks.alltracker.predictor import VISIBLE_ABOVE
+from kinema.pipelines.precision import autocast
 from kinema.pipelines.teach.protocol import ClipEstimate, FlowEstimate, Pairing
 from kinema.pipelines.teach.teachers import TeacherSpec, to_image
 
@@ -41,13 +41,13 @@ class DenseTracksTeacher:
     def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> FrameMaps:
         """The encoded frame."""
         image = 255 * to_image(frame, self.spec.flow_size(*frame.shape[:2]), self.spec.device)
-        with self._autocast():
+        with autocast(self.spec.precision, self.spec.device):
             return self.network.encode(image[None])
 
     @torch.inference_mode()
     def flow(self, pairs: Sequence[tuple[FrameMaps, FrameMaps]]) -> FlowEstimate:
         """Each pair as a clip of two frames."""
-        with self._autocast():
+        with autocast(self.spec.precision, self.spec.device):
             return FlowEstimate(torch.stack([self._pair(FrameMaps.join(pair)).float() for pair in pairs]))
 
     def estimates(self, frames: Iterable[UInt8[np.ndarray, "H W 3"]], pairing: Pairing) -> Iterator[ClipEstimate]:
@@ -76,7 +76,7 @@ class DenseTracksTeacher:
         ]
         if not gaps:
             return
-        with self._autocast():
+        with autocast(self.spec.precision, self.spec.device):
             encoded = FrameMaps.join([frame.encoded for frame in clip[: max(gaps) + 1]])
             parts = self.network.stream_encoded(
                 lambda start, end: encoded[start:end], max(gaps) + 1, self.spec.iters or None, overwrite=True
@@ -92,8 +92,3 @@ class DenseTracksTeacher:
         """Flow between two frames."""
         (part,) = self.network.stream_encoded(lambda start, end: encoded[start:end], 2, self.spec.iters or None)
         return part.tracks.flow[0, 1]
-
-    def _autocast(self) -> AbstractContextManager:
-        if self.spec.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.spec.device, torch.bfloat16)

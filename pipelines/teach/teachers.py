@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from kinema.models.flow.raft.network import RAFT, FrameFeatures
 from kinema.models.flow.sea_raft.network import SEARAFT
 from kinema.models.flow.waft.network import WAFT
 from kinema.models.weights import file_sha256, local_file
+from kinema.pipelines.precision import autocast
 from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
 from kinema.pipelines.teach.tiling import TiledTeacher
 from kinema.pipelines.train.checkpoint import weights_file
@@ -59,7 +60,7 @@ class TeacherSpec:
     device: str = "cpu"
     """cpu or cuda."""
     precision: str = "fp32"
-    """fp32, or bf16 autocast (cuda only)."""
+    """fp32, or bf16 autocast."""
     threads: int = 1
     """CPU threads."""
 
@@ -157,13 +158,8 @@ class _NetworkTeacher:
     def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> Any:
         """What `encode` of the network gives of one frame."""
         image = to_image(frame, self.spec.flow_size(*frame.shape[:2]), self.spec.device)
-        with self._autocast():
+        with autocast(self.spec.precision, self.spec.device):
             return self.network.encode(image)
-
-    def _autocast(self) -> AbstractContextManager:
-        if self.spec.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.spec.device, torch.bfloat16)
 
 
 class RAFTTeacher(_NetworkTeacher):
@@ -179,7 +175,7 @@ class RAFTTeacher(_NetworkTeacher):
     def flow(self, pairs: Sequence[tuple[FrameFeatures, FrameFeatures]]) -> FlowEstimate:
         """All pairs in one network call."""
         first, second = (FrameFeatures.stack(features) for features in zip(*pairs, strict=True))
-        with self._autocast():
+        with autocast(self.spec.precision, self.spec.device):
             return FlowEstimate(self.network.flow_from_features(first, second, iters=self.spec.iters).float())
 
 
@@ -192,7 +188,7 @@ class DinoFlowTeacher(_NetworkTeacher):
     def flow(self, pairs: Sequence[tuple[DinoFlowFeatures, DinoFlowFeatures]]) -> FlowEstimate:
         """All pairs in one network call."""
         first, second = (DinoFlowFeatures.stack(features) for features in zip(*pairs, strict=True))
-        with self._autocast():
+        with autocast(self.spec.precision, self.spec.device):
             return FlowEstimate(self.network.flow_from_features(first, second).float())
 
 
@@ -206,7 +202,7 @@ class MixtureTeacher(_NetworkTeacher):
         """All pairs in one network call; the error that the mixture expects where the spec asks for it."""
         stack = type(pairs[0][0]).stack
         first, second = (stack(features) for features in zip(*pairs, strict=True))
-        with self._autocast():
+        with autocast(self.spec.precision, self.spec.device):
             if not self.spec.uncertainty:
                 return FlowEstimate(self.network.flow_from_features(first, second, iters=self.spec.iters).float())
             flow, info = self.network.prediction_from_features(first, second, iters=self.spec.iters)

@@ -23,6 +23,7 @@ from kinema.configs.load import to_mapping
 from kinema.configs.models.table import MODELS
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.pictures.images import write_png
+from kinema.pipelines.precision import autocast, choose
 from kinema.pipelines.tracking import PENDING_FILE, RunHandle, Tracker
 from kinema.pipelines.train import checkpoint as checkpoints
 from kinema.pipelines.train.meter import MEASURES_FILE, MetricsFile, ProgressFile, StepSums, Window, memory_mb
@@ -37,7 +38,6 @@ from kinema.pipelines.train.parallel import (
     seed_step,
     without_sync,
 )
-from kinema.pipelines.train.precision import autocast, choose
 from kinema.pipelines.train.recipes.protocol import Batch, Recipe, to_device
 from kinema.pipelines.train.sharded import load_parts, shard
 from kinema.pipelines.train.stop import Notice, Stop

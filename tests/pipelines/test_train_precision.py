@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kinema.configs import TrainConfig
-from kinema.pipelines.train import checkpoint, precision
+from kinema.pipelines import precision
+from kinema.pipelines.train import checkpoint
 from kinema.pipelines.train.loop import train_worker
 from kinema.pipelines.train.parallel import Place
 from kinema.pipelines.train.recipes.flowfeat import FlowFeatRecipe

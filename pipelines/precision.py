@@ -1,4 +1,4 @@
-"""In which precision a training multiplies matrices: float32, or bfloat16 through autocast (weights stay float32)."""
+"""In which precision networks multiply matrices: float32, or bfloat16 through autocast (weights stay float32)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def autocast(precision: str, device: torch.device | str) -> contextlib.AbstractContextManager[Any]:
     """A context whose matrix products are in this precision."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    return (
+        torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    )

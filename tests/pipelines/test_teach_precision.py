@@ -1,0 +1,53 @@
+"""Teachers whose products are in bf16, on a CPU: how far from float32, and who may ask for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from kinema.configs import TeachConfig
+from kinema.pipelines import teach
+from kinema.pipelines.sidecars.flow_files import read_flo, valid_pixels
+from kinema.pipelines.teach.teachers import TeacherSpec, use_threads
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the folder {DATA}")
+
+
+def flow_of(spec: TeacherSpec, frames: list[np.ndarray]) -> np.ndarray:
+    teacher = spec.load()
+    features = [teacher.features(frame) for frame in frames]
+    return teacher.flow([(features[0], features[1])]).flow_px[0].numpy()
+
+
+@needs_data
+def test_bf16_costs_a_hundredth_of_the_error_at_most():
+    """Published weights on a real pair with known flow."""
+    folder = DATA / "flow" / "middlebury"
+    frames = [np.ascontiguousarray(cv2.imread(str(folder / f"RubberWhale{n}.png"))[..., ::-1]) for n in (1, 2)]
+    truth = read_flo(folder / "RubberWhale_flow10.flo")
+    known = valid_pixels(truth)
+    spec = TeacherSpec("raft_small", weights=str(DATA / "weights" / "raft-small.pth"), iters=12)
+    with use_threads(1):
+        flows = {name: flow_of(replace(spec, precision=name), frames) for name in ("fp32", "bf16")}
+    assert flows["bf16"].dtype == np.float32
+    errors = {name: np.hypot(*(flow - truth))[known].mean() for name, flow in flows.items()}
+    print(errors, "difference", np.hypot(*(flows["bf16"] - flows["fp32"])).mean())
+    assert 0 < np.hypot(*(flows["bf16"] - flows["fp32"])).mean() < 0.02
+    assert errors["bf16"] < errors["fp32"] + 0.003
+
+
+def test_a_cpu_without_the_instructions_refuses(tmp_path, monkeypatch):
+    monkeypatch.setattr(teach, "cpu_multiplies_bf16", lambda: False)
+    config = TeachConfig(
+        clips=str(tmp_path), out=str(tmp_path / "flow"), teacher="raft_small", precision="bf16", device="cpu"
+    )
+    with pytest.raises(ValueError, match="this CPU only emulates products of bf16; use precision=fp32"):
+        teach._place(config, TeacherSpec("raft_small"))
+    monkeypatch.setattr(teach, "cpu_multiplies_bf16", lambda: True)
+    spec, _ = teach._place(config, TeacherSpec("raft_small", precision="bf16"))
+    assert (spec.device, spec.precision) == ("cpu", "bf16")
