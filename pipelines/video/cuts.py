@@ -31,6 +31,7 @@ _ALIKE = 0.15  # share of blocks that move like two neighbours; between shots of
 _NEIGHBOURS_PX = 3
 _BAR = 24  # brightness of what counts as a dark bar
 _SAME_BRIGHTNESS = 16
+_RATE = FrameTimecode(0, fps=25.0)
 _BRIDGE = 3  # frames a flash or an occluder may span, counted from the frame before to the frame after
 
 
@@ -86,7 +87,7 @@ class CutDetector:
         if self._detector is None:
             return
         # the detectors work on frame numbers; the rate is only how they are written
-        found = self._detector.process_frame(FrameTimecode(index, fps=25.0), picture_bgr)
+        found = self._detector.process_frame(FrameTimecode(index, fps=_RATE), picture_bgr)
         self._proposed.extend(cut.frame_num for cut in found if cut.frame_num > 0)
         self._recent[index] = grey = _matching_picture(picture_bgr)
         self._recent.pop(index - DISSOLVE_SPAN - 1, None)
