@@ -123,7 +123,7 @@ def _print(name: str, value: object) -> None:
 def _repeats_to_the_byte(triton_impl) -> bool:
     results = []
     for _ in range(2):
-        leaves = [t.requires_grad_() for t in maps((1, 20, 9, 10), DTYPES[0], "contiguous")]
+        leaves = [t.requires_grad_() for t in maps((1, 20, 8, 9), DTYPES[0], "contiguous")]
         out = triton_impl.local_correlation_triton(*leaves, 4)
         results.append([out, *torch.autograd.grad(out, leaves, out.detach().sin())])
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
