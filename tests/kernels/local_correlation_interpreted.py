@@ -112,6 +112,7 @@ def main() -> None:
     _print(
         "empty batch", list(triton_impl.local_correlation_triton(*maps((0, 3, 4, 5), DTYPES[0], "contiguous"), 1).shape)
     )
+    _print("repacked", _repacked(triton_impl))
     _print("compiled", {impl: _error_of_compiling(impl) for impl in ("triton", "reference")})
 
 
@@ -156,6 +157,26 @@ def _second_derivatives(triton_impl) -> float:
         strict=True,
     )
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def _repacked(triton_impl) -> dict[str, bool]:
+    """Whether maps come back as a channels-last copy of whole 16s of channels; one that differs raises."""
+    found = {}
+    for name, (shape, dtype, layout, radius) in {
+        "whole channels": ((1, 32, 5, 7), torch.float16, "channels-last", 3),
+        "whole rows": ((1, 19, 5, 16), torch.bfloat16, "contiguous", 4),
+        "odd radius": ((1, 19, 5, 16), torch.bfloat16, "contiguous", 3),
+        "odd width": ((2, 19, 5, 9), torch.float16, "contiguous", 4),
+        "odd channels": ((1, 19, 5, 7), torch.float16, "channels-last", 4),
+        "float32": ((1, 19, 5, 9), torch.float32, "contiguous", 3),
+    }.items():
+        fmap, _ = maps((*shape, radius), dtype, layout)
+        packed = triton_impl.repacked(fmap, radius)
+        C = shape[1]
+        assert torch.equal(packed[:, :C], fmap) and not packed[:, C:].any()
+        found[name] = packed is not fmap
+        assert not found[name] or (packed.stride(1) == 1 and packed.shape[1] == 32), (name, packed.stride())
+    return found
 
 
 def _opcheck(triton_impl) -> dict[str, dict[str, str]]:
