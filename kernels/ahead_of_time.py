@@ -24,7 +24,7 @@ from typing import Any
 from kinema.kernels import sass
 from kinema.kernels.launch import Launch, noted_launches
 
-OPS = ("local_correlation", "correlation_lookup", "cosine_attention")
+OPS = ("local_correlation", "correlation_lookup", "cosine_attention", "convex_upsampling")
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
 SHARED_LIMIT_BYTES = {
     (8, 0): 163 * 1024,

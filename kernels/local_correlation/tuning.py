@@ -47,7 +47,8 @@ def correlate_options(dtype: torch.dtype, channels: int, radius: int, capability
     whole = max(SMALLEST_BLOCK_C, triton.next_power_of_2(channels))
     hopper = capability[0] == 9
     single = dtype == torch.float32
-    strip = Strip.of(radius, 32 if single else 64)
+    # On 12.0 the parts of 32 pixels leave no registers for maps that are read one element at a time.
+    strip = Strip.of(radius, 64 if not single else 32 if capability[0] < 12 else 16)
     fits = whole <= (256 if hopper else 128) and not (single and strip.pixels > 32)
     if fits:
         # The next strip of 16-bit features is on its way while one is multiplied.
