@@ -39,6 +39,8 @@ LIMITS = {
     ("window_sum_kernel", "float32 C256 r4 channels-last"): (851,),
     ("window_sum_kernel", "float16 C128 r4 channels-last"): (630,),
     ("window_sum_kernel", "float16 C256 r4 channels-last"): (935,),
+    ("upsample_kernel", "float32 C2 f8 channels-last"): (),
+    ("gradients_kernel", "float32 C2 f8 channels-last"): (),
 }
 # Issue cycles of a program outside those loops, by kernel and case: a tenth above as well.
 REST_LIMITS = {
@@ -50,6 +52,8 @@ REST_LIMITS = {
     ("window_sum_kernel", "float32 C256 r4 channels-last"): 659,
     ("window_sum_kernel", "float16 C128 r4 channels-last"): 580,
     ("window_sum_kernel", "float16 C256 r4 channels-last"): 1076,
+    ("upsample_kernel", "float32 C2 f8 channels-last"): 689,
+    ("gradients_kernel", "float32 C2 f8 channels-last"): 1168,
 }
 
 
@@ -87,6 +91,14 @@ ORDINARY = {
     "local_correlation": "float16 C128 r4 channels-last",
     "correlation_lookup": "bfloat16 C256 channels-last",
     "cosine_attention": "bfloat16 D64 R32 query_causal",
+    "convex_upsampling": "float32 C2 f8 channels-last",
+}
+# Cases that took a configuration of their own on other generations.
+ELSEWHERE = {
+    (8, 0): ("local_correlation", "float32 C128 r4 channels-last"),
+    (8, 6): ("cosine_attention", "bfloat16 D72 R18 full"),
+    (8, 9): ("local_correlation", "bfloat16 C600 r2 channels-last"),
+    (12, 0): ("local_correlation", "float32 C128 r3 contiguous W90"),
 }
 
 
@@ -97,6 +109,14 @@ def test_what_is_launched_compiles_without_spills_or_narrow_loads(op):
     check_limits(rows)
     assert {row["case"] for row in rows} == {ORDINARY[op]}
     assert any((row["kernel"], row["case"]) in LIMITS for row in rows)
+
+
+@pytest.mark.parametrize("capability", ELSEWHERE, ids=lambda pair: ".".join(map(str, pair)))
+def test_other_generations_have_blocks_that_fit(capability):
+    op, case = ELSEWHERE[capability]
+    rows = rows_of(op, capability, "--only", case, "--all")
+    check(rows, capability)
+    assert {row["case"] for row in rows} == {case} and not any(row["stack_bytes"] for row in rows)
 
 
 @pytest.mark.slow
