@@ -5,8 +5,8 @@
 The operations run on tensors without data, so that every kernel is compiled as its launch specialises it: by the
 strides that such tensors have, with the launched configuration. A line per launch gives registers, bytes of stack
 (spills), shared memory as asked for at launch, matrix instructions and, per innermost loop with matrix instructions,
-issue cycles (`kernels/sass.py`) per 64 x 64 pairs of one pass. Not for a process that runs the interpreter: triton
-then compiles nothing.
+issue cycles (`kernels/sass.py`) per 64 x 64 pairs of one pass, then those of the rest of a program. Not for a process
+that runs the interpreter: triton then compiles nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from kinema.kernels import sass
 from kinema.kernels.launch import Launch, noted_launches
 
-OPS = ("local_correlation", "correlation_lookup", "cosine_attention")
+OPS = ("local_correlation", "correlation_lookup", "cosine_attention", "convex_upsampling")
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
 SHARED_LIMIT_BYTES = {
     (8, 0): 163 * 1024,
@@ -65,6 +65,8 @@ class Report:
     has_dot: bool
     loops: list[dict[str, Any]]
     """Innermost loops with matrix instructions: the fields of `sass.Loop`, and `cycles` per 64 x 64 products."""
+    other_cycles: int
+    """Issue cycles of a program's instructions outside those loops, each counted once."""
 
 
 def cases_of(op: str) -> list[Case]:
@@ -94,6 +96,7 @@ def report(op: str, case: Case, launch: Launch, capability: tuple[int, int]) -> 
     warps = launch.options.get("num_warps", 4)
     tile = _tile(launch.options)
     found = [loop for loop in sass.loops(code) if loop.matrix]
+    others = sum(i.opcode != "NOP" for i in code) - sum(loop.instructions for loop in found)
     return Report(
         op=op,
         case=case.name,
@@ -108,6 +111,7 @@ def report(op: str, case: Case, launch: Launch, capability: tuple[int, int]) -> 
         loops=[
             {**dataclasses.asdict(loop), "cycles": round(loop.issue_cycles(warps) * 64 * 64 / tile)} for loop in found
         ],
+        other_cycles=round(others * warps / sass.PARTITIONS),
     )
 
 
@@ -174,7 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = options.capability or (".".join(map(str, pair)) for pair in CAPABILITIES)
     capabilities = [(int(major), int(minor)) for major, minor in (text.split(".") for text in chosen)]
     if not options.json:
-        print(f"{'kernel':<24}{'case':<56}{'cc':>5}{'regs':>6}{'stack':>7}{'shared':>8}{'matrix':>8}  cycles of loops")
+        head = f"{'kernel':<24}{'case':<56}{'cc':>5}{'regs':>6}{'stack':>7}{'shared':>8}{'matrix':>8}"
+        print(f"{head}  cycles of loops, of the rest")
     for op in options.op or OPS:
         for capability in capabilities:
             for row in reports(op, capability, options.only, not options.all):
@@ -183,7 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
                     continue
                 figures = f"{row.registers:>6}{row.stack_bytes:>7}{row.shared_bytes:>8}{row.matrix_instructions:>8}"
                 cycles = " ".join(f"{loop['cycles']}" for loop in row.loops)
-                print(f"{row.kernel:<24}{row.case:<56}{row.capability:>5}{figures}  {cycles}", flush=True)
+                rest = f"{cycles}, {row.other_cycles}"
+                print(f"{row.kernel:<24}{row.case:<56}{row.capability:>5}{figures}  {rest}", flush=True)
     return 0
 
 

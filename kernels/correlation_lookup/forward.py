@@ -22,6 +22,7 @@ from kinema.kernels.correlation_lookup.geometry import (
     tile_windows,
     window_of,
 )
+from kinema.kernels.halves import halves
 
 
 @triton.jit
@@ -36,25 +37,17 @@ def split_kernel(
     CHANNELS: tl.constexpr,
     LOW: tl.constexpr,
 ):
-    """Each pixel's features, divided by a power of two that brings the largest to [1, 2), as two float16.
-
-    Together they hold 22 of float32's 24 bits, or what is above 2^-25 of the pixel's largest; the first alone, without
-    LOW, as many as TF32, or what is above 2^-25 of the pixel's largest.
-    """
+    """Each pixel's features as float16 parts and a scale (`halves`): the high parts alone without LOW."""
     b = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     channel = tl.arange(0, CHANNELS)
     known = (pixel < pixels)[:, None] & (channel < C)[None, :]
     offset = b * pixels * C + pixel[:, None] * C + channel[None, :]
     values = tl.load(rows_ptr + offset, mask=known, other=0.0)
-    exponent = tl.max(tl.abs(values), axis=1).to(tl.int32, bitcast=True) >> 23
-    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-    values = values * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
-    high = values.to(tl.float16)
+    high, low_part, scale = halves(values, 1)
     tl.store(parts_ptr + offset, high, mask=known)
     if LOW:
-        tl.store(parts_ptr + low + offset, (values - high.to(tl.float32)).to(tl.float16), mask=known)
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
+        tl.store(parts_ptr + low + offset, low_part, mask=known)
     tl.store(scales_ptr + b * pixels + pixel, scale, mask=pixel < pixels)
 
 

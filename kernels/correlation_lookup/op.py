@@ -31,6 +31,7 @@ from kinema.kernels.correlation_lookup.tuning import (
     block_of,
     choose_config,
     forward_types,
+    query_grad_warps,
 )
 from kinema.kernels.launch import launch, on_device
 
@@ -260,18 +261,19 @@ def _add_query_grad(
     B, H, W, C = total.shape
     config = choose_config("query_grad", f2.dtype, level, f2.device)
     block_y, block_x = block_of(config.blocks[0], level)
+    block_c = block_channels(C, config)
     launch(
         query_grad_kernel,
-        (_tiles(H, W), C // block_channels(C, config), B),
+        (_tiles(H, W), C // block_c, B),
         *(lattice, _map(f2), _coords(coords), total, _level(f1, f2, level)),
         RADIUS=radius,
         TILE=TILE,
         BY=block_y,
         BX=block_x,
-        BC=block_channels(C, config),
+        BC=block_c,
         ADD=level > 0,
         **backward_types(f2.dtype, precision),
-        num_warps=config.num_warps,
+        num_warps=query_grad_warps(block_c, config),
         num_stages=config.num_stages,
     )
 

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from kinema.kernels import tuning
 from kinema.kernels.dispatch import INTERPRETING
+from kinema.kernels.launch import capability_of
 from kinema.kernels.tuning import Config, Key
 
 OP = "correlation_lookup"
@@ -32,13 +33,19 @@ DEFAULTS = {
     ("target_grad", True): Config((TILE * TILE, 128), 8, 2),
     ("target_grad", False): Config((TILE * TILE, 32), 4, 2),
 }
+# Without the warp-group instructions of 9.0, operands take registers too.
+EARLIER = {("lookup", False): Config((64, 32), 8, 2)}
 
 
 def choose_config(kernel: str, dtype: torch.dtype, level: int | None, device: torch.device) -> Config:
     """What a kernel runs with at a pyramid level, None for all, on a device: blocks are (targets, channels)."""
     bucket = "levels" if level is None else f"level {min(level, 2)}"
     key = Key(OP, kernel, str(dtype).removeprefix("torch."), bucket)
-    return tuning.choose_config(key, DEFAULTS[kernel, dtype != torch.float32], device)
+    size = kernel, dtype != torch.float32
+    default = DEFAULTS[size]
+    if capability_of(device)[0] not in (9, 10):
+        default = EARLIER.get(size, default)
+    return tuning.choose_config(key, default, device)
 
 
 def block_of(targets: int, level: int | None) -> tuple[int, int]:
@@ -53,6 +60,11 @@ def block_of(targets: int, level: int | None) -> tuple[int, int]:
 def block_channels(channels: int, config: Config) -> int:
     """The largest block of channels, up to the configured one, that divides them."""
     return min(config.blocks[1], channels & -channels)
+
+
+def query_grad_warps(block_c: int, config: Config) -> int:
+    """Of a block of few channels, fewer: 8 warps would spill what they share."""
+    return min(config.num_warps, 4) if block_c <= SMALLEST_BLOCK_C else config.num_warps
 
 
 def forward_types(dtype: torch.dtype, precision: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Task:
     """Work for one process."""
 
     stage: str
-    """What `ONLY=` selects by: rates, attention, lookup, local, tuning, sanitizer."""
+    """What `ONLY=` selects by: rates, attention, lookup, local, upsampling, tuning, sanitizer."""
     name: str
     """Unique; the worker finds the task by it."""
     source: str
@@ -63,8 +63,9 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def tasks() -> tuple[Task, ...]:
     """Of a real run, in order."""
-    attention, lookup, local = (
-        f"kinema.kernels.{op}.gpu_cases" for op in ("cosine_attention", "correlation_lookup", "local_correlation")
+    attention, lookup, local, upsampling = (
+        f"kinema.kernels.{op}.gpu_cases"
+        for op in ("cosine_attention", "correlation_lookup", "local_correlation", "convex_upsampling")
     )
     return (
         Task("rates", "rates", "kinema.kernels.gpu.timing:rates_rows", 20),
@@ -82,7 +83,7 @@ def tasks() -> tuple[Task, ...]:
         ),
         Task("lookup", "lookup toys", f"{lookup}:toys", 20),
         *(
-            Task("lookup", f"lookup {what}", f"{lookup}:cases", 17, what)
+            Task("lookup", f"lookup {what}", f"{lookup}:cases", 16, what)
             for what in ("Sintel", "1080p", "1080p bf16", "training", "pair")
         ),
         Task("local", "local toys", f"{local}:toys", 15),
@@ -90,6 +91,7 @@ def tasks() -> tuple[Task, ...]:
             Task("local", f"local {what}", f"{local}:cases", 25, what)
             for what in ("1080p fp16", "1080p fp32", "DinoFlow training")
         ),
+        Task("upsampling", "upsampling", f"{upsampling}:cases", 10),
         Task("sanitizer", "sanitizer memcheck", "kinema.kernels.gpu.sanitizer:rows", 15, "memcheck"),
         Task("sanitizer", "sanitizer racecheck", "kinema.kernels.gpu.sanitizer:rows", 15, "racecheck"),
         Task("tuning", "tuning", "kinema.kernels.gpu.candidates:rows", 40),

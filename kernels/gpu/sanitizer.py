@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-TOYS = ("cosine_attention", "correlation_lookup", "local_correlation")
+TOYS = ("cosine_attention", "correlation_lookup", "local_correlation", "convex_upsampling")
 
 
 def rows(tool: str) -> Iterator[dict[str, Any]]:

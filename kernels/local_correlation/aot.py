@@ -10,13 +10,19 @@ from kinema.kernels.ahead_of_time import Case
 from kinema.kernels.local_correlation.triton_impl import correlate, window_sum
 
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
-# Channels, radius and layout; the first is quick to compile.
+HEIGHT, WIDTH = 64, 96
+ODD_WIDTH = 90
+"""Rows of it begin at no multiple of 16 bytes in 16-bit maps that are contiguous."""
+# Channels, radius, layout and width; the first is quick to compile.
 SIZES = (
-    (128, 4, "channels-last"),
-    (128, 4, "contiguous"),
-    (256, 12, "contiguous"),
-    (64, 12, "channels-last"),
-    (19, 28, "channels-last"),
+    (128, 4, "channels-last", WIDTH),
+    (256, 4, "channels-last", WIDTH),
+    (128, 4, "contiguous", WIDTH),
+    (128, 3, "contiguous", ODD_WIDTH),
+    (256, 12, "contiguous", WIDTH),
+    (64, 12, "channels-last", WIDTH),
+    (19, 28, "channels-last", WIDTH),
+    (600, 2, "channels-last", WIDTH),
 )
 
 
@@ -26,16 +32,16 @@ def cases() -> list[Case]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         kind = str(dtype).removeprefix("torch.")
         for size in SIZES:
-            channels, radius, layout = size
-            name = f"{kind} C{channels} r{radius} {layout}"
-            quick = size == SIZES[0] and dtype != torch.bfloat16
+            channels, radius, layout, width = size
+            name = f"{kind} C{channels} r{radius} {layout}{'' if width == WIDTH else f' W{width}'}"
+            quick = size in SIZES[:2] and dtype != torch.bfloat16
             found.append(Case(name, functools.partial(_call, dtype, *size), quick))
     return found
 
 
-def _call(dtype: torch.dtype, channels: int, radius: int, layout: str) -> None:
+def _call(dtype: torch.dtype, channels: int, radius: int, layout: str, width: int) -> None:
     maps = [
-        torch.empty(2, channels, 64, 96, dtype=dtype, device="meta").contiguous(memory_format=LAYOUTS[layout])
+        torch.empty(2, channels, HEIGHT, width, dtype=dtype, device="meta").contiguous(memory_format=LAYOUTS[layout])
         for _ in range(2)
     ]
     weight = correlate(maps[0], maps[1], radius)

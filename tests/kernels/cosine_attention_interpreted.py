@@ -25,33 +25,45 @@ from kinema.kernels.cosine_attention import cosine_attention, why_not_triton  # 
 
 torch.set_num_threads(1)
 
-# pattern, N, M, head size, angles, dtype, layout: each pattern, dtype and layout, odd sizes, more than one block.
+# batch, pattern, N, M, head size, angles, dtype, layout: each pattern, dtype and layout, odd sizes, more than one
+# block, head sizes below, at and above a power of two; a batch of two with the layouts whose strides then matter.
 SHAPES = [
-    ("full", 7, 63, 64, 32, "float32", "packed"),
-    ("full", 7, 70, 128, 64, "float16", "contiguous"),
-    ("full", 7, 7, 34, 5, "float32", "columns first"),
-    ("causal", 1, 1, 64, None, "float32", "contiguous"),
-    ("causal", 63, 63, 80, 0, "bfloat16", "contiguous"),
-    (("query-causal", 7), 28, 28, 64, 32, "float32", "packed"),
-    (("query-causal", 9), 36, 36, 64, 32, "bfloat16", "heads last"),
-    (("query-causal", 7), 7, 7, 64, 32, "float32", "contiguous"),
-    (("query-inference", 1), 8, 8, 64, 32, "float32", "packed"),
-    (("query-inference", 33), 70, 70, 96, 40, "float16", "heads last"),
-    (("query-inference", 7), 7, 7, 32, 16, "float32", "contiguous"),
+    (2, "full", 7, 63, 64, 32, "float32", "packed"),
+    (1, "full", 7, 70, 128, 64, "float16", "contiguous"),
+    (1, "full", 7, 7, 34, 5, "float32", "columns first"),
+    (1, "causal", 63, 63, 80, 0, "bfloat16", "contiguous"),
+    (1, "causal", 7, 7, 32, None, "float16", "packed"),
+    (1, ("query-causal", 7), 28, 28, 72, 18, "float32", "packed"),
+    (1, ("query-causal", 9), 36, 36, 64, 32, "bfloat16", "heads last"),
+    (1, ("query-causal", 7), 7, 7, 64, 32, "float32", "contiguous"),
+    (2, ("query-inference", 1), 8, 8, 64, 32, "float32", "heads last"),
+    (1, ("query-inference", 33), 70, 70, 96, 40, "float16", "heads last"),
+    (1, ("query-inference", 7), 7, 7, 32, 16, "float32", "contiguous"),
 ]
-# Not in the ordinary run.
+# Not in the ordinary run: the same kinds at other sizes, and both batch sizes for those above.
 MORE_SHAPES = [
-    ("full", 1, 1, 32, 16, "float32", "heads last"),
-    ("full", 63, 7, 72, 18, "float32", "contiguous"),
-    ("full", 127, 1, 96, 48, "float32", "heads last"),
-    ("full", 70, 63, 72, 18, "bfloat16", "packed"),
-    ("causal", 7, 7, 32, 16, "float16", "packed"),
-    ("causal", 127, 127, 64, 24, "float32", "heads last"),
-    (("query-causal", 40), 160, 160, 64, 32, "float32", "heads last"),
-    (("query-causal", 63), 126, 126, 32, 8, "float16", "contiguous"),
-    (("query-causal", 2), 130, 130, 48, 12, "float32", "columns first"),
-    (("query-inference", 63), 64, 64, 64, 32, "float32", "contiguous"),
-    (("query-inference", 5), 70, 70, 72, 18, "bfloat16", "packed"),
+    (2, "full", 1, 1, 32, 16, "float32", "heads last"),
+    (1, "full", 1, 1, 32, 16, "float32", "heads last"),
+    (1, "full", 63, 7, 72, 18, "float32", "contiguous"),
+    (1, "full", 127, 1, 96, 48, "float32", "heads last"),
+    (1, "full", 70, 63, 72, 18, "bfloat16", "packed"),
+    (2, "causal", 7, 7, 32, 16, "float16", "packed"),
+    (1, "causal", 127, 127, 64, 24, "float32", "heads last"),
+    (1, ("query-causal", 40), 160, 160, 64, 32, "float32", "heads last"),
+    (1, ("query-causal", 63), 126, 126, 32, 8, "float16", "contiguous"),
+    (1, ("query-causal", 2), 130, 130, 48, 12, "float32", "columns first"),
+    (1, ("query-inference", 63), 64, 64, 64, 32, "float32", "contiguous"),
+    (1, ("query-inference", 5), 70, 70, 72, 18, "bfloat16", "packed"),
+    (1, "full", 7, 63, 64, 32, "float32", "packed"),
+    (2, "full", 7, 70, 128, 64, "float16", "contiguous"),
+    (2, "full", 7, 7, 34, 5, "float32", "columns first"),
+    (2, "causal", 1, 1, 64, None, "float32", "contiguous"),
+    (1, "causal", 1, 1, 64, None, "float32", "contiguous"),
+    (1, ("query-causal", 7), 28, 28, 64, 32, "float32", "packed"),
+    (2, ("query-causal", 7), 7, 7, 64, 32, "float32", "contiguous"),
+    (2, ("query-inference", 1), 8, 8, 64, 32, "float32", "packed"),
+    (1, ("query-inference", 1), 8, 8, 64, 32, "float32", "packed"),
+    (2, ("query-inference", 7), 7, 7, 32, 16, "float32", "contiguous"),
 ]
 # Nobody sees anything but itself: the output is v, and q, k and the scale have no influence.
 ALONE = [(("query-causal", 1), 4, 4, 64, 32), (("query-inference", 0), 7, 7, 64, 32), ("causal", 1, 1, 32, 16)]
@@ -70,18 +82,18 @@ def arranged(x: Tensor, layout: str) -> Tensor:
     return x.contiguous()
 
 
-def inputs(pattern, N: int, M: int, D: int, R: int | None, dtype: str, layout: str, batch: int = 2) -> dict:
+def inputs(pattern, N: int, M: int, D: int, R: int | None, dtype: str, layout: str, batch: int = 1, H: int = 3) -> dict:
+    """Tensors of a call: q [batch, H, N, D], k and v [batch, H, M, D], R angles of a row or a key, a scale per head."""
     generator = torch.Generator().manual_seed(N * 1000 + M + D)
     kind = getattr(torch, dtype)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    H = 3
     q, k, v, dout = (arranged(draw(batch, H, n, D).to(kind).to(DEVICE), layout) for n in (N, M, M, N))
     # Angles that differ over heads only, or over the batch only, as rotary embeddings and positions of points give.
     angles = (None, None) if R is None else (9 * draw(1, H, N, R).to(DEVICE), draw(batch, 1, M, R).to(DEVICE))
-    scale = torch.tensor([10.0, -3.0, 0.5], device=DEVICE)
+    scale = torch.tensor([10.0, -3.0, 0.5][:H], device=DEVICE)
     return {"q": q, "k": k, "v": v, "angles": angles, "scale": scale, "dout": dout, "pattern": pattern}
 
 
@@ -108,18 +120,17 @@ def errors(found: list[Tensor], right: list[Tensor]) -> dict[str, float]:
 
 
 def accuracy(shapes: list[tuple]) -> Iterator[dict]:
-    for shape in shapes:
-        for batch in (2, 1) if shape[1] < 10 else (1,):
-            case = inputs(*shape, batch=batch)
-            found = results(case, "triton")
-            assert found[0].dtype == case["q"].dtype and found[0].shape == case["q"].shape
-            right = results(case, "reference", torch.float64)
-            pattern, N, M, D, R, dtype, layout = shape
-            yield {
-                "case": f"{pattern} N{N} M{M} D{D} R{R} {dtype} {layout} batch {batch}",
-                "dtype": dtype,
-                "errors": errors(found, right),
-            }
+    for batch, *shape in shapes:
+        case = inputs(*shape, batch=batch)
+        found = results(case, "triton")
+        assert found[0].dtype == case["q"].dtype and found[0].shape == case["q"].shape
+        right = results(case, "reference", torch.float64)
+        pattern, N, M, D, R, dtype, layout = shape
+        yield {
+            "case": f"{pattern} N{N} M{M} D{D} R{R} {dtype} {layout} batch {batch}",
+            "dtype": dtype,
+            "errors": errors(found, right),
+        }
 
 
 def alone() -> Iterator[dict]:
@@ -148,9 +159,9 @@ def poison() -> None:
 
 def repeated() -> dict:
     """Of more rows and keys than one block holds."""
-    num_pokes, batch = (40, 2) if DEVICE == "cuda" else (20, 1)
+    num_pokes, batch, heads = (40, 2, 3) if DEVICE == "cuda" else (20, 1, 1)
     length = 4 * num_pokes
-    case = inputs(("query-causal", num_pokes), length, length, 64, 32, "float32", "heads last", batch)
+    case = inputs(("query-causal", num_pokes), length, length, 64, 32, "float32", "heads last", batch, heads)
     once, twice = results(case, "triton"), results(case, "triton")
     return {"case": "same bytes twice", "same": all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))}
 
@@ -178,7 +189,7 @@ def one_sided_angles() -> dict:
 
 def compiled_kernel() -> dict:
     """torch.compile without graph breaks around the kernels, forward and backward."""
-    case = inputs(("query-causal", 3), 12, 12, 32, 16, "float32", "heads last")
+    case = inputs(("query-causal", 3), 12, 12, 32, 16, "float32", "heads last", batch=2, H=1)
     plain = results(case, "auto")
     whole = torch.compile(cosine_attention, fullgraph=True, backend="aot_eager")
     leaves = [case[name].detach().requires_grad_() for name in ("q", "k", "v", "scale")]
@@ -194,7 +205,7 @@ def operator_checks() -> dict:
     """torch.library's own tests of schema, fake tensors and autograd registration."""
     from kinema.kernels.cosine_attention import op
 
-    case = inputs(("query-causal", 3), 12, 12, 32, 16, "float32", "heads last")
+    case = inputs(("query-causal", 3), 12, 12, 32, 16, "float32", "heads last", batch=2, H=1)
     q, k, v, scale = (case[name].requires_grad_() for name in ("q", "k", "v", "scale"))
     arguments = (q, k, v, *case["angles"], scale, "query_causal", 3)
     forward = torch.library.opcheck(torch.ops.kinema.cosine_attention.default, arguments)
@@ -276,7 +287,7 @@ def compiled_and_exported() -> Iterator[dict]:
             def forward(self, q, k, v, theta_q, theta_k, scale):
                 return cosine_attention(q, k, v, theta_q, theta_k, scale, pattern)  # noqa: B023
 
-        case = inputs(pattern, 12, 12, 32, 16, "float32", "heads last")
+        case = inputs(pattern, 12, 12, 32, 16, "float32", "heads last", batch=2)
         arguments = (case["q"], case["k"], case["v"], *case["angles"], case["scale"])
         compiled = torch.compile(Attention(), fullgraph=True, backend="aot_eager")
         batch = {0: torch.export.Dim("batch", min=2, max=64)}

@@ -112,6 +112,7 @@ def main() -> None:
     _print(
         "empty batch", list(triton_impl.local_correlation_triton(*maps((0, 3, 4, 5), DTYPES[0], "contiguous"), 1).shape)
     )
+    _print("repacked", _repacked(triton_impl))
     _print("compiled", {impl: _error_of_compiling(impl) for impl in ("triton", "reference")})
 
 
@@ -123,7 +124,7 @@ def _print(name: str, value: object) -> None:
 def _repeats_to_the_byte(triton_impl) -> bool:
     results = []
     for _ in range(2):
-        leaves = [t.requires_grad_() for t in maps((1, 20, 9, 10), DTYPES[0], "contiguous")]
+        leaves = [t.requires_grad_() for t in maps((1, 20, 8, 9), DTYPES[0], "contiguous")]
         out = triton_impl.local_correlation_triton(*leaves, 4)
         results.append([out, *torch.autograd.grad(out, leaves, out.detach().sin())])
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -156,6 +157,26 @@ def _second_derivatives(triton_impl) -> float:
         strict=True,
     )
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def _repacked(triton_impl) -> dict[str, bool]:
+    """Whether maps come back as a channels-last copy of whole 16s of channels; one that differs raises."""
+    found = {}
+    for name, (shape, dtype, layout, radius) in {
+        "whole channels": ((1, 32, 5, 7), torch.float16, "channels-last", 3),
+        "whole rows": ((1, 19, 5, 16), torch.bfloat16, "contiguous", 4),
+        "odd radius": ((1, 19, 5, 16), torch.bfloat16, "contiguous", 3),
+        "odd width": ((2, 19, 5, 9), torch.float16, "contiguous", 4),
+        "odd channels": ((1, 19, 5, 7), torch.float16, "channels-last", 4),
+        "float32": ((1, 19, 5, 9), torch.float32, "contiguous", 3),
+    }.items():
+        fmap, _ = maps((*shape, radius), dtype, layout)
+        packed = triton_impl.repacked(fmap, radius)
+        C = shape[1]
+        assert torch.equal(packed[:, :C], fmap) and not packed[:, C:].any()
+        found[name] = packed is not fmap
+        assert not found[name] or (packed.stride(1) == 1 and packed.shape[1] == 32), (name, packed.stride())
+    return found
 
 
 def _opcheck(triton_impl) -> dict[str, dict[str, str]]:

@@ -256,14 +256,14 @@ def _assert_same_bytes(rows):
 
 def test_kernels_in_the_interpreter(interpreted):
     """Outputs and gradients against the reference in float64, on poisoned memory; and the same bytes twice."""
-    _assert_right(interpreted, at_least=20)
+    _assert_right(interpreted, at_least=16)
     _assert_same_bytes(interpreted)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(660)
 def test_kernels_in_the_interpreter_on_more_shapes():
-    _assert_right(_run_script("more"), at_least=11)
+    _assert_right(_run_script("more"), at_least=22)
 
 
 def test_operators_pass_the_library_checks(interpreted):
@@ -302,5 +302,5 @@ def test_kernels_on_a_gpu():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     rows = _run_script("cuda")
-    _assert_right(rows, at_least=31)
+    _assert_right(rows, at_least=38)
     _assert_same_bytes(rows)

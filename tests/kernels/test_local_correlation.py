@@ -271,5 +271,7 @@ def test_kernels_in_the_interpreter_keep_the_contract(interpreted):
     assert interpreted["empty batch"] == [0, 9, 4, 5]
     # The reference is compiled there too: the import hook of this process is more than torch.compile can trace.
     assert interpreted["compiled"]["triton"] < 1e-6 and interpreted["compiled"]["reference"] < 1e-5
+    copied = {name for name, is_copy in interpreted["repacked"].items() if is_copy}
+    assert copied == {"odd radius", "odd width", "odd channels"}
     for op, checks in interpreted["opcheck"].items():
         assert len(checks) == 4 and set(checks.values()) == {"SUCCESS"}, (op, checks)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from kinema.kernels import convex_upsample
 from kinema.models.flow.geometry import pixel_grid, warp
 from kinema.models.flow.sea_raft.loss import mixture_nll, mixture_sequence_loss
-from kinema.models.flow.upsampling import convex_upsample
 from kinema.models.flow.waft import WAFT, waft
 from kinema.models.flow.waft.evaluation import predict_at_train_size
 from kinema.models.flow.waft.layers import SIZES

@@ -10,9 +10,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from kinema.kernels import convex_upsample
 
 Norm = Literal["instance", "batch", "none"]
 
@@ -230,11 +231,7 @@ class UpdateBlock(nn.Module):
 
         Neighbours outside the map count as zero flow; the mask's logits are scaled by 0.25.
         """
-        logits = (0.25 * self.mask(hidden)).float()
-        weights = rearrange(logits, "b (k y x) h w -> b 1 k y x h w", k=9, y=8).softmax(dim=2)
-        neighbours = F.unfold(8.0 * flow, 3, padding=1)
-        neighbours = rearrange(neighbours, "b (xy k) (h w) -> b xy k 1 1 h w", xy=2, h=flow.shape[2])
-        return rearrange((weights * neighbours).sum(dim=2), "b xy y x h w -> b xy (h y) (w x)")
+        return convex_upsample(8.0 * flow, self.mask(hidden), 0.25)
 
 
 class SmallUpdateBlock(nn.Module):

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kinema.kernels import convex_upsample
 from kinema.models.flow.geometry import pixel_grid, resize_flow
 from kinema.models.flow.padding import Padding, padding_for
 from kinema.models.flow.pair_network import PairNetwork, check_images
@@ -38,7 +39,6 @@ from kinema.models.flow.raft.family import (
 )
 from kinema.models.flow.sea_raft.layers import HIDDEN_CHANNELS, ResNetEncoder, SeaRaftUpdateBlock
 from kinema.models.flow.sea_raft.loss import expected_error_px
-from kinema.models.flow.upsampling import convex_upsample
 from kinema.models.weights import download, load_weights, read_state_dict, resolve_weights
 
 RESNET18, RESNET34 = (2, 2, 2), (3, 4, 6)

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kinema.kernels import convex_upsample
 from kinema.models.flow.geometry import warp
 from kinema.models.flow.padding import Padding
 from kinema.models.flow.pair_network import check_image_pair, check_images
 from kinema.models.flow.raft.family import check_feature_pair
 from kinema.models.flow.sea_raft.loss import expected_error_px
 from kinema.models.flow.sea_raft.network import Prediction
-from kinema.models.flow.upsampling import convex_upsample
 from kinema.models.flow.waft.layers import (
     DEPTH_PATCH,
     REFINE_PATCH,

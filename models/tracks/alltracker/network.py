@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kinema.kernels import convex_upsample
 from kinema.models.flow.geometry import pixel_grid
 from kinema.models.flow.padding import Padding, padding_for
-from kinema.models.flow.upsampling import convex_upsample
 from kinema.models.tracks.alltracker.correlation import LOOKUP_CHANNELS, AnchorCorrelation
 from kinema.models.tracks.alltracker.layers import CHANNELS, ConvNextEncoder, UpdateBlock, frame_by_frame
 from kinema.models.tracks.cotracker3.layers import FrameEncoder
@@ -318,7 +318,7 @@ class AllTracker(nn.Module):
     def _upsampled(self, flow: Tensor, logits: Tensor, hidden: Tensor) -> Float[Tensor, "R 4 Hp Wp"]:
         """Flow in pixels, and logits: as published, they too are multiplied by 8 (and so saturate sooner)."""
         maps = STRIDE * torch.cat([flow, logits], dim=1)
-        return convex_upsample(maps, 0.25 * self.upsample_weight(hidden))
+        return convex_upsample(maps, self.upsample_weight(hidden), 0.25)
 
 
 class _Encoder(nn.Module):
