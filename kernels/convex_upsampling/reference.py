@@ -16,7 +16,7 @@ def convex_upsample_reference(
     out[b, c, f y + j, f x + i] = sum over k of w[k] maps[b, c, y + k // 3 - 1, x + k % 3 - 1], 0 outside the map, where
     w is the softmax over k of scale logits[b, (k f + j) f + i, y, x]: K = 9 f^2.
 
-    Returns: float32 (float64 if both are), computed in that.
+    Returns: float32 (float64 if one of the two is), computed in that.
     Source: Teed and Deng, arXiv:2003.12039, section 3.3, whose logits are scaled by 0.25.
     """
     B, C, H, W = maps.shape
