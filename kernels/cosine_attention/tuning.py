@@ -33,12 +33,19 @@ DEFAULTS = {
     ("keys full", True, False): Config((64, 128), 8, 2),
     ("keys causal", True, False): Config((64, 128), 8, 2),
     ("keys", False, False): Config((32, 16), 4, 1),
-    ("keys", False, True): Config((16, 16), 8, 1),
+    ("keys", False, True): Config((32, 16), 8, 1),
 }
 # Without the warp-group instructions of 9.0, operands take registers too, and most cards have 99 KiB of shared memory.
 EARLIER = {
     ("rows", True, True): Config((128, 32), 8, 2),
     ("keys", True, True): Config((64, 64), 8, 2),
+}
+# 12.0 spills where the others just fit.
+LATER = {
+    ("forward", False, False): Config((32, 32), 4, 1),
+    ("rows", False, True): Config((32, 16), 8, 1),
+    ("keys", False, True): Config((16, 16), 8, 1),
+    ("keys causal", True, False): Config((64, 64), 4, 2),
 }
 
 
@@ -57,7 +64,10 @@ def choose_config(kernel: str, dtype: torch.dtype, kind: str, D: int, device: to
     size = (dtype != torch.float32, half_width(D) > 32)
     # Where keys are few, blocks of them stay small.
     default = DEFAULTS.get((f"{kernel} {kind}", *size)) or DEFAULTS[kernel, *size]
-    if capability_of(device)[0] not in (9, 10):
+    generation = capability_of(device)[0]
+    if generation not in (9, 10):
         default = EARLIER.get((kernel, *size), default)
+    if generation >= 12:
+        default = LATER.get((f"{kernel} {kind}", *size)) or LATER.get((kernel, *size), default)
     key = Key(OP, kernel, str(dtype).removeprefix("torch."), bucket_of(D), kind)
     return tuning.choose_config(key, default, device)
