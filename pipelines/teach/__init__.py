@@ -209,7 +209,7 @@ def _place(config: TeachConfig, spec: TeacherSpec) -> tuple[TeacherSpec, Place]:
         actor_bytes=facts.actor_bytes,
     )
     if config.precision == "bf16" and not facts.needs_weights:
-        raise ValueError(f"precision=bf16: {config.teacher} is no network; leave precision= out")
+        raise ValueError(f"precision=bf16: {config.teacher} is no network; use precision=fp32")
     if config.precision == "bf16" and place.device == "cpu" and not cpu_multiplies_bf16():
         raise ValueError(
             "precision=bf16: this CPU only emulates products of bf16; use precision=fp32, a GPU, or a CPU with "

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kinema.kernels import convex_upsample
+from kinema.kernels.convex_upsampling import convex_upsample
 from kinema.kernels.convex_upsampling import why_not_triton
 from tests.kernels.convex_upsampling_interpreted import CASES, TOLERANCES, case_name, errors, inputs
 

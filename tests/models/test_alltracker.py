@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kinema.kernels import convex_upsample
+from kinema.kernels.convex_upsampling import convex_upsample
 from kinema.models.tracks.alltracker import AllTracker, DenseTracks, alltracker
 from kinema.models.tracks.alltracker import correlation as alltracker_correlation
 from kinema.models.tracks.alltracker.correlation import AnchorCorrelation

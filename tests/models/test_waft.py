@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kinema.kernels import convex_upsample
+from kinema.kernels.convex_upsampling import convex_upsample
 from kinema.models.flow.geometry import pixel_grid, warp
 from kinema.models.flow.sea_raft.loss import mixture_nll, mixture_sequence_loss
 from kinema.models.flow.waft import WAFT, waft

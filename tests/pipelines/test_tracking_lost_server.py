@@ -87,6 +87,8 @@ def test_what_waits_is_sent_in_order_by_the_next_process_too(server, tmp_path):
     while not server.calls_while_away and time.monotonic() < deadline:
         tracker.flush(0.05)
     tracker.close()
+    tracker.sender.thread.join(60)  # a killed process has no call under way
+    assert not tracker.sender.thread.is_alive()
     assert server.points == [] and server.calls_while_away > 0
     assert len(file.read_text().splitlines()) == 60
     with file.open("a") as cut:

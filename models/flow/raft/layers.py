@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinema.kernels import convex_upsample
+from kinema.kernels.convex_upsampling import convex_upsample
 
 Norm = Literal["instance", "batch", "none"]
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinema.kernels import convex_upsample
+from kinema.kernels.convex_upsampling import convex_upsample
 from kinema.models.flow.geometry import pixel_grid, resize_flow
 from kinema.models.flow.padding import Padding, padding_for
 from kinema.models.flow.pair_network import PairNetwork, check_images

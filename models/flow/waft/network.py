@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinema.kernels import convex_upsample
+from kinema.kernels.convex_upsampling import convex_upsample
 from kinema.models.flow.geometry import warp
 from kinema.models.flow.padding import Padding
 from kinema.models.flow.pair_network import check_image_pair, check_images

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinema.kernels import convex_upsample
+from kinema.kernels.convex_upsampling import convex_upsample
 from kinema.models.flow.geometry import pixel_grid
 from kinema.models.flow.padding import Padding, padding_for
 from kinema.models.tracks.alltracker.correlation import LOOKUP_CHANNELS, AnchorCorrelation
