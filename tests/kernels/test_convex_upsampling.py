@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kinema.kernels.convex_upsampling import convex_upsample
-from kinema.kernels.convex_upsampling import why_not_triton
+from kinema.kernels.convex_upsampling import convex_upsample, why_not_triton
 from tests.kernels.convex_upsampling_interpreted import CASES, TOLERANCES, case_name, errors, inputs
 
 SMALL = ((2, 2, 3, 5, 2), torch.float32, "contiguous")
