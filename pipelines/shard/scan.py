@@ -40,6 +40,7 @@ from kinema.pipelines.video.masks import check_masks, parse_palette
 from kinema.pipelines.video.timeline import ClipSpan, Division, divide_shots, longest_clip, output_rate
 
 _VERSION = 2
+_BRIEFEST_MS = 2
 _SEEN_EVERY = 3  # frames, for signatures of clips that are not decoded when they are cut
 
 
@@ -236,10 +237,23 @@ def scan_source(
         decoded.facts["dropped_short"] = dropped
         if not spans:
             raise TooShort(_why_no_clip(decoded, clip))
+        _refuse_too_brief(spans)
     except SourceError as error:
         scan = Scan(source.id, found, error_class=type(error).__name__, message=str(error))
     scan.content_hash, scan.fingerprint = found, fingerprint(source)
     return scan
+
+
+def _refuse_too_brief(spans: list[ClipSpan]) -> None:
+    """Clips so brief that an MP4, which counts its length in milliseconds, cannot hold them: a clock that is wrong."""
+    for span in spans:
+        length_ms = 1000 * len(span.frames) / span.fps
+        if length_ms < _BRIEFEST_MS:
+            clip = f"{len(span.frames)} frames at {float(span.fps):g} frames per second last {float(length_ms):.1f} ms"
+            raise TooShort(
+                f"{clip}, and a clip cannot be shorter than {_BRIEFEST_MS} ms; set clip.fps to a true rate, or correct "
+                "the file's time base"
+            )
 
 
 def _why_no_clip(scan: FrameScan, clip: ClipConfig) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tarfile
+from fractions import Fraction
 from pathlib import Path
 
 import fsspec
@@ -14,13 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from kinema.configs import ClipConfig
 from kinema.pipelines.shard.media import Source, content_hash, open_source
+from kinema.pipelines.shard.scan import scan_source
 from kinema.pipelines.shard.sources import find_sources
 from kinema.pipelines.video.errors import Missing
 from kinema.pipelines.video.packets import to_rgb
 
 sys.path.insert(0, str(Path(__file__).parent))
-from made_videos import number_of, numbered, paint
+from made_videos import encode, number_of, numbered, paint
 
 
 @pytest.fixture(scope="module")
@@ -280,3 +283,16 @@ def test_a_name_that_is_not_utf8_is_told(tmp_path, video):
     found = find_sources(str(tmp_path))
     assert [source.id for source in found.sources] == ["a.mp4"]
     assert found.missing == {"b\\udcff.mp4": "the file's name is not UTF-8; rename it"}
+
+
+@pytest.mark.parametrize("fps, error", [(Fraction(47105, 2), "TooShort"), (Fraction(1000), "")])
+def test_a_clock_that_makes_clips_of_less_than_two_milliseconds_is_named(tmp_path, fps, error):
+    """A damaged time base; the 21 frames of a camera of 1000 frames per second are a clip."""
+    path = tmp_path / "quick.mp4"
+    path.write_bytes(encode([paint(i, shift=i) for i in range(21)], fps=fps))
+    scan = scan_source(Source("quick.mp4", str(path)), ClipConfig(), 24.0)
+    assert scan.error_class == error
+    if error:
+        assert scan.message.startswith(
+            "21 frames at 23552.5 frames per second last 0.9 ms, and a clip cannot be shorter"
+        )
