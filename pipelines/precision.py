@@ -9,7 +9,7 @@ import torch
 
 
 def choose(precision: str, device: torch.device, recipe: Any) -> str:
-    """ "fp32" or "bf16", from `train.precision`, the device and what is known of the model.
+    """What a setting of `precision` comes to, fp32 or bf16, on a device, for a model of which this recipe is known.
 
     `auto` is bf16 on a GPU; on a CPU where it has instructions for bf16 and the recipe has `learns_in_bf16`: the
     model's learning curves in both precisions were compared.

@@ -5,20 +5,8 @@ and all channels. Logits of one neighbour at a time go through a running softmax
 written in the forward pass, which is bound by reading them.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
-
-
-class Map(NamedTuple):
-    """A map [B, channels, H, W] with any strides, in elements."""
-
-    ptr: Any
-    b: Any
-    c: Any
-    y: Any
-    x: Any
 
 
 @triton.jit

@@ -9,9 +9,10 @@ import triton
 from jaxtyping import Float
 from torch import Tensor
 
-from kinema.kernels.convex_upsampling.kernels import Map, gradients_kernel, upsample_kernel
+from kinema.kernels.convex_upsampling.kernels import gradients_kernel, upsample_kernel
 from kinema.kernels.dispatch import INTERPRETING
 from kinema.kernels.launch import launch, on_device
+from kinema.kernels.maps import map_of
 
 ELEMENTS = 4096 if INTERPRETING else 2048
 """Of fine values that a program holds: channels, coarse pixels and fine pixels of each, multiplied."""
@@ -31,10 +32,6 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor.float() if INTERPRETING and tensor.dtype == torch.bfloat16 else tensor
 
 
-def _map(tensor: Tensor) -> Map:
-    return Map(tensor, *tensor.stride())
-
-
 def _start(kernel: Any, tensors: tuple[Tensor, ...], maps: Tensor, logits: Tensor, scale: float) -> None:
     B, C, H, W = maps.shape
     factor = _factor(logits)
@@ -43,7 +40,7 @@ def _start(kernel: Any, tensors: tuple[Tensor, ...], maps: Tensor, logits: Tenso
     launch(
         kernel,
         (B * H * triton.cdiv(W, pixels),),
-        *(*map(_map, tensors), H, W, scale),
+        *(*map(map_of, tensors), H, W, scale),
         FACTOR=factor,
         CHANNELS=C,
         PADDED=padded,

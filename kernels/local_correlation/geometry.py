@@ -5,20 +5,8 @@ NUM_STRIPS strips of ROWS rows of WIDTH pixels. Places are counted from the bloc
 which lies RADIUS pixels before it both ways, so that offsets are small and sums of a pixel's and a neighbour's part.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
-
-
-class Map(NamedTuple):
-    """A map [B, C, H, W] with any strides, in elements."""
-
-    ptr: Any
-    b: Any
-    c: Any
-    y: Any
-    x: Any
 
 
 @triton.jit

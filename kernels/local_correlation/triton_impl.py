@@ -14,9 +14,9 @@ from torch import Tensor
 from kinema.kernels.launch import capability_of, launch, on_device
 from kinema.kernels.local_correlation.backward import window_sum_kernel
 from kinema.kernels.local_correlation.forward import correlate_kernel
-from kinema.kernels.local_correlation.geometry import Map
 from kinema.kernels.local_correlation.reference import memory_format_of
 from kinema.kernels.local_correlation.tuning import SIDE, correlate_options, window_sum_options
+from kinema.kernels.maps import map_of
 
 ALIGNMENT = 16
 """Elements that strides must be multiples of for Triton to read several elements at once."""
@@ -57,10 +57,6 @@ def _reads_several(fmap: Tensor, radius: int) -> bool:
     )
 
 
-def _map(tensor: Tensor) -> Map:
-    return Map(tensor, *tensor.stride())
-
-
 def _num_blocks(height: int, width: int) -> int:
     return -(-height // SIDE) * -(-width // SIDE)
 
@@ -91,7 +87,7 @@ def correlate(fmap1: Tensor, fmap2: Tensor, radius: int) -> Tensor:
     launch(
         correlate_kernel,
         (B * _num_blocks(H, W),),
-        *(*map(_map, (*maps, out)), H, W, C**-0.5),
+        *(*map(map_of, (*maps, out)), H, W, C**-0.5),
         WIDE=_is_wide(*maps, out),
         **correlate_options(fmap1.dtype, channels, radius, capability_of(fmap1.device)),
     )
@@ -115,7 +111,7 @@ def window_sum(weight: Tensor, fmap: Tensor, radius: int, mirrored: bool) -> Ten
     launch(
         window_sum_kernel,
         (B * _num_blocks(H, W) * options["NUM_BLOCKS_C"],),
-        *(_map(weight), _map(features), _map(out), H, W, C**-0.5),
+        *(map_of(weight), map_of(features), map_of(out), H, W, C**-0.5),
         OUT_CHANNELS=C,
         MIRRORED=mirrored,
         WIDE=_is_wide(weight, features, out),

@@ -274,15 +274,18 @@ def _encode_once(
     measure = MOTION[motion]()
     with ClipEncoder(clip, spec, span.fps) as encoder:
         for index, frame in cursor.frames(first, last + 1):
-            if index in (first, last) and zlib.crc32(thumbnails.make(frame).data) != scan.checks[index]:
-                raise _InexactSeek
             shown = range(encoder.num_frames, encoder.num_frames + times_shown[index - first])
+            measured = sum(map(is_measured, shown)) if motion != "none" else 0
+            if measured or index in (first, last):
+                small = thumbnails.make(frame)
+            if index in (first, last) and zlib.crc32(small.data) != scan.checks[index]:
+                raise _InexactSeek
             if shown:
                 picture = maker.make(frame)
-            for position in shown:
+            for _ in shown:
                 encoder.add(picture)
-                if motion != "none" and is_measured(position):
-                    measure.add(thumbnails.make(frame))
+            for _ in range(measured):
+                measure.add(small)
         return encoder.finish(), measure.score()
 
 

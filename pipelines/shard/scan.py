@@ -116,12 +116,15 @@ class FrameScan(Scan):
         return self.pts + added
 
     def clips(self, clip: ClipConfig) -> tuple[list[ClipSpan], int]:
-        """The clips of this source, and how many pieces were too short."""
+        """The clips of this source, and how many pieces were too short: in frames, or for an MP4, which counts its
+        length in milliseconds."""
         division = Division(clip.fps, clip.seconds, clip.min_frames, clip.fill_slots)
         last_duration = self.facts["last_duration"]
-        return divide_shots(
+        spans, dropped = divide_shots(
             self.ticks, self.facts["cuts"], last_duration, list(self.stretches), self.time_base, division
         )
+        kept = [span for span in spans if 1000 * len(span.frames) >= _BRIEFEST_MS * span.fps]
+        return kept, dropped + len(spans) - len(kept)
 
     def _arrays(self) -> dict[str, Any]:
         sampled = {"motion_shares": self.motion_shares} if len(self.motion_shares) else {}
@@ -237,23 +240,10 @@ def scan_source(
         decoded.facts["dropped_short"] = dropped
         if not spans:
             raise TooShort(_why_no_clip(decoded, clip))
-        _refuse_too_brief(spans)
     except SourceError as error:
         scan = Scan(source.id, found, error_class=type(error).__name__, message=str(error))
     scan.content_hash, scan.fingerprint = found, fingerprint(source)
     return scan
-
-
-def _refuse_too_brief(spans: list[ClipSpan]) -> None:
-    """Clips so brief that an MP4, which counts its length in milliseconds, cannot hold them: a clock that is wrong."""
-    for span in spans:
-        length_ms = 1000 * len(span.frames) / span.fps
-        if length_ms < _BRIEFEST_MS:
-            clip = f"{len(span.frames)} frames at {float(span.fps):g} frames per second last {float(length_ms):.1f} ms"
-            raise TooShort(
-                f"{clip}, and a clip cannot be shorter than {_BRIEFEST_MS} ms; set clip.fps to a true rate, or correct "
-                "the file's time base"
-            )
 
 
 def _why_no_clip(scan: FrameScan, clip: ClipConfig) -> str:
@@ -264,6 +254,12 @@ def _why_no_clip(scan: FrameScan, clip: ClipConfig) -> str:
         return (
             f"{num_frames} frames at {float(slowest):g} frames per second: clip.seconds={clip.seconds:g} holds fewer "
             f"than {max(2, clip.min_frames)} of them; use clip.seconds={needed} or more"
+        )
+    if 1000 * num_frames < _BRIEFEST_MS * slowest:
+        length_ms = float(1000 * num_frames / slowest)
+        return (
+            f"{num_frames} frames at {float(slowest):g} frames per second last {length_ms:.1f} ms, and a clip cannot "
+            f"be shorter than {_BRIEFEST_MS} ms; set clip.fps to a true rate, or correct the file's time base"
         )
     shots = len(scan.facts["cuts"]) + len(scan.stretches)
     at = f" at {clip.fps:g} frames per second" if clip.fps else ""

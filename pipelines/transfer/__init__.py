@@ -17,6 +17,7 @@ from kinema.models.dismo.transfer.base import load_base, need_libraries
 from kinema.models.dismo.transfer.model import MotionTransfer, assemble
 from kinema.models.weights import NonCommercialWeightsWarning
 from kinema.pipelines.pictures.motion import write_mp4
+from kinema.pipelines.precision import choose
 from kinema.pipelines.progress import Progress
 from kinema.pipelines.single import read_image
 from kinema.pipelines.transfer.adapter import find_adapter
@@ -100,7 +101,7 @@ def run(config: TransferConfig, *, report: Callable[[dict[str, Any]], None] | No
 def load(config: TransferConfig) -> MotionTransfer:
     """The model that a config asks for, on its device. Raises: ValueError."""
     device = _device(config)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    bf16 = choose(config.precision, device, None) == "bf16"
     base = load_base(config.base, torch.bfloat16 if bf16 else torch.float32)
     base.check_size(config.height or base.size[0], config.width or base.size[1])
     base.check_prompts([config.prompt, config.negative_prompt])

@@ -23,6 +23,7 @@ from kinema.models.dismo.transfer.model import NAME, MotionTransfer, fit_frames
 from kinema.models.weights import LEDGER, licence_notice
 from kinema.pipelines.loader import Clip, Skip
 from kinema.pipelines.pictures.images import panel
+from kinema.pipelines.precision import choose
 from kinema.pipelines.train.recipes.protocol import Batch, ExportedModel, Loss
 from kinema.pipelines.train.recipes.transfer.module import AdapterTraining
 from kinema.pipelines.transfer.adapter import find_adapter
@@ -51,7 +52,7 @@ class TransferRecipe:
         here = {name: getattr(settings, name) for name in ("base", "extractor")}
         moved = {name: str(Path(value).resolve()) for name, value in here.items() if value and Path(value).exists()}
         gpu = torch.cuda.is_available() and config.use_gpu != "no"
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu)
+        bf16 = choose(config.precision, torch.device("cuda" if gpu else "cpu"), cls) == "bf16"
         return cls(dataclasses.replace(settings, **moved), config.weights, bf16)
 
     def check(self) -> None:
