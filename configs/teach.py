@@ -58,6 +58,9 @@ class TeachConfig:
     """Where the teacher runs."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the teacher's matrix products; bf16 on a GPU, or on a CPU that has instructions for it (AVX512-BF16, AMX)."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Repeat a network's work as CUDA graphs, one per size of frames, which spares queueing kernels one by one; auto:
+    on a GPU, for networks over pairs (not AllTracker). A graph that repeats wrongly is noticed, said and not used."""
     allowed_quarantine: float = 0.05
     """Exit status 3 when more than this share of the clips was quarantined."""
 

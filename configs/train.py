@@ -63,6 +63,12 @@ class TrainConfig:
     """Of matrix products (weights stay fp32). auto: bf16 on GPUs, and on CPUs that have instructions for it where the
     model was shown to learn as it does in fp32 (FlowFeat); fp32 elsewhere. The summary says which; a run goes on as it
     began."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether the model's layers are compiled by torch.compile (fpt, dismo, transfer); weights and checkpoints are
+    the same, results differ in the last bits. auto: on a GPU, for fpt and dismo."""
+    copy_ahead: Literal["auto", "on", "off"] = "auto"
+    """Whether the next batch is copied to the device while a step computes; auto: on a GPU. The samples, and what a
+    checkpoint goes on with, are the same."""
     seed: int = 0
     """Seed of initialisation, order and every random choice."""
     num_workers: int = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,3 +32,15 @@ def autocast(precision: str, device: torch.device | str) -> contextlib.AbstractC
     return (
         torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     )
+
+
+@contextlib.contextmanager
+def tf32_for_the_rest(precision: str, device: torch.device) -> Iterator[None]:
+    """In bf16 on a GPU, products left in float32 (FPT's mixture head) may take TF32, which keeps more."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "bf16" and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

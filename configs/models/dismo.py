@@ -57,8 +57,6 @@ class DisMoConfig:
     """Steps between updates of the averaged weights."""
     checkpoint_layers: bool = False
     """Make activations of the transformers again in the backward pass: less memory, about a third more time."""
-    compile: bool = False
-    """Compile the transformers' layers."""
     collapse_spread: float = 0.05
     """Spread of the embeddings over clips, relative to their size, under which a collapse is reported."""
     sample_steps: int = 20

@@ -36,8 +36,6 @@ class TransferTrainingConfig:
     """Share of prompts that are left empty, so that guidance has something to lead away from."""
     checkpoint_layers: bool = True
     """Make activations of the blocks again in the backward pass: less memory, about a third more time."""
-    compile: bool = False
-    """Compile the blocks."""
     guidance: float = 6.0
     """How far the prompt is followed in the logged pictures."""
     sample_steps: int = 20

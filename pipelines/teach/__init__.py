@@ -72,6 +72,7 @@ def run(config: TeachConfig, *, report: Callable[[str], None] | None = None) -> 
         too_large=config.too_large,
         uncertainty=config.uncertainty or facts_of(config.teacher).judges_flow,
         precision=config.precision,
+        cuda_graphs=config.cuda_graphs != "off",
         threads=config.threads_per_actor,
     )
     out = config.out or default_out(config.clips, "flow", config.teacher)
@@ -215,4 +216,8 @@ def _place(config: TeachConfig, spec: TeacherSpec) -> tuple[TeacherSpec, Place]:
             "precision=bf16: this CPU only emulates products of bf16; use precision=fp32, a GPU, or a CPU with "
             "AVX512-BF16 or AMX"
         )
+    pairwise = facts.needs_weights and not facts.sees_occlusion
+    if config.cuda_graphs == "on" and (place.device != "cuda" or not pairwise):
+        where = f"on a {place.device.upper()}" if pairwise else f"for teacher={config.teacher}"
+        raise ValueError(f"cuda_graphs=on: there are none {where}; use auto or off")
     return replace(spec, device=place.device), place

@@ -6,7 +6,7 @@ Images are resized here (short_side), never enlarged; flow is in pixels of the i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +28,7 @@ from kinema.models.flow.sea_raft.network import SEARAFT
 from kinema.models.flow.waft.network import WAFT
 from kinema.models.weights import file_sha256, local_file
 from kinema.pipelines.precision import autocast
+from kinema.pipelines.teach.graphs import Graphed
 from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
 from kinema.pipelines.teach.tiling import TiledTeacher
 from kinema.pipelines.train.checkpoint import weights_file
@@ -61,6 +62,8 @@ class TeacherSpec:
     """cpu or cuda."""
     precision: str = "fp32"
     """fp32, or bf16 autocast."""
+    cuda_graphs: bool = True
+    """Whether work on a GPU is repeated as graphs (`graphs.py`)."""
     threads: int = 1
     """CPU threads."""
 
@@ -146,6 +149,10 @@ class DISTeacher:
         return FlowEstimate(self.network(first, second, iters=self.spec.iters or None))
 
 
+def _has_graphs(spec: TeacherSpec) -> bool:
+    return spec.cuda_graphs and spec.device == "cuda"
+
+
 class _NetworkTeacher:
     """What the networks share: weights, device, precision, and features that are computed once per frame."""
 
@@ -153,13 +160,29 @@ class _NetworkTeacher:
         self.spec = spec
         network = flow_network(spec.name, weights=spec.weights, scale=spec.scale)
         self.network: Any = network.to(spec.device).eval()
+        self._encode: Callable[[Tensor], Any] = self._encoded
+        self._estimate: Callable[[Any, Any], FlowEstimate] = self._estimated
+        if _has_graphs(spec):
+            self._encode, self._estimate = Graphed(self._encoded), Graphed(self._estimated)
 
     @torch.inference_mode()
     def features(self, frame: UInt8[np.ndarray, "H W 3"]) -> Any:
         """What `encode` of the network gives of one frame."""
-        image = to_image(frame, self.spec.flow_size(*frame.shape[:2]), self.spec.device)
+        return self._encode(to_image(frame, self.spec.flow_size(*frame.shape[:2]), self.spec.device))
+
+    @torch.inference_mode()
+    def flow(self, pairs: Sequence[tuple[Any, Any]]) -> FlowEstimate:
+        """All pairs in one network call."""
+        stack = type(pairs[0][0]).stack
+        first, second = (stack(features) for features in zip(*pairs, strict=True))
+        return self._estimate(first, second)
+
+    def _encoded(self, image: Tensor) -> Any:
         with autocast(self.spec.precision, self.spec.device):
             return self.network.encode(image)
+
+    def _estimated(self, first: Any, second: Any) -> FlowEstimate:
+        raise NotImplementedError
 
 
 class RAFTTeacher(_NetworkTeacher):
@@ -171,10 +194,7 @@ class RAFTTeacher(_NetworkTeacher):
         super().__init__(spec)
         self.network.padding = spec.padding
 
-    @torch.inference_mode()
-    def flow(self, pairs: Sequence[tuple[FrameFeatures, FrameFeatures]]) -> FlowEstimate:
-        """All pairs in one network call."""
-        first, second = (FrameFeatures.stack(features) for features in zip(*pairs, strict=True))
+    def _estimated(self, first: FrameFeatures, second: FrameFeatures) -> FlowEstimate:
         with autocast(self.spec.precision, self.spec.device):
             return FlowEstimate(self.network.flow_from_features(first, second, iters=self.spec.iters).float())
 
@@ -184,10 +204,7 @@ class DinoFlowTeacher(_NetworkTeacher):
 
     network: FlowModel
 
-    @torch.inference_mode()
-    def flow(self, pairs: Sequence[tuple[DinoFlowFeatures, DinoFlowFeatures]]) -> FlowEstimate:
-        """All pairs in one network call."""
-        first, second = (DinoFlowFeatures.stack(features) for features in zip(*pairs, strict=True))
+    def _estimated(self, first: DinoFlowFeatures, second: DinoFlowFeatures) -> FlowEstimate:
         with autocast(self.spec.precision, self.spec.device):
             return FlowEstimate(self.network.flow_from_features(first, second).float())
 
@@ -197,11 +214,8 @@ class MixtureTeacher(_NetworkTeacher):
 
     network: SEARAFT | WAFT
 
-    @torch.inference_mode()
-    def flow(self, pairs: Sequence[tuple[Any, Any]]) -> FlowEstimate:
-        """All pairs in one network call; the error that the mixture expects where the spec asks for it."""
-        stack = type(pairs[0][0]).stack
-        first, second = (stack(features) for features in zip(*pairs, strict=True))
+    def _estimated(self, first: Any, second: Any) -> FlowEstimate:
+        """The flow, and the error that the mixture expects where the spec asks for it."""
         with autocast(self.spec.precision, self.spec.device):
             if not self.spec.uncertainty:
                 return FlowEstimate(self.network.flow_from_features(first, second, iters=self.spec.iters).float())

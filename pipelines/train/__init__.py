@@ -23,7 +23,7 @@ from kinema.configs.rendered import RENDERED
 from kinema.pipelines import engine, tracking
 from kinema.pipelines.artifacts.layout import MANIFEST, RUN_FILE
 from kinema.pipelines.errors import StageError
-from kinema.pipelines.train import checkpoint
+from kinema.pipelines.train import checkpoint, compiled
 from kinema.pipelines.train.bucket_run import fetch_run, is_url, local_folder
 from kinema.pipelines.train.launch import launch
 from kinema.pipelines.train.loop import Finished, TrainJob, rank_batch_size, refuse_other_identity
@@ -38,9 +38,9 @@ __all__ = ["ClipLoader", "Stopped", "TrainSummary", "build_model", "load_model",
 
 # Settings that change how a run is carried out or watched, not what it computes. `steps` may grow.
 _FREE = frozenset(
-    "clips flow other_flow tracks out steps num_workers min_workers use_gpu cpus_per_worker checkpoint_every "
-    "keep_checkpoints keep_best log_every pictures_every measure_every max_failures experiment run_name "
-    "loader.num_workers loader.prefetch loader.lookahead loader.cache_dir loader.cache_gb".split()
+    "clips flow other_flow tracks out steps num_workers min_workers use_gpu cpus_per_worker compile copy_ahead "
+    "checkpoint_every keep_checkpoints keep_best log_every pictures_every measure_every max_failures experiment "
+    "run_name loader.num_workers loader.prefetch loader.lookahead loader.cache_dir loader.cache_gb".split()
 )
 # Settings that runs of earlier versions do not know; at these values they decide nothing.
 _LATER = {
@@ -267,6 +267,7 @@ def _check(config: TrainConfig, recipe: Any) -> None:
     rank_batch_size(config, config.num_workers)
     if config.sharding == "full" and not hasattr(recipe, "shard_units"):
         raise ValueError(f"train.sharding=full is not for model={config.model}; use sharding=none")
+    compiled.check(config.compile, recipe, config.model, config.sharding)
 
 
 @contextlib.contextmanager

@@ -23,9 +23,11 @@ from kinema.configs.load import to_mapping
 from kinema.configs.models.table import MODELS
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.pictures.images import write_png
-from kinema.pipelines.precision import autocast, choose
+from kinema.pipelines.precision import autocast, choose, tf32_for_the_rest
 from kinema.pipelines.tracking import PENDING_FILE, RunHandle, Tracker
 from kinema.pipelines.train import checkpoint as checkpoints
+from kinema.pipelines.train import compiled
+from kinema.pipelines.train.feed import Feed
 from kinema.pipelines.train.meter import MEASURES_FILE, MetricsFile, ProgressFile, StepSums, Window, memory_mb
 from kinema.pipelines.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from kinema.pipelines.train.parallel import (
@@ -38,11 +40,12 @@ from kinema.pipelines.train.parallel import (
     seed_step,
     without_sync,
 )
-from kinema.pipelines.train.recipes.protocol import Batch, Recipe, to_device
+from kinema.pipelines.train.recipes.protocol import Batch, Recipe
 from kinema.pipelines.train.sharded import load_parts, shard
 from kinema.pipelines.train.stop import Notice, Stop
 
 MAX_EMPTY_STEPS = 10
+_NO_LONGER_RECORDED = frozenset({"dismo.compile", "transfer.compile"})
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,15 @@ def train_worker(job: TrainJob, place: Place, stop: Stop, notice: Notice | None 
     """
     config, recipe = job.config, job.recipe
     state = _State.create(job, place)
+    if compiled.is_used(config.compile, recipe, place.device, state.sharded):
+        compiled.compile_units(recipe, state.module)
     parallel = replicate(recipe, state.module, place, state.sharded)
     log = _Log(job, state) if place.rank == 0 else None
     takes_part = log is not None or state.sharded  # in pictures and checkpoints: of a shared out model, every rank
     # A stop is saved by a thread, at once, while the step that is under way goes on; see stop.py.
     # A sharded one takes all ranks, and waits for the end of the step.
     stop.watch(state.save if place.rank == 0 and not state.sharded else lambda: None)
-    batches, batch = iter(state.loader), None
+    feed, batch = Feed(state.loader, place.device, config.copy_ahead, steps=config.steps - state.step), None
     started, first_step, empty_steps = time.perf_counter(), state.step, 0
     stopped = False
     try:
@@ -120,13 +125,9 @@ def train_worker(job: TrainJob, place: Place, stop: Stop, notice: Notice | None 
                 break
 
             seed_step(config.seed, state.step, place.rank)
-            sums = StepSums()
-            batch, wait_s = _next_batch(batches, place)
-            for number, part in enumerate(split_batch(batch, config.accumulate), start=1):
-                with without_sync(parallel, number < config.accumulate), autocast(state.precision, place.device):
-                    loss, count, metrics = parallel(part)
-                (loss * count).backward()
-                sums.add(loss, count, metrics)
+            batch, wait_s = feed.take()
+            sums = _gradients(parallel, batch, config.accumulate, state.precision, place.device)
+            feed.prepare()  # what was queued may still be at work: the sums wait for it
             asked = notice is not None and place.rank == 0 and notice.due
             num_samples, means, stopped, asked = sums.reduce(stop.requested, asked)
             if not math.isfinite(means["loss"]):
@@ -146,7 +147,7 @@ def train_worker(job: TrainJob, place: Place, stop: Stop, notice: Notice | None 
                 scale_gradients(state.module, config.clip_norm / norm)
             means["grad_norm"] = norm
             with state.lock:
-                state.update(means, num_samples, wait_s)
+                state.update(means, num_samples, wait_s, feed.position)
                 point = log.step(state, means) if log else None
             if asked and notice is not None:
                 began = time.monotonic()
@@ -166,6 +167,18 @@ def train_worker(job: TrainJob, place: Place, stop: Stop, notice: Notice | None 
             log.close()
     rate = (state.step - first_step) * config.batch_size / max(time.perf_counter() - started, 1e-9)
     return Finished(state.step, state.loss, rate, (stop.reason or "another rank") if stopped else None)
+
+
+def _gradients(parallel: nn.Module, batch: Batch, accumulate: int, precision: str, device: torch.device) -> StepSums:
+    """Forward and backward passes of one step; gradients are left in the parameters. Returns: sums over its samples."""
+    sums = StepSums()
+    with compiled.failures_named(), tf32_for_the_rest(precision, device):
+        for number, part in enumerate(split_batch(batch, accumulate), start=1):
+            with without_sync(parallel, number < accumulate), autocast(precision, device):
+                loss, count, metrics = parallel(part)
+            (loss * count).backward()
+            sums.add(loss, count, metrics)
+    return sums
 
 
 def _look(state: _State, log: _Log | None, batch: Batch, last: bool) -> None:
@@ -232,15 +245,15 @@ class _State:
         self.step, self.saved_step = meta["step"], meta["step"]
         self.loss = math.nan if meta["loss"] is None else meta["loss"]
 
-    def update(self, means: dict[str, float], num_samples: float, wait_s: float) -> None:
-        """One optimizer step and everything that moves with it."""
+    def update(self, means: dict[str, float], num_samples: float, wait_s: float, position: dict[str, Any]) -> None:
+        """One optimizer step and everything that moves with it. Args: position, the loader's behind its batch."""
         set_learning_rate(self.optimizer, means["lr"])
         self.step += 1
         if num_samples:
             self.optimizer.step()
             self.job.recipe.after_step(self.module, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.position = self.loader.state_dict()
+        self.position = position
         self.window.add(num_samples, means, wait_s)
         self.loss = means["loss"]
         self.losses_since.append(self.loss)
@@ -291,11 +304,13 @@ class _State:
 def refuse_other_identity(found: dict[str, Any], wanted: dict[str, Any], run: Path) -> None:
     """ValueError naming every setting in which a run's checkpoint and this run differ.
 
-    Runs of earlier versions also recorded the settings of the models that they did not train.
+    Runs of earlier versions also recorded the settings of the models that they did not train, and whether layers were
+    compiled.
     """
     used = MODELS[wanted["model"]].section if "model" in wanted else ""
     unused = set(MODELS.sections()) - {used}
     compared = sorted(name for name in {*found, *wanted} if name.partition(".")[0] not in unused)
+    compared = [name for name in compared if name not in _NO_LONGER_RECORDED]
     names = [name for name in compared if found.get(name) != wanted.get(name)]
     if names:
         list_ = "; ".join(f"{n}: {found.get(n)!r} in the checkpoint, {wanted.get(n)!r} now" for n in names)
@@ -386,12 +401,6 @@ def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
-
-
-def _next_batch(batches: Iterator[Batch], place: Place) -> tuple[Batch, float]:
-    started = time.perf_counter()
-    batch = next(batches)
-    return to_device(batch, place.device), time.perf_counter() - started
 
 
 def _skips(loader: Any) -> dict[str, float]:

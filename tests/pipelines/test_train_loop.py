@@ -77,11 +77,11 @@ def test_it_learns_and_writes_what_it_says(tmp_path):
     assert kept == ["step_00000100", "step_00000150", "step_00000200"]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumed_equals_undisturbed_bit_for_bit(tmp_path, accumulate):
+@pytest.mark.parametrize(("accumulate", "copy_ahead"), [(1, "off"), (2, "off"), (1, "on")])
+def test_resumed_equals_undisturbed_bit_for_bit(tmp_path, accumulate, copy_ahead):
     """Stopped at step 5 (in the middle of the first epoch: 23 samples, 4 a step) and again at 7."""
-    cfg = config(accumulate=accumulate)
-    train(tmp_path / "whole", cfg)
+    train(tmp_path / "whole", config(accumulate=accumulate))
+    cfg = config(accumulate=accumulate, copy_ahead=copy_ahead)
     for steps in (5, 7, 12):
         # Steps may grow between runs, but the cosine ends where it ends: stop by request instead.
         stop = Stop()

@@ -77,6 +77,8 @@ class Recipe(Protocol):
         whose model may be sharded has `shard_units(module)`: the modules whose weights are shared out over ranks and
         gathered while their forward runs, inner ones first; together they hold all that is trained. And
         `measure(module, clips)`: figures, by name, of what the module makes of held-out clips, for `measure_every`.
+        `compiled_units(module)`: the layers that `train.compile` compiles, on a GPU unasked where the recipe has
+        `compiles_on_gpu = True`.
         One with `learns_in_bf16 = True` trains so on CPUs with `precision=auto`, too (`precision.py`).
         """
 

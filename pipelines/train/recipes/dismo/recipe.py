@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class DisMoRecipe:
     config: DisMoConfig
     weights: str = ""
     needs: tuple[str, ...] = ()
+    compiles_on_gpu: ClassVar[bool] = True
 
     @classmethod
     def of(cls, config: TrainConfig) -> DisMoRecipe:
@@ -82,10 +84,12 @@ class DisMoRecipe:
         module = DisMoTraining(model, self.config.ema_decay, self.config.ema_every).train()
         extractor, transformer = model.motion_extractor, model.frame_generator.transformer
         extractor.checkpoint_layers = transformer.checkpoint_layers = self.config.checkpoint_layers
-        if self.config.compile:
-            for layer in (*extractor.layers, *transformer.layers):
-                layer.compile()
         return module
+
+    def compiled_units(self, module: nn.Module) -> list[nn.Module]:
+        """The transformers' layers."""
+        assert isinstance(module, DisMoTraining)
+        return [*module.model.motion_extractor.layers, *module.model.frame_generator.transformer.layers]
 
     def shard_units(self, module: nn.Module) -> list[nn.Module]:
         """The transformers' layers, then what is around them, of the model and of its average."""

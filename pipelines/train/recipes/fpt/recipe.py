@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ class FPTRecipe:
     config: FPTConfig
     weights: str = ""
     needs: tuple[str, ...] = ("tracks",)
+    compiles_on_gpu: ClassVar[bool] = True
 
     @classmethod
     def of(cls, config: TrainConfig) -> FPTRecipe:
@@ -96,6 +97,11 @@ class FPTRecipe:
         for unused in model.unused_parameters():
             unused.requires_grad_(False)
         return model.train()
+
+    def compiled_units(self, module: nn.Module) -> list[nn.Module]:
+        """The transformer's layers: adaptive norms, residuals and gated products around the attention."""
+        assert isinstance(module, FlowPokeTransformer)
+        return list(module.transformer.layer_list())
 
     def read_sample(self, clip: Clip, rng: np.random.Generator) -> Sample | Skip:
         """One frame of the clip, and pokes and queries from its tracks; see `read_samples`."""

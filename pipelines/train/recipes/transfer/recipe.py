@@ -75,10 +75,12 @@ class TransferRecipe:
                 parameter.requires_grad_(True)
         if self.config.checkpoint_layers:
             model.keep_only_block_inputs()
-        if self.config.compile:
-            for block in model.base.transformer.transformer_blocks:
-                block.compile()
         return AdapterTraining(model).train()
+
+    def compiled_units(self, module: nn.Module) -> list[nn.Module]:
+        """The base's blocks."""
+        assert isinstance(module, AdapterTraining)
+        return list(module.model.base.transformer.transformer_blocks)
 
     def read_sample(self, clip: Clip, rng: np.random.Generator) -> dict[str, Any] | Skip:
         """frames uint8 [T, H, W, 3], nearest in time and of the base's size; prompt, the clip's caption or nothing."""
