@@ -8,8 +8,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from kinema.configs import TeachConfig
+from kinema.models.flow.raft import family
 from kinema.pipelines import teach
 from kinema.pipelines.sidecars.flow_files import read_flo, valid_pixels
 from kinema.pipelines.teach.teachers import TeacherSpec, use_threads
@@ -39,6 +41,30 @@ def test_bf16_costs_a_hundredth_of_the_error_at_most():
     print(errors, "difference", np.hypot(*(flows["bf16"] - flows["fp32"])).mean())
     assert 0 < np.hypot(*(flows["bf16"] - flows["fp32"])).mean() < 0.02
     assert errors["bf16"] < errors["fp32"] + 0.003
+
+
+@needs_data
+def test_features_that_stay_in_16_bits_for_the_lookup_cost_no_more(monkeypatch):
+    """As on a GPU: maps, levels and lookups of bf16 features; on demand, and as a volume of their exact products."""
+    folder = DATA / "flow" / "middlebury"
+    frames = [np.ascontiguousarray(cv2.imread(str(folder / f"RubberWhale{n}.png"))[..., ::-1]) for n in (1, 2)]
+    truth = read_flo(folder / "RubberWhale_flow10.flo")
+    known = valid_pixels(truth)
+    spec = TeacherSpec("raft_small", weights=str(DATA / "weights" / "raft-small.pth"), iters=12, precision="bf16")
+    errors = {}
+    with use_threads(1):
+        for stays, lookup in ((False, "on_demand"), (True, "on_demand"), (True, "volume")):
+            monkeypatch.setattr(family, "_multiplies_16_bits", lambda device, stays=stays: stays)
+            teacher = spec.load()
+            teacher.network.lookup = lookup
+            features = [teacher.features(frame) for frame in frames]
+            assert (features[0].fmap.dtype == torch.bfloat16) is stays
+            flow = teacher.flow([(features[0], features[1])]).flow_px
+            assert flow.dtype == torch.float32
+            errors[stays, lookup] = np.hypot(*(flow[0].numpy() - truth))[known].mean()
+    print(errors)
+    assert errors[True, "on_demand"] < errors[False, "on_demand"] + 0.003
+    assert errors[True, "volume"] < errors[False, "on_demand"] + 0.003
 
 
 def test_a_cpu_without_the_instructions_refuses(tmp_path, monkeypatch):

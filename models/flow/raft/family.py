@@ -59,6 +59,19 @@ def check_feature_pair(features1: Features, features2: Features) -> None:
         )
 
 
+def matched_features(fmap: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """Features in the precision in which they are looked up.
+
+    What autocast gave in 16 bits stays so on a GPU: the lookup's kernels multiply it as it is and sum in float32, with
+    half the memory and bytes. float32 elsewhere, as published.
+    """
+    return fmap if _multiplies_16_bits(fmap.device) else fmap.float()
+
+
+def _multiplies_16_bits(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def padded_flow_init(
     flow_init: Float[Tensor, "_ _ _ _"], num_pairs: int, height: int, width: int
 ) -> Float[Tensor, "B 2 h w"]:
@@ -116,7 +129,9 @@ def lookup_between(
 ) -> Lookup:
     """Windows of correlations of fmap1 with fmap2 and its halvings; with gradients, on any device."""
     if kind == "volume":
-        pyramid = correlation_pyramid(fmap1, fmap2)
+        pyramid = correlation_pyramid(
+            fmap1.float(), fmap2.float()
+        )  # a product of 16-bit maps would be rounded to 16 bits
         return lambda coords: volume_lookup(pyramid, coords, radius, window_order)
-    pooled = feature_pyramid(fmap2.float())
+    pooled = [level.to(fmap1.dtype) for level in feature_pyramid(fmap2.float())]
     return lookup_into(fmap1, pooled, radius, window_order=window_order)

@@ -30,6 +30,7 @@ from kinema.models.flow.raft.family import (
     check_lookup,
     choose_lookup,
     lookup_between,
+    matched_features,
     padded_flow_init,
 )
 from kinema.models.flow.raft.inference import PairRefiner, can_refine
@@ -139,7 +140,7 @@ class RAFT(PairNetwork):
         height, width = images.shape[-2:]
         padding = padding_for(height, width, mode=self.padding)
         x = padding.pad(2.0 * images.float() - 1.0).contiguous()
-        fmap, raw_context = self.fnet(x).float(), None
+        fmap, raw_context = matched_features(self.fnet(x)), None
         if context:
             # Faster in this memory order, here and in the GRU; the instance norms of fnet want the planar one.
             raw_context = self.cnet(x.contiguous(memory_format=torch.channels_last)).float()
@@ -176,7 +177,7 @@ class RAFT(PairNetwork):
         iters = DEFAULT_ITERS if iters is None else iters
         _check_pair(features1, features2, iters)
         B, _, H, W = features1.fmap.shape
-        start = pixel_grid(H, W, like=features1.fmap).expand(B, 2, H, W)
+        start = pixel_grid(H, W, like=features1.fmap.new_empty(0, dtype=torch.float32)).expand(B, 2, H, W)
         target = start if flow_init is None else start + padded_flow_init(flow_init, B, *features1.size)
         in_place = can_refine(features1.fmap) and not _has_hooks(self.update_block)
         refine = self._refine_in_place if in_place else self._refine_maps

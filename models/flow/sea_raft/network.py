@@ -35,6 +35,7 @@ from kinema.models.flow.raft.family import (
     check_lookup,
     choose_lookup,
     lookup_between,
+    matched_features,
     padded_flow_init,
 )
 from kinema.models.flow.sea_raft.layers import HIDDEN_CHANNELS, ResNetEncoder, SeaRaftUpdateBlock
@@ -173,7 +174,7 @@ class SEARAFT(PairNetwork):
         scaled = self._scaled(2.0 * images.float() - 1.0)
         padding = padding_for(*scaled.shape[-2:])
         x = padding.pad(scaled).contiguous(memory_format=torch.channels_last)
-        return SeaRaftFeatures(self.fnet(x).float(), x, (height, width), padding)
+        return SeaRaftFeatures(matched_features(self.fnet(x)), x, (height, width), padding)
 
     def flow_from_features(
         self,
