@@ -129,9 +129,8 @@ def lookup_between(
 ) -> Lookup:
     """Windows of correlations of fmap1 with fmap2 and its halvings; with gradients, on any device."""
     if kind == "volume":
-        pyramid = correlation_pyramid(
-            fmap1.float(), fmap2.float()
-        )  # a product of 16-bit maps would be rounded to 16 bits
+        # A product of 16-bit maps would be rounded to 16 bits.
+        pyramid = correlation_pyramid(fmap1.float(), fmap2.float())
         return lambda coords: volume_lookup(pyramid, coords, radius, window_order)
     pooled = [level.to(fmap1.dtype) for level in feature_pyramid(fmap2.float())]
     return lookup_into(fmap1, pooled, radius, window_order=window_order)
