@@ -322,13 +322,11 @@ def backward_keys_kernel(
         all_pokes = tl.minimum(tl.cdiv(end, BLOCK_ROWS) * BLOCK_ROWS, stop_pokes)
         dk_tile, dv_tile = _add_rows(
             dk_tile, dv_tile, k_tile, v_tile, placed, head, keys,
-            some_pokes, all_pokes, some_queries, all_queries, lengths, True, KIND == QUERY_CAUSAL,
-            HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
+            some_pokes, all_pokes, some_queries, all_queries, lengths, True, HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
         )  # fmt: skip
     dk_tile, dv_tile = _add_rows(
         dk_tile, dv_tile, k_tile, v_tile, placed, head, keys,
-        all_pokes, stop_pokes, all_queries, num, lengths, False, KIND == QUERY_CAUSAL or KIND == QUERY_INFERENCE,
-        HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
+        all_pokes, stop_pokes, all_queries, num, lengths, False, HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
     )  # fmt: skip
 
     totals_ptr += head.to(tl.int64) * lengths.padded * (2 * HEAD.WIDTH)
@@ -361,28 +359,20 @@ def _add_rows(
     stop_queries,
     lengths,
     MASKED: tl.constexpr,
-    TWO_RANGES: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds what the rows at some places give, of pokes or any rows, and with TWO_RANGES of queries behind them.
-
-    Without MASKED each sees all keys of the block.
-    """
+    """Adds what the rows in two ranges of places give; without MASKED each sees all keys of the block."""
     rows_ptr = placed.rows + head.to(tl.int64) * placed.num * (2 * HEAD.WIDTH)
     sums_ptr = placed.sums + head.to(tl.int64) * placed.num * 2
     lane = tl.arange(0, BLOCK_ROWS)
     poke_blocks = (stop_pokes - first_poke) // BLOCK_ROWS
-    blocks = poke_blocks
-    if TWO_RANGES:
-        blocks += (stop_queries - first_query) // BLOCK_ROWS
+    blocks = poke_blocks + (stop_queries - first_query) // BLOCK_ROWS
     for block in range(0, blocks):
-        place = first_poke + block * BLOCK_ROWS
-        if TWO_RANGES:
-            is_poke = block < poke_blocks
-            place = tl.where(is_poke, place, first_query + (block - poke_blocks) * BLOCK_ROWS)
+        is_poke = block < poke_blocks
+        place = block * BLOCK_ROWS + tl.where(is_poke, first_poke, first_query - poke_blocks * BLOCK_ROWS)
         tile = tile_of(rows_ptr + place * (2 * HEAD.WIDTH), lane, 2 * HEAD.WIDTH, HEAD)
         q_tile, gradient = tl.load(tile), tl.load(tile + HEAD.WIDTH)
         lse, delta = tl.load(sums_ptr + place + lane), tl.load(sums_ptr + placed.num + place + lane)
@@ -392,10 +382,9 @@ def _add_rows(
         weights = tl.exp2(logits - lse[None, :])
         if MASKED:
             # A poke sees itself and the pokes before it; key c is below the limit of the queries from (c + 1) n on.
-            seen_from = keys
-            if TWO_RANGES:
-                seen_from = tl.where(is_poke, keys, keys * lengths.n + (placed.queries_from + lengths.n))
-            weights = tl.where(lane[None, :] >= (seen_from - place)[:, None], weights, 0.0)
+            seen_from = keys * tl.where(is_poke, 1, lengths.n)
+            seen_from += tl.where(is_poke, 0, placed.queries_from + lengths.n) - place
+            weights = tl.where(lane[None, :] >= seen_from[:, None], weights, 0.0)
         dlogits = (weights * (dweights - delta[None, :])).to(DOT_DTYPE)
         dv_tile = tl.dot(weights.to(DOT_DTYPE), gradient, dv_tile, input_precision=PRECISION)
         dk_tile = tl.dot(dlogits, q_tile, dk_tile, input_precision=PRECISION)

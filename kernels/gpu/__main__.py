@@ -112,7 +112,7 @@ def unpack(wheels: Path, out: Path) -> Path:
 def _start(task: Task, out: Path, source: str, wheels: Path | None, limit_s: int) -> int | None:
     """Exit status of a task's process; None if it ran past its limit. Its children end with it."""
     command = [sys.executable, "-m", "kinema.kernels.gpu.worker", task.name, "--out", str(out), "--tasks", source]
-    command += ["--until", str(time.monotonic() + limit_s)]
+    command += ["--until", str(time.monotonic() + limit_s), "--driver", str(os.getpid())]
     paths = [PYTHON_PATH, *([str(wheels)] if wheels else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**CACHES, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with (out / _log_name(task)).open("w") as log:
@@ -146,6 +146,4 @@ def _ending(status: int | None, limit_s: int) -> str:
 
 
 if __name__ == "__main__":
-    # As an exception, so that the task's process ends too: it has a session of its own.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

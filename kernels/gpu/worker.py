@@ -11,7 +11,9 @@ import importlib
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -47,10 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--until", type=float, default=math.inf, help="when the process is ended, on the system's clock"
     )
+    parser.add_argument("--driver", type=int, help="the process whose end is this one's, with all that it started")
     parser.add_argument("--tasks", default=TASKS)
     options = parser.parse_args(arguments)
+    if options.driver is not None:
+        threading.Thread(target=_end_with, args=(options.driver,), daemon=True).start()
     (task,) = (task for task in tasks_of(options.tasks) if task.name == options.task)
     return run(task, options.out, options.until)
+
+
+def _end_with(driver: int) -> None:
+    """Kill the group of this process, which is its own, once the driver is gone, however that ended."""
+    while os.getppid() == driver:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
 
 
 def run(task: Task, out: Path, until: float = math.inf) -> int:
