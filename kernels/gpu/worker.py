@@ -7,6 +7,7 @@ get to the end, and the driver writes the row that says so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import math
 import os
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ ROWS_WRONG = 3
 """Python itself ends with 1 for an exception, before a row could be written."""
 BASELINE_S = 8
 """A baseline that would begin with less time left than this is skipped: most are compiled first."""
+SPARE_S = 2
+"""One that is not done so long before the task's end is given up, so that the task ends by itself."""
 
 Write = Callable[[dict[str, Any]], None]
 
@@ -149,9 +152,13 @@ def compare(case: GpuCase, times: timing.Times, rates: dict[str, float], write: 
             write({**row, "status": "skipped", "note": f"{left:.0f} s left of the task's time"})
             continue
         try:
-            memory = timing.peak_mb(baseline)
-            error = _difference(_tensors(baseline()), ours)
-            other = timing.time_call(baseline)
+            with _at_most(left - SPARE_S):
+                memory = timing.peak_mb(baseline)
+                error = _difference(_tensors(baseline()), ours)
+                other = timing.time_call(baseline)
+        except OutOfTime:
+            write({**row, "status": "skipped", "note": f"not done within {left - SPARE_S:.0f} s"})
+            continue
         except torch.AcceleratorError:
             raise
         except Exception as problem:  # noqa: BLE001 - a baseline that cannot run here is no failure of ours
@@ -164,6 +171,27 @@ def compare(case: GpuCase, times: timing.Times, rates: dict[str, float], write: 
                 "of_ours": round(other.warm_ms / times.warm_ms, 3),
             }
         )
+
+
+class OutOfTime(BaseException):
+    """Not an `Exception`, which torch.compile would take for an error of what it compiles."""
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises `OutOfTime` inside, at the next step of Python, once so much time has passed."""
+
+    def raise_it(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, raise_it)
+    if seconds < math.inf:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:

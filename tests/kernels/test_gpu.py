@@ -121,6 +121,17 @@ def test_a_case_that_raises_costs_no_other_and_baselines_come_last(stand_ins, tm
     assert left_out == {"first": "skipped", "third": "skipped"}
 
 
+def test_a_baseline_that_takes_too_long_is_given_up(monkeypatch):
+    monkeypatch.setattr(worker, "BASELINE_S", 0.1)
+    monkeypatch.setattr(worker, "SPARE_S", 0.5)
+    written = []
+    baselines = {"endless": lambda: time.sleep(600), "plain": lambda: torch.ones(4).sum()}
+    ours = worker.GpuCase("case", lambda: torch.ones(4).sum(), dict, 1e-5, baselines)
+    worker.compare(ours, timing.Times(1.0, 1.0, "clock"), {}, written.append, time.monotonic() + 1)
+    assert [(row["way"], row["status"]) for row in written][0] == ("endless", "skipped")
+    assert "not done within" in written[0]["note"] and written[1]["way"] == "plain"
+
+
 def test_a_killed_run_takes_its_task_along(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(HERE)])}
     command = [sys.executable, "-m", "kinema.kernels.gpu", "--out", str(tmp_path), "--without-device"]
