@@ -41,7 +41,8 @@ chaos: env
 bench: env
 	@$(BIN)/python -m kinema.pipelines.bench
 
-# Needs nothing but python3 with torch, triton, numpy and jaxtyping: OUT=folder MINUTES=9 ONLY=stages WHEELS=folder
+# Needs nothing but python3 with torch, triton, numpy and jaxtyping: OUT=folder MINUTES=9 ONLY=stages WHEELS=folder, with
+# wheels of einops (models' steps) and localcorr (a baseline).
 gpu:
 	@PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m kinema.kernels.gpu \
 	  $(if $(OUT),--out $(OUT)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only "$(ONLY)") \

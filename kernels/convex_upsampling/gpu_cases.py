@@ -49,7 +49,6 @@ def _case(B: int, C: int, H: int, W: int, factor: int, dtype: torch.dtype, backw
     logits = (8 * draw(B, 9 * factor**2, H, W)).to(dtype).contiguous(memory_format=torch.channels_last)
     logits.requires_grad_(backward)
     weight = draw(B, C, factor * H, factor * W)
-    torch._dynamo.reset()
     compiled = torch.compile(convex_upsample_reference, dynamic=False)
     bytes_once = logits.nbytes + maps.nbytes + weight.nbytes
     kind = str(dtype).removeprefix("torch.")

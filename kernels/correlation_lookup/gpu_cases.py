@@ -15,6 +15,7 @@ from kinema.kernels.correlation_lookup import (
     correlation_lookup,
     correlation_pyramid,
     feature_pyramid,
+    lookup_into,
     volume_lookup,
 )
 from kinema.kernels.correlation_lookup.reference import correlation_lookup_reference
@@ -76,13 +77,14 @@ def _tuned_call(dtype: torch.dtype, device: str) -> Callable[[], Any]:
 
 
 def _lookup_case(B: int, H: int, W: int, dtype: torch.dtype) -> GpuCase:
-    """A lookup alone; the volume of the baselines is made beforehand, in float32 as published."""
+    """An iteration's lookup: maps are laid out before, as is the baselines' volume, in float32 as published."""
     fmap1, fmap2, coords = _inputs(B, H, W, dtype)
     pooled = feature_pyramid(fmap2)
     volume = correlation_pyramid(fmap1, fmap2)
+    look = lookup_into(fmap1, pooled, RADIUS, impl="triton")
     return GpuCase(
         name=f"B{B} C{CHANNELS} {H}x{W} r{RADIUS} {_kind(dtype)} forward",
-        ours=lambda: _ours(fmap1, pooled, coords),
+        ours=lambda: look(coords),
         check=lambda: _errors(fmap1, pooled, coords, backward=False),
         tolerance=TOLERANCES[dtype],
         baselines={
@@ -127,8 +129,8 @@ def _pair_case(B: int, H: int, W: int, dtype: torch.dtype, iters: int) -> GpuCas
     fmap1, fmap2, coords = _inputs(B, H, W, dtype)
 
     def ours() -> Tensor:
-        pooled = feature_pyramid(fmap2)
-        return [_ours(fmap1, pooled, coords) for _ in range(iters)][-1]
+        look = lookup_into(fmap1, feature_pyramid(fmap2), RADIUS, impl="triton")
+        return [look(coords) for _ in range(iters)][-1]
 
     def published() -> Tensor:
         volume = correlation_pyramid(fmap1, fmap2)
@@ -155,8 +157,9 @@ def grid_sampled(pyramid: list[Tensor], coords: Tensor, radius: int = RADIUS) ->
     rows = []
     for level, volume in enumerate(pyramid):
         h, w = volume.shape[-2:]
-        size = torch.tensor([w - 1, h - 1], device=coords.device)
-        grid = 2 * (centres / 2**level + delta) / size - 1
+        x, y = (centres / 2**level + delta).split(1, dim=-1)
+        # Without a tensor of sizes, whose copy to the device no graph can hold.
+        grid = torch.cat([2 * x / (w - 1) - 1, 2 * y / (h - 1) - 1], dim=-1)
         rows.append(F.grid_sample(volume.reshape(-1, 1, h, w), grid, align_corners=True).view(B, H, W, -1))
     return torch.cat(rows, -1).permute(0, 3, 1, 2)
 

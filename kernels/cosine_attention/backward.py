@@ -22,6 +22,7 @@ from kinema.kernels.cosine_attention.prepare import (
     store_tile,
     strength_of,
     tile_of,
+    turns_of,
     unit_rotated,
 )
 from kinema.kernels.cosine_attention.visibility import CAUSAL, FULL, QUERY_CAUSAL, QUERY_INFERENCE, limits_of
@@ -53,7 +54,7 @@ def backward_rows_kernel(
     theta_q,  # Rows [B, H, N, R], or None
     theta_k,  # Rows [B, H, M, R], or None
     prepared_ptr,  # [B, H, padded, WIDTH], contiguous: shared keys
-    values,  # Rows [B, H, at least num_shared, WIDTH]: their values
+    values,  # Rows [B, H, at least num_shared, WIDTH]: their values; in whole blocks with WHOLE
     scale_ptr,  # [H] float32, contiguous
     out,  # Rows [B, H, N, D]
     dout,  # Rows [B, H, N, D]
@@ -72,69 +73,46 @@ def backward_rows_kernel(
     CHUNK: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SAME_ANGLES: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     num_blocks = placed.num // BLOCK_ROWS
     head = tl.program_id(0) // num_blocks
     b, h = head // lengths.H, head % lengths.H
     first = (tl.program_id(0) % num_blocks) * BLOCK_ROWS
-    # Pokes and queries never share a block, so that one limit rises over its rows.
-    queries_from, end = placed.queries_from, lengths.N
-    shift = 0
-    if KIND == QUERY_CAUSAL or KIND == QUERY_INFERENCE:
-        shift = tl.where(first < queries_from, 0, queries_from - lengths.P)
-        end = tl.where(first < queries_from, lengths.P, lengths.N)
-    start = first - shift
-    q, k, v, dout, out = (
-        head_of(q, b, h, HEAD.ALIGN),
-        head_of(k, b, h, HEAD.ALIGN),
-        head_of(v, b, h, HEAD.ALIGN),
-        head_of(dout, b, h, HEAD.ALIGN),
-        head_of(out, b, h, HEAD.ALIGN),
-    )
-    theta_q = head_of(theta_q, b, h, 1) if HEAD.R > 0 else None
-    theta_k = head_of(theta_k, b, h, 1) if HEAD.R > 0 else None
+    start, end = _rows_at(first, placed, lengths, KIND)
+    q, dout = head_of(q, b, h, HEAD.ALIGN), head_of(dout, b, h, HEAD.ALIGN)
     strength = strength_of(scale_ptr, h)
-    lse_ptr += head.to(tl.int64) * lengths.N
     place = head.to(tl.int64) * placed.num + first
     rows_ptr = placed.rows + place * (2 * HEAD.WIDTH)
     totals_ptr += place * HEAD.WIDTH
     sums_ptr = placed.sums + head.to(tl.int64) * placed.num + place
-    deltas_ptr = sums_ptr + placed.num
 
     for chunk in range(0, BLOCK_ROWS, CHUNK):
-        piece = chunk + tl.arange(0, CHUNK)
-        piece_rows = start + piece
-        known = piece_rows < end
-        q1, q2, _ = unit_rotated(q, theta_q, piece_rows, known, HEAD)
-        strength_2 = strength * LOG2_E
-        store_prepared(rows_ptr, q1 * strength_2, q2 * strength_2, piece, 2 * HEAD.WIDTH, HEAD)
-        gradient = load_tile(dout, piece_rows, known, HEAD)
-        tl.store(tile_of(rows_ptr + HEAD.WIDTH, piece, 2 * HEAD.WIDTH, HEAD), gradient.to(DOT_DTYPE))
-        product = load_tile(out, piece_rows, known, HEAD).to(tl.float32) * gradient.to(tl.float32)
-        tl.store(deltas_ptr + piece, tl.sum(product, axis=1))
-        # Places without a row get no weight from an infinite sum.
-        tl.store(sums_ptr + piece, tl.load(lse_ptr + piece_rows, mask=known, other=float("inf")))
+        _take_in(
+            q, head_of(out, b, h, HEAD.ALIGN), dout, theta_q, b, h, lse_ptr + head.to(tl.int64) * lengths.N,
+            rows_ptr, sums_ptr, placed.num, strength, chunk + tl.arange(0, CHUNK), start, end, HEAD, DOT_DTYPE,
+        )  # fmt: skip
     # What all threads wrote, all may read from here on.
     tl.debug_barrier()
 
     lane = tl.arange(0, BLOCK_ROWS)
-    rows = start + lane
     last = tl.minimum(start + BLOCK_ROWS, end) - 1
     stop = tl.where(start < end, limits_of(last, lengths, KIND), 0)
     plain = tl.where(start < end, limits_of(start, lengths, KIND), 0) // BLOCK_KEYS * BLOCK_KEYS
-    limits = limits_of(rows, lengths, KIND)
+    limits = limits_of(start + lane, lengths, KIND)
     prepared = prepared_ptr + head.to(tl.int64) * lengths.padded * HEAD.WIDTH
     q_tile = tl.load(tile_of(rows_ptr, lane, 2 * HEAD.WIDTH, HEAD))
     dout_tile = tl.load(tile_of(rows_ptr + HEAD.WIDTH, lane, 2 * HEAD.WIDTH, HEAD))
-    lse, delta = tl.load(sums_ptr + lane), tl.load(deltas_ptr + lane)
+    lse, delta = tl.load(sums_ptr + lane), tl.load(sums_ptr + placed.num + lane)
     values = head_of(values, b, h, HEAD.ALIGN)
     total = tl.full([BLOCK_ROWS, HEAD.WIDTH], 0.0, tl.float32)
     total = _add_keys(
-        total, q_tile, dout_tile, lse, delta, prepared, values, 0, plain, limits, lengths, False,
+        total, q_tile, dout_tile, lse, delta, prepared, values, 0, plain, limits, lengths, False, WHOLE,
         HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION,
     )  # fmt: skip
     total = _add_keys(
-        total, q_tile, dout_tile, lse, delta, prepared, values, plain, stop, limits, lengths, True,
+        total, q_tile, dout_tile, lse, delta, prepared, values, plain, stop, limits, lengths, True, WHOLE,
         HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION,
     )  # fmt: skip
     tl.store(tile_of(totals_ptr, lane, HEAD.WIDTH, HEAD), total)
@@ -143,42 +121,115 @@ def backward_rows_kernel(
     # A few rows at a time: all at once do not fit into registers.
     dscale = tl.zeros([CHUNK], tl.float32)
     for chunk in range(0, BLOCK_ROWS, CHUNK):
-        piece = chunk + tl.arange(0, CHUNK)
-        piece_rows = start + piece
-        known = piece_rows < end
-        dq1, dq2 = load_halves(totals_ptr, piece, HEAD.WIDTH, HEAD)
-        q1, q2, q_inverse = unit_rotated(q, theta_q, piece_rows, known, HEAD)
-        if KIND != FULL:
-            own1, own2, own_inverse = unit_rotated(k, theta_k, piece_rows, known, HEAD)
-            gradient = load_tile(dout, piece_rows, known, HEAD).to(tl.float32)
-            value = load_tile(v, piece_rows, known, HEAD).to(tl.float32)
-            dweight = tl.sum(gradient * value, axis=1) - tl.load(deltas_ptr + piece)
-            weight = tl.exp2(tl.sum(q1 * own1 + q2 * own2, axis=1) * (strength * LOG2_E) - tl.load(sums_ptr + piece))
-            dlogit = weight * dweight
-            dq1 += dlogit[:, None] * own1
-            dq2 += dlogit[:, None] * own2
-        dscale += store_input_gradient(
-            head_of(dq, b, h, HEAD.ALIGN),
-            theta_q,
-            dq1,
-            dq2,
-            q1,
-            q2,
-            q_inverse * strength,
-            piece_rows,
-            known,
-            known,
-            HEAD,
-        )
-        if KIND == QUERY_CAUSAL or KIND == QUERY_INFERENCE:
-            is_query = known & (piece_rows >= lengths.P)
-            store_tile(head_of(dv, b, h, HEAD.ALIGN), weight[:, None] * gradient, piece_rows, is_query, HEAD)
-            dlogit = dlogit * strength
-            store_input_gradient(
-                head_of(dk, b, h, HEAD.ALIGN), theta_k, dlogit[:, None] * q1, dlogit[:, None] * q2, own1, own2,
-                own_inverse, piece_rows, known, is_query, HEAD,
-            )  # fmt: skip
+        dscale += _give_back(
+            q, head_of(k, b, h, HEAD.ALIGN), head_of(v, b, h, HEAD.ALIGN), dout,
+            head_of(dq, b, h, HEAD.ALIGN), head_of(dk, b, h, HEAD.ALIGN), head_of(dv, b, h, HEAD.ALIGN),
+            theta_q, theta_k, b, h, totals_ptr, sums_ptr, placed.num, strength,
+            chunk + tl.arange(0, CHUNK), start, end, lengths, KIND, HEAD, SAME_ANGLES,
+        )  # fmt: skip
     tl.store(dscale_ptr + tl.program_id(0), tl.sum(dscale, axis=0))
+
+
+@triton.jit
+def _rows_at(first, placed, lengths, KIND: tl.constexpr):
+    """The row at the place `first`, and the one behind the last of its kind.
+
+    Pokes and queries never share a block, so that one limit rises over its rows.
+    """
+    shift = 0
+    end = lengths.N
+    if KIND == QUERY_CAUSAL or KIND == QUERY_INFERENCE:
+        shift = tl.where(first < placed.queries_from, 0, placed.queries_from - lengths.P)
+        end = tl.where(first < placed.queries_from, lengths.P, lengths.N)
+    return first - shift, end
+
+
+@triton.jit
+def _take_in(
+    q,  # Rows, one head; likewise out, dout
+    out,
+    dout,
+    theta_q,  # Rows [B, H, N, R], or None
+    b,
+    h,
+    lse_ptr,  # [N] of this head
+    rows_ptr,  # places of this block: written
+    sums_ptr,  # likewise; <gradient, output> lies `apart` behind
+    apart,
+    strength,
+    piece,  # [rows] of this block
+    start,
+    end,
+    HEAD: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    """Some rows as `Placed` has them."""
+    rows = start + piece
+    known = rows < end
+    sin, cos = turns_of(theta_q, b, h, rows, known, HEAD)
+    q1, q2, _ = unit_rotated(q, sin, cos, rows, known, HEAD)
+    strength = strength * LOG2_E
+    store_prepared(rows_ptr, q1 * strength, q2 * strength, piece, 2 * HEAD.WIDTH, HEAD)
+    gradient = load_tile(dout, rows, known, HEAD)
+    tl.store(tile_of(rows_ptr + HEAD.WIDTH, piece, 2 * HEAD.WIDTH, HEAD), gradient.to(DOT_DTYPE))
+    product = load_tile(out, rows, known, HEAD).to(tl.float32) * gradient.to(tl.float32)
+    tl.store(sums_ptr + apart + piece, tl.sum(product, axis=1))
+    # Places without a row get no weight from an infinite sum.
+    tl.store(sums_ptr + piece, tl.load(lse_ptr + rows, mask=known, other=float("inf")))
+
+
+@triton.jit
+def _give_back(
+    q,  # Rows, one head; likewise up to dv
+    k,
+    v,
+    dout,
+    dq,  # written
+    dk,  # written for queries; likewise dv
+    dv,
+    theta_q,  # Rows [B, H, N, R], or None; likewise theta_k
+    theta_k,
+    b,
+    h,
+    totals_ptr,  # gradient of the prepared rows of this block
+    sums_ptr,  # as `_take_in` wrote them
+    apart,
+    strength,
+    piece,  # [rows] of this block
+    start,
+    end,
+    lengths,
+    KIND: tl.constexpr,
+    HEAD: tl.constexpr,
+    SAME_ANGLES: tl.constexpr,
+):
+    """Gradients of some rows, and of keys that only they see; returns the rows' terms of the scale's gradient."""
+    rows = start + piece
+    known = rows < end
+    dq1, dq2 = load_halves(totals_ptr, piece, HEAD.WIDTH, HEAD)
+    sin, cos = turns_of(theta_q, b, h, rows, known, HEAD)
+    q1, q2, q_inverse = unit_rotated(q, sin, cos, rows, known, HEAD)
+    if KIND != FULL:
+        own_sin, own_cos = sin, cos
+        if not SAME_ANGLES:
+            own_sin, own_cos = turns_of(theta_k, b, h, rows, known, HEAD)
+        own1, own2, own_inverse = unit_rotated(k, own_sin, own_cos, rows, known, HEAD)
+        gradient = load_tile(dout, rows, known, HEAD).to(tl.float32)
+        value = load_tile(v, rows, known, HEAD).to(tl.float32)
+        dweight = tl.sum(gradient * value, axis=1) - tl.load(sums_ptr + apart + piece)
+        weight = tl.exp2(tl.sum(q1 * own1 + q2 * own2, axis=1) * (strength * LOG2_E) - tl.load(sums_ptr + piece))
+        dlogit = weight * dweight
+        dq1 += dlogit[:, None] * own1
+        dq2 += dlogit[:, None] * own2
+    dscale = store_input_gradient(dq, sin, cos, dq1, dq2, q1, q2, q_inverse * strength, rows, known, HEAD)
+    if KIND == QUERY_CAUSAL or KIND == QUERY_INFERENCE:
+        is_query = known & (rows >= lengths.P)
+        store_tile(dv, weight[:, None] * gradient, rows, is_query, HEAD)
+        dlogit = (dlogit * strength)[:, None]
+        store_input_gradient(
+            dk, own_sin, own_cos, dlogit * q1, dlogit * q2, own1, own2, own_inverse, rows, is_query, HEAD
+        )
+    return dscale
 
 
 @triton.jit
@@ -195,6 +246,7 @@ def _add_keys(
     limits,  # [rows]
     lengths,
     MASKED: tl.constexpr,
+    WHOLE: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -209,7 +261,8 @@ def _add_keys(
         logits = tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION)
         weights = tl.exp2(logits - lse[:, None])
         if MASKED:
-            weights = tl.where((key + lane)[None, :] < limits[:, None], weights, 0.0)
+            weights = tl.where(lane[None, :] < (limits - key)[:, None], weights, 0.0)
+        if MASKED and not WHOLE:
             value = tl.load(v_tile, mask=(key + lane < lengths.num_shared)[:, None], other=0.0)
         else:
             value = tl.load(v_tile)
@@ -280,17 +333,15 @@ def backward_keys_kernel(
     tl.store(tile_of(totals_ptr, keys, 2 * HEAD.WIDTH, HEAD), dk_tile * LN_2)
     tl.store(tile_of(totals_ptr + HEAD.WIDTH, keys, 2 * HEAD.WIDTH, HEAD), dv_tile)
     tl.debug_barrier()
-    theta = head_of(theta_k, b, h, 1) if HEAD.R > 0 else None
     for chunk in range(0, BLOCK_KEYS, CHUNK):
         piece = start + chunk + tl.arange(0, CHUNK)
         known = piece < lengths.num_shared
         value_gradient = tl.load(tile_of(totals_ptr + HEAD.WIDTH, piece, 2 * HEAD.WIDTH, HEAD))
         store_tile(head_of(dv, b, h, HEAD.ALIGN), value_gradient, piece, known, HEAD)
         dk1, dk2 = load_halves(totals_ptr, piece, 2 * HEAD.WIDTH, HEAD)
-        k1, k2, k_inverse = unit_rotated(head_of(k, b, h, HEAD.ALIGN), theta, piece, known, HEAD)
-        store_input_gradient(
-            head_of(dk, b, h, HEAD.ALIGN), theta, dk1, dk2, k1, k2, k_inverse, piece, known, known, HEAD
-        )
+        sin, cos = turns_of(theta_k, b, h, piece, known, HEAD)
+        k1, k2, k_inverse = unit_rotated(head_of(k, b, h, HEAD.ALIGN), sin, cos, piece, known, HEAD)
+        store_input_gradient(head_of(dk, b, h, HEAD.ALIGN), sin, cos, dk1, dk2, k1, k2, k_inverse, piece, known, HEAD)
 
 
 @triton.jit

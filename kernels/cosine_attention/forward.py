@@ -15,6 +15,7 @@ from kinema.kernels.cosine_attention.prepare import (
     pointers,
     store_tile,
     strength_of,
+    turns_of,
     unit_rotated,
 )
 from kinema.kernels.cosine_attention.visibility import FULL, limits_of, seen_by_all, seen_by_some
@@ -28,7 +29,7 @@ def forward_kernel(
     theta_q,  # Rows [B, H, N, R], or None
     theta_k,  # Rows [B, H, M, R], or None
     prepared_ptr,  # [B, H, padded, WIDTH], contiguous: shared keys
-    values,  # Rows [B, H, at least num_shared, WIDTH]: their values
+    values,  # Rows [B, H, at least num_shared, WIDTH]: their values; in whole blocks with WHOLE
     scale_ptr,  # [H] float32, contiguous
     out,  # Rows [B, H, N, D]: written
     lse_ptr,  # [B, H, N] float32, contiguous: written, log2 of the sum of exponentials of the logits
@@ -39,6 +40,8 @@ def forward_kernel(
     BLOCK_KEYS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SAME_ANGLES: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     num_blocks = tl.cdiv(lengths.N, BLOCK_ROWS)
     head = tl.program_id(0) // num_blocks
@@ -47,8 +50,8 @@ def forward_kernel(
     rows = start + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < lengths.N
     values = head_of(values, b, h, HEAD.ALIGN)
-    theta = head_of(theta_q, b, h, 1) if HEAD.R > 0 else None
-    q1, q2, _ = unit_rotated(head_of(q, b, h, HEAD.ALIGN), theta, rows, in_rows, HEAD)
+    sin, cos = turns_of(theta_q, b, h, rows, in_rows, HEAD)
+    q1, q2, _ = unit_rotated(head_of(q, b, h, HEAD.ALIGN), sin, cos, rows, in_rows, HEAD)
     strength = strength_of(scale_ptr, h) * LOG2_E
     q1 = q1 * strength
     q2 = q2 * strength
@@ -57,8 +60,9 @@ def forward_kernel(
         total = tl.zeros([BLOCK_ROWS], tl.float32)
         acc = tl.full([BLOCK_ROWS, HEAD.WIDTH], 0.0, tl.float32)
     else:
-        theta = head_of(theta_k, b, h, 1) if HEAD.R > 0 else None
-        own1, own2, _ = unit_rotated(head_of(k, b, h, HEAD.ALIGN), theta, rows, in_rows, HEAD)
+        if not SAME_ANGLES:
+            sin, cos = turns_of(theta_k, b, h, rows, in_rows, HEAD)
+        own1, own2, _ = unit_rotated(head_of(k, b, h, HEAD.ALIGN), sin, cos, rows, in_rows, HEAD)
         top = tl.sum(q1 * own1 + q2 * own2, axis=1)
         total = tl.full([BLOCK_ROWS], 1.0, tl.float32)
         acc = load_tile(head_of(v, b, h, HEAD.ALIGN), rows, in_rows, HEAD).to(tl.float32)
@@ -70,39 +74,13 @@ def forward_kernel(
     limits = limits_of(rows, lengths, KIND)
     prepared = prepared_ptr + head.to(tl.int64) * lengths.padded * HEAD.WIDTH
     top, total, acc = _attend(
-        q_tile,
-        prepared,
-        values,
-        top,
-        total,
-        acc,
-        0,
-        plain,
-        limits,
-        lengths,
-        False,
-        HEAD,
-        BLOCK_KEYS,
-        DOT_DTYPE,
-        PRECISION,
-    )
+        q_tile, prepared, values, top, total, acc, 0, plain, limits, lengths, False, WHOLE,
+        HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION,
+    )  # fmt: skip
     top, total, acc = _attend(
-        q_tile,
-        prepared,
-        values,
-        top,
-        total,
-        acc,
-        plain,
-        stop,
-        limits,
-        lengths,
-        True,
-        HEAD,
-        BLOCK_KEYS,
-        DOT_DTYPE,
-        PRECISION,
-    )
+        q_tile, prepared, values, top, total, acc, plain, stop, limits, lengths, True, WHOLE,
+        HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION,
+    )  # fmt: skip
     store_tile(head_of(out, b, h, HEAD.ALIGN), acc / total[:, None], rows, in_rows, HEAD)
     tl.store(lse_ptr + head.to(tl.int64) * lengths.N + rows, top + tl.log2(total), mask=in_rows)
 
@@ -120,6 +98,7 @@ def _attend(
     limits,  # [rows]
     lengths,
     MASKED: tl.constexpr,
+    WHOLE: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -132,7 +111,8 @@ def _attend(
     for key in range(first, stop, BLOCK_KEYS):
         logits = tl.dot(q_tile, tl.load(k_tile), input_precision=PRECISION)
         if MASKED:
-            logits = tl.where((key + lane)[None, :] < limits[:, None], logits, float("-inf"))
+            logits = tl.where(lane[None, :] < (limits - key)[:, None], logits, float("-inf"))
+        if MASKED and not WHOLE:
             value = tl.load(v_tile, mask=(key + lane < lengths.num_shared)[:, None], other=0.0)
         else:
             value = tl.load(v_tile)

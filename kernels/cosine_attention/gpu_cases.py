@@ -113,7 +113,7 @@ def _tuned_call(size: Size, kernel: str, device: str) -> Callable[[], Any]:
     known = (size.pattern.kind, size.pattern.num_pokes)
     if kernel == "forward":
         return lambda: run_forward(q, k, v, *theta, scale, *known)
-    out, lse = torch.empty_like(q), torch.zeros(q.shape[:3], device=device)
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], device=device)
     return lambda: run_backward(dout, q, k, v, *theta, scale, out, lse, *known)
 
 

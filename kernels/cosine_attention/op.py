@@ -114,7 +114,7 @@ def run_forward(
     B, H, N, _ = q.shape
     out, lse = _empty_outputs(q)
     call = _Call(q, k, v, theta_q, theta_k, scale, kind, num_pokes, others=(out,))
-    constants = call.constants("forward")
+    constants = call.constants("forward") | call.facts
     prepared, values = call.prepared_keys()
     launch(
         forward_kernel,
@@ -143,7 +143,8 @@ def run_backward(
     B, H, _, _ = q.shape
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     call = _Call(q, k, v, theta_q, theta_k, scale, kind, num_pokes, others=(out, dout, dq, dk, dv))
-    by_rows, by_keys = call.backward_constants("rows"), call.backward_constants("keys")
+    by_rows = call.backward_constants("rows") | call.facts
+    by_keys = call.backward_constants("keys")
     prepared, values = call.prepared_keys()
     placed = call.placed(max(by_rows["BLOCK_ROWS"], by_keys["BLOCK_ROWS"]))
     num_blocks = placed.num // by_rows["BLOCK_ROWS"]
@@ -212,6 +213,13 @@ class _Call:
         num_shared = M if pattern.kind in ("full", "causal") else pattern.num_pokes
         padded = triton.cdiv(num_shared, LARGEST_BLOCK_KEYS) * LARGEST_BLOCK_KEYS
         self.lengths = Lengths(H, N, M, pattern.num_pokes, n, num_shared, padded)
+        # Pokes are few: their values are copied, with zeros behind them, rather than masked.
+        self.copies_values = half * 2 != D or (pattern.kind in POKE_KINDS and padded != num_shared)
+        # What a row's own key turns by, which stands where it stands; whether loops may read values up to `padded`.
+        self.facts = {
+            "SAME_ANGLES": _same(theta_q, theta_k),
+            "WHOLE": self.copies_values or padded == num_shared,
+        }
 
     def constants(self, kernel: str) -> dict[str, Any]:
         """Compile-time arguments and launch options."""
@@ -230,7 +238,7 @@ class _Call:
     def prepared_keys(self) -> tuple[Tensor, Rows]:
         """Shared keys, normalised and rotated: [B, H, padded, WIDTH]; and values of as many columns."""
         prepared = self.scratch(self.lengths.padded)
-        copied = None if self.head.D == self.head.WIDTH else self.scratch(self.lengths.padded)
+        copied = self.scratch(self.lengths.padded) if self.copies_values else None
         if self.lengths.padded > 0:
             launch(
                 prepare_keys_kernel,
@@ -280,6 +288,13 @@ def _angles_or_none(
         for theta, x in ((theta_q, q), (theta_k, k))
     )
     return rows_q, rows_k, R
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are the same memory in the same order."""
+    if a is None or b is None or a is b:
+        return a is b
+    return a.data_ptr() == b.data_ptr() != 0 and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _as_pattern(kind: str, num_pokes: int, N: int) -> AttentionPattern:

@@ -107,7 +107,20 @@ def strength_of(scale_ptr, h):
 
 
 @triton.jit
-def unit_rotated(x, theta, rows, in_rows, HEAD: tl.constexpr):
+def turns_of(theta, b, h, rows, in_rows, HEAD: tl.constexpr):
+    """Sine and cosine of some rows' angles [rows, HALF]; columns from R on do not turn. Costs more than a product."""
+    if HEAD.R > 0:
+        c = tl.arange(0, HEAD.HALF)
+        places = pointers(head_of(theta, b, h, 1), rows, c, 1)
+        angle = tl.load(places, mask=in_rows[:, None] & (c < HEAD.R)[None, :], other=0.0)
+        sin, cos = _sin_cos(angle.to(tl.float32))
+    else:
+        sin, cos = 0.0, 1.0
+    return sin, cos
+
+
+@triton.jit
+def unit_rotated(x, sin, cos, rows, in_rows, HEAD: tl.constexpr):
     """Both halves of some rows of a head, normalised and rotated, float32; and the factor that normalised them."""
     first, second, valid = _half_columns(HEAD)
     keep = in_rows[:, None] & valid[None, :]
@@ -117,7 +130,6 @@ def unit_rotated(x, theta, rows, in_rows, HEAD: tl.constexpr):
     x1 = x1 * inverse[:, None]
     x2 = x2 * inverse[:, None]
     if HEAD.R > 0:
-        sin, cos = _angles(theta, rows, in_rows, HEAD)
         y1 = x1 * cos - x2 * sin
         y2 = x2 * cos + x1 * sin
     else:
@@ -127,7 +139,7 @@ def unit_rotated(x, theta, rows, in_rows, HEAD: tl.constexpr):
 
 
 @triton.jit
-def store_input_gradient(gradient, theta, g1, g2, y1, y2, factor, rows, in_rows, writable, HEAD: tl.constexpr):
+def store_input_gradient(gradient, sin, cos, g1, g2, y1, y2, factor, rows, writable, HEAD: tl.constexpr):
     """From the gradient g of the normalised, rotated rows y to that of the rows as given; returns <g, y> per row.
 
     With y = rotate(x * inverse): dx = factor * unrotate(g - y <g, y>), where factor = inverse times what multiplies y.
@@ -136,7 +148,6 @@ def store_input_gradient(gradient, theta, g1, g2, y1, y2, factor, rows, in_rows,
     g1 = (g1 - y1 * along[:, None]) * factor[:, None]
     g2 = (g2 - y2 * along[:, None]) * factor[:, None]
     if HEAD.R > 0:
-        sin, cos = _angles(theta, rows, in_rows, HEAD)
         x1 = g1 * cos + g2 * sin
         x2 = g2 * cos - g1 * sin
     else:
@@ -169,8 +180,8 @@ def prepare_keys_kernel(
     b, h = head // lengths.H, head % lengths.H
     rows = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     in_rows = rows < lengths.num_shared
-    theta = head_of(theta_k, b, h, 1) if HEAD.R > 0 else None
-    y1, y2, _ = unit_rotated(head_of(k, b, h, HEAD.ALIGN), theta, rows, in_rows, HEAD)
+    sin, cos = turns_of(theta_k, b, h, rows, in_rows, HEAD)
+    y1, y2, _ = unit_rotated(head_of(k, b, h, HEAD.ALIGN), sin, cos, rows, in_rows, HEAD)
     before = head.to(tl.int64) * lengths.padded * HEAD.WIDTH
     store_prepared(prepared_ptr + before, y1, y2, rows, HEAD.WIDTH, HEAD)
     if values_ptr is not None:
@@ -203,14 +214,6 @@ def _half_columns(HEAD: tl.constexpr):
 def _in_runs(columns, RUN: tl.constexpr):
     """Tells the compiler what it does not see: runs of RUN neighbouring dims, from multiples of RUN on."""
     return tl.max_contiguous(tl.multiple_of(columns, RUN), RUN)
-
-
-@triton.jit
-def _angles(theta, rows, in_rows, HEAD: tl.constexpr):
-    """Sine and cosine per row and column; columns from R on do not turn."""
-    c = tl.arange(0, HEAD.HALF)
-    angle = tl.load(pointers(theta, rows, c, 1), mask=in_rows[:, None] & (c < HEAD.R)[None, :], other=0.0)
-    return _sin_cos(angle.to(tl.float32))
 
 
 @triton.jit

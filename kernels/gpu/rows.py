@@ -18,11 +18,13 @@ TABLE = ROOT / "benchmarks" / "gpu.csv"
 IDENTITY = ("date", "commit", "device", "torch", "triton")
 COLUMNS = (
     *IDENTITY,
-    *("task", "case", "way", "status", "timer", "warm_ms", "cold_ms", "of_ours", "peak_mb", "error", "tolerance"),
+    *("task", "case", "way", "status", "timer", "warm_ms", "cold_ms", "per_second", "of_ours", "peak_mb"),
+    *("error", "tolerance"),
     *("mbytes", "gflop", "gbytes_per_s", "of_copy_rate", "tflops", "of_matrix_rate", "of_roofline", "note"),
 )
 """`way` is ours or a baseline; `status` is ok, wrong (over tolerance, still timed), checked, measured, missing (a
-baseline or tool that is not there), skipped (no time left) or failed."""
+baseline, tool or package that is not there), skipped (no time left) or failed. `error` is to the reference in float64,
+or, of a baseline, to ours; `per_second` counts samples or pairs of a model's step."""
 
 
 def identity() -> dict[str, str]:
@@ -36,7 +38,10 @@ def _identity() -> dict[str, str]:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    except RuntimeError:  # a row that says what went wrong matters more than where
+        device = "unknown"
     return {"commit": _commit(), "device": device, "torch": torch.__version__, "triton": triton}
 
 
@@ -77,7 +82,9 @@ def collect(source: Path, table: Path = TABLE) -> int:
 
 
 def _commit() -> str:
-    """Short hash, with a + where files differ from it."""
+    """Short hash, with a + where files differ from it; `KINEMA_COMMIT` names it for a copy without a repository."""
+    if named := os.environ.get("KINEMA_COMMIT"):
+        return named
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")

