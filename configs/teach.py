@@ -57,7 +57,8 @@ class TeachConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the teacher runs."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the teacher's matrix products; bf16 on a GPU, or on a CPU that has instructions for it (AVX512-BF16, AMX)."""
+    """Of the teacher's convolutions and matrix products; positions and flow stay float32. bf16 on a GPU, or on a CPU
+    that has instructions for it (AVX512-BF16, AMX); the artifact's config names it."""
     allowed_quarantine: float = 0.05
     """Exit status 3 when more than this share of the clips was quarantined."""
 

@@ -1,6 +1,6 @@
 """SEA-RAFT written plainly, as published: the yardstick of the benchmarks. It borrows our layers and nothing else.
 
-Each pair on its own, maps in planar order: each image through the feature network, both through the context network, the
+Each pair on its own, maps in planar order: each image through the feature network, both through the context network, a
 volume of all products sampled by `grid_sample`, and flow and mixture at full size after every step.
 
 Source: Wang, Lipson and Deng, ECCV 2024, arXiv:2405.14793. Sides must be multiples of 8, at least 128.
