@@ -43,10 +43,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class InferenceConv:
-    """`F.conv2d` with a weight kept in channels-last order, in the type of the weight given.
-
-    Args: norm is not here: `of` folds it. Maps that come in another type are converted.
-    """
+    """`F.conv2d` with a weight kept in channels-last order; maps are converted to the weight's type."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: Pair = 1, padding: Pair = 0, groups: int = 1):
         self.weight = weight.contiguous(memory_format=torch.channels_last)
@@ -74,7 +71,7 @@ class InferenceConv:
 
     def _convolve(self, x: Tensor, activation: str) -> Tensor:
         x = x.to(self.weight.dtype)
-        if _can_fuse():
+        if bool(torch.backends.mkldnn.enabled) and _has_operator(x.dtype):
             x = x.contiguous(memory_format=torch.channels_last)
             arguments = (x, self.weight, self.bias, self.padding, self.stride, (1, 1), self.groups)
             return torch.ops.mkldnn._convolution_pointwise(*arguments, activation, [], "")
@@ -98,12 +95,10 @@ def _pair(value: Pair) -> tuple[int, int]:
 
 
 @functools.cache
-def _has_operator() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-
-
-def _can_fuse() -> bool:
-    return _has_operator() and bool(torch.backends.mkldnn.enabled)
+def _has_operator(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def instance_norm_(x: Tensor, relu: bool, eps: float = 1e-5) -> Tensor:
