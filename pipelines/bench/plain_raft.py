@@ -55,7 +55,7 @@ def sampled(pyramid: list[Tensor], target: Tensor, radius: int) -> Tensor:
     for level, images in enumerate(pyramid):
         last = torch.tensor([images.shape[-1] - 1, images.shape[-2] - 1])
         grid = 2 * (centres / 2**level + window) / last - 1
-        found.append(F.gridsampled(images, grid, align_corners=True).view(B, H, W, -1))
+        found.append(F.grid_sample(images, grid, align_corners=True).view(B, H, W, -1))
     return torch.cat(found, dim=-1).permute(0, 3, 1, 2).contiguous()
 
 

@@ -70,6 +70,7 @@ def test_every_network_stays_near_its_own_flow(name, tmp_path):
 
 
 def test_a_cpu_without_the_instructions_refuses(tmp_path, monkeypatch):
+    monkeypatch.setenv("KINEMA_ENGINE", "serial")
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
     config = TeachConfig(
         clips=str(tmp_path), out=str(tmp_path / "flow"), teacher="raft_small", precision="bf16", device="cpu"
