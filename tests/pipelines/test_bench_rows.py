@@ -77,7 +77,7 @@ def test_clips_of_the_default_groups_are_smaller_than_those_of_short_ones():
 
 @pytest.mark.slow
 def test_clips_of_the_default_settings_are_no_larger_than_mpeg1_at_equal_psnr():
-    """What ARCHITECTURE.md promises to those who want small clips: on the films of `bench fpt_loader`."""
+    """The setting that docs/PRESETS.md offers to those who want small clips, on films of `bench fpt_loader`."""
     rows = clip_size.run(cases=((24, 2),), settings={"default": ClipConfig()}, rounds=1)
     video = next(row for row in rows if row["name"].endswith("video"))
     assert video["ratio"] <= 1.0
