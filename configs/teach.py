@@ -57,7 +57,8 @@ class TeachConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the teacher runs."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the teacher's matrix products; bf16 on a GPU, or on a CPU that has instructions for it (AVX512-BF16, AMX)."""
+    """Of the teacher's convolutions and matrix products; positions and flow stay float32. bf16 on a GPU, or on a CPU
+    that has instructions for it (AVX512-BF16, AMX); the artifact's config names it."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Repeat a network's work as CUDA graphs, one per size of frames, which spares queueing kernels one by one; auto:
     on a GPU, for networks over pairs (not AllTracker). A graph that repeats wrongly is noticed, said and not used."""

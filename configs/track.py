@@ -38,6 +38,9 @@ class TrackConfig:
     """CPU threads each actor uses."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the tracker runs; `chain` always runs on the CPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of a network's convolutions and matrix products, as in `kinema teach`; positions stay float32. bf16 on a GPU,
+    or on a CPU that has instructions for it (AVX512-BF16, AMX); the artifact's config names it."""
     allowed_quarantine: float = 0.05
     """Exit status 3 when more than this share of the clips was quarantined."""
 

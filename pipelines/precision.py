@@ -27,6 +27,19 @@ def cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def check_bf16(precision: str, device: str, name: str, is_network: bool) -> None:
+    """Raises: ValueError, if bf16 is asked of what is no network, or of a CPU that has no instructions for it."""
+    if precision != "bf16":
+        return
+    if not is_network:
+        raise ValueError(f"precision=bf16: {name} is no network; use precision=fp32")
+    if device == "cpu" and not cpu_multiplies_bf16():
+        raise ValueError(
+            "precision=bf16: this CPU only emulates products of bf16; use precision=fp32, a GPU, or a CPU with "
+            "AVX512-BF16 or AMX"
+        )
+
+
 def autocast(precision: str, device: torch.device | str) -> contextlib.AbstractContextManager[Any]:
     """A context whose matrix products are in this precision."""
     return (

@@ -8,10 +8,14 @@ convolutions, does not. Measured on an AMD EPYC, 514 x 384 tokens to 1536 channe
 
 import functools
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Activation = Literal["none", "gelu", "gelu_tanh"]
+"""GELU, exact or in its tanh form, of a product while it is in the cache: 2.3 instead of 5.6 ms for 8160 x 512."""
 
 
 class Linear(nn.Linear):
@@ -21,11 +25,19 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Same as `F.linear`."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = "none") -> Tensor:
+    """Same as `F.linear`, with an activation behind it."""
     if _can_use_onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_ONEDNN_NAMES[activation])
+    y = F.linear(x, weight, bias)
+    return y if activation == "none" else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+_ONEDNN_NAMES: dict[Activation, tuple[str, list[float], str]] = {
+    "none": ("none", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+}
 
 
 @functools.cache

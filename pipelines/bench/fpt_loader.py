@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kinema.configs import ClipConfig, FPTConfig, LoaderConfig
 from kinema.models.fpt.data_rules import build_targets, extract_motion, gap_in_frames, points_in_square
+from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.bench.paired import paired
 from kinema.pipelines.loader import Clip, ClipIndex, Loader
 from kinema.pipelines.scenes import Scene
@@ -33,7 +34,8 @@ CASES = ((24, 0.25, 6), (96, 1.0, 3))
 GRID = 32
 SAMPLES_PER_CLIP = (1, 8, 16)
 NUM_BATCHES = 16
-GOP = 4
+CLIP = ClipConfig(gop=4, preset="veryfast")
+"""Groups of 4 pictures are fast to read from and large; what is not larger than MPEG-1: `bench clip_size`."""
 MPEG1_QUANTISER = 3
 ALLOWED_DB = 0.3
 
@@ -69,8 +71,8 @@ def _case(
     for file, frames in zip(files, truth, strict=True):
         write_mpeg1(file, frames)
     decoded = (decode_from_start(file, num_frames - 1) for file in files)
-    theirs_stored = _stored(truth, decoded, sum(file.stat().st_size for file in files))
-    clips, ours_stored = _clips_of_equal_psnr(folder, scenes, truth, theirs_stored.psnr_db)
+    theirs_stored = stored(truth, decoded, sum(file.stat().st_size for file in files))
+    clips, ours_stored = clips_of_equal_psnr(folder, scenes, truth, theirs_stored.psnr_db)
     write_scene_tracks(scenes, clips, folder / "tracks", grid=GRID)
 
     recipe = FPTRecipe(FPTConfig(gap_s=gap_s, image_px=side_px))
@@ -153,26 +155,32 @@ def _reader(loader: Loader, convert: Convert) -> Callable[[int], None]:
     return read
 
 
-def _clips_of_equal_psnr(folder: Path, scenes: Sequence[Scene], truth: Sequence[np.ndarray], psnr_db: float) -> Any:
-    """The clips artifact whose quality setting comes nearest to the PSNR, found by bisection, and what it stores."""
-    tried: dict[int, tuple[Any, Stored]] = {}
+def clips_of_equal_psnr(
+    folder: Path, scenes: Sequence[Scene], truth: Sequence[np.ndarray], psnr_db: float, clip: ClipConfig = CLIP
+) -> tuple[Artifact, Stored]:
+    """The clips artifact whose crf comes nearest to the PSNR, found by bisection, and what it stores.
+
+    Raises: ValueError if none comes within `ALLOWED_DB`.
+    """
+    tried: dict[int, tuple[Artifact, Stored]] = {}
     low, high = 0, 51
     while low <= high:
         crf = (low + high) // 2
         url = folder / f"clips{crf}"
-        artifact = write_scene_clips(scenes, url, ClipConfig(crf=crf, gop=GOP, preset="veryfast"))
+        artifact = write_scene_clips(scenes, url, replace(clip, crf=crf))
         index = ClipIndex.open(url)
         decoded = (index.clip(i).frames(range(len(truth[i]))) for i in range(len(index)))
         num_bytes = sum(artifact.samples(["mp4_size"])["mp4_size"].to_pylist())
-        tried[crf] = (artifact, _stored(truth, decoded, num_bytes))
+        tried[crf] = (artifact, stored(truth, decoded, num_bytes))
         low, high = (low, crf - 1) if tried[crf][1].psnr_db < psnr_db else (crf + 1, high)
-    artifact, stored = min(tried.values(), key=lambda entry: abs(entry[1].psnr_db - psnr_db))
-    if abs(stored.psnr_db - psnr_db) > ALLOWED_DB:
-        raise ValueError(f"no crf gives {psnr_db:.2f} dB within {ALLOWED_DB}; nearest {stored.psnr_db:.2f}")
-    return artifact, stored
+    artifact, nearest = min(tried.values(), key=lambda entry: abs(entry[1].psnr_db - psnr_db))
+    if abs(nearest.psnr_db - psnr_db) > ALLOWED_DB:
+        raise ValueError(f"no crf gives {psnr_db:.2f} dB within {ALLOWED_DB}; nearest {nearest.psnr_db:.2f}")
+    return artifact, nearest
 
 
-def _stored(truth: Sequence[np.ndarray], decoded: Any, num_bytes: int) -> Stored:
+def stored(truth: Sequence[np.ndarray], decoded: Any, num_bytes: int) -> Stored:
+    """Args: truth, decoded, the frames of each clip, [T, H, W, 3]."""
     errors = [np.square(a.astype(np.float32) - b).mean() for a, b in zip(truth, decoded, strict=True)]
     return Stored(float(10 * np.log10(255**2 / np.mean(errors))), num_bytes)
 

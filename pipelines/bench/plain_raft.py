@@ -22,21 +22,21 @@ def plain_predictions(network: RAFT, image1: Tensor, image2: Tensor, iters: int)
     """[B, 2, H, W] after each iteration; images [B, 3, H, W] in 0..1."""
     block, x1, x2 = network.update_block, 2 * image1 - 1, 2 * image2 - 1
     fmap1, fmap2 = network.fnet(torch.cat([x1, x2])).chunk(2)
-    pyramid = _volumes(fmap1, fmap2)
+    pyramid = volumes(fmap1, fmap2)
     hidden, context = network.cnet(x1).split([block.hidden_channels, block.context_channels], dim=1)
     hidden, context = torch.tanh(hidden), torch.relu(context)
-    start = _grid(*fmap1.shape[-2:]).repeat(len(fmap1), 1, 1, 1)
+    start = grid(*fmap1.shape[-2:]).repeat(len(fmap1), 1, 1, 1)
     target, flows = start, []
     for _ in range(iters):
-        motion = block.encoder(target - start, _sample(pyramid, target, network.radius))
+        motion = block.encoder(target - start, sampled(pyramid, target, network.radius))
         hidden = _gru(block.gru, hidden, torch.cat([context, motion], dim=1))
         target = target + block.flow_head(hidden)
         flows.append(_enlarge(network, target - start, hidden))
     return flows
 
 
-def _volumes(fmap1: Tensor, fmap2: Tensor) -> list[Tensor]:
-    """[B H W, 1, h, w] at each level."""
+def volumes(fmap1: Tensor, fmap2: Tensor) -> list[Tensor]:
+    """All products, [B H W, 1, h, w] at each level."""
     B, C, H, W = fmap1.shape
     volume = (fmap1.flatten(2).transpose(1, 2) @ fmap2.flatten(2)) / C**0.5
     levels = [volume.view(B * H * W, 1, H, W)]
@@ -45,7 +45,7 @@ def _volumes(fmap1: Tensor, fmap2: Tensor) -> list[Tensor]:
     return levels
 
 
-def _sample(pyramid: list[Tensor], target: Tensor, radius: int) -> Tensor:
+def sampled(pyramid: list[Tensor], target: Tensor, radius: int) -> Tensor:
     """Every pixel's products are an image of their own, sampled on a grid of points; x is the outer axis."""
     B, _, H, W = target.shape
     steps = torch.arange(-radius, radius + 1.0)
@@ -73,12 +73,17 @@ def _enlarge(network: RAFT, flow: Tensor, hidden: Tensor) -> Tensor:
     B, _, H, W = flow.shape
     if not isinstance(network.update_block, UpdateBlock):
         return 8 * F.interpolate(flow, size=(8 * H, 8 * W), mode="bilinear", align_corners=True)
-    mask = 0.25 * network.update_block.mask(hidden)
-    mask = torch.softmax(mask.view(B, 1, 9, 8, 8, H, W), dim=2)
-    around = F.unfold(8 * flow, 3, padding=1).view(B, 2, 9, 1, 1, H, W)
-    return (mask * around).sum(dim=2).permute(0, 1, 4, 2, 5, 3).reshape(B, 2, 8 * H, 8 * W)
+    return enlarged(8 * flow, 0.25 * network.update_block.mask(hidden))
 
 
-def _grid(height: int, width: int) -> Tensor:
+def enlarged(maps: Tensor, logits: Tensor) -> Tensor:
+    """[B, C, 8 H, 8 W]: each pixel a convex combination of 3x3 neighbours."""
+    B, C, H, W = maps.shape
+    weights = torch.softmax(logits.view(B, 1, 9, 8, 8, H, W), dim=2)
+    around = F.unfold(maps, 3, padding=1).view(B, C, 9, 1, 1, H, W)
+    return (weights * around).sum(dim=2).permute(0, 1, 4, 2, 5, 3).reshape(B, C, 8 * H, 8 * W)
+
+
+def grid(height: int, width: int) -> Tensor:
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([x, y]).float()

@@ -1,6 +1,7 @@
-"""RAFT and RAFT-small as `kinema teach` runs them, against the plain pairwise network, on the CPU in fp32.
+"""Flow networks as `kinema teach` runs them, against the plain pairwise networks, on the CPU.
 
-The plain network (`plain_raft`) has the same parameters and sees each pair on its own; the flows must agree.
+The plain networks (`plain_raft`, `plain_sea_raft`) have the same parameters and see each pair on its own; the flows
+must agree. SEA-RAFT stands here twice: over a clip, and for one pair alone, where nothing is shared.
 """
 
 from __future__ import annotations
@@ -8,23 +9,26 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kinema.kernels.correlation_lookup import volume_bytes
-from kinema.models.flow.raft.network import RAFT, FrameFeatures, raft, raft_small
-from kinema.pipelines.bench.paired import paired
-from kinema.pipelines.bench.plain_raft import plain_predictions
-from kinema.pipelines.precision import autocast, cpu_multiplies_bf16
+from kinema.models.flow.padding import padding_for
+from kinema.models.flow.raft.network import RAFT, raft, raft_small
+from kinema.models.flow.sea_raft.network import SEARAFT, sea_raft_m
+from kinema.pipelines.bench import plain_raft, plain_sea_raft
+from kinema.pipelines.bench.against_plain import against_plain
 from kinema.pipelines.scenes import Scene
 
-ALLOWED_PX = 0.01
 BATCH_PAIRS = 4
-ROUNDS = 3
 FULL_HD = 1080, 1920
+HALF_HD = 540, 960
+"""What SEA-RAFT's published Spring weights see of full HD."""
+Pairs = list[tuple[int, int]]
+Plain = Callable[[Any, Tensor, Tensor, int], Tensor]
+"""Flow [1, 2, H, W] of one pair of images by a plain network, after so many refinements."""
 
 _PEAK_OF_ONE_PAIR = """
 import sys, torch
@@ -39,70 +43,71 @@ print(next(int(line.split()[1]) * 1024 for line in status if line.startswith("Vm
 
 
 def run(
-    side: int = 448, num_frames: int = 12, iters: int = 12, full_hd: tuple[int, int] = FULL_HD
+    side: int = 448,
+    num_frames: int = 4,
+    iters: int = 12,
+    half_hd: tuple[int, int] = HALF_HD,
+    full_hd: tuple[int, int] = FULL_HD,
 ) -> list[dict[str, Any]]:
-    """Rows of {name, value, baseline, ratio, processor_ratio, unit}; gaps 1 and 2, both directions."""
+    """Rows of {name, value, baseline, ratio, processor_ratio, unit}; gaps 1 and 2, both directions.
+
+    Args: num_frames, of the clips; the more, the more of the encoders is shared.
+    """
     torch.manual_seed(0)
-    scene = Scene(seed=1, height=side, width=side, num_frames=num_frames)
-    frames = torch.stack([torch.from_numpy(frame) for frame in scene.frames()]).permute(0, 3, 1, 2) / 255
-    networks = {"RAFT": raft(), "RAFT-small": raft_small()}
-    rows = [row for name, network in networks.items() for row in _compare(name, network, frames, iters)]
+    frames = _frames(side, side, num_frames)
+    rows = _compare("RAFT", raft(), _raft, frames, _pairs(num_frames), iters)
+    rows += _compare("RAFT-small", raft_small(), _raft, frames, _pairs(num_frames), iters)
+    network, frames = sea_raft_m(), _frames(*half_hd, num_frames)
+    rows += _compare("SEA-RAFT M", network, _sea_raft, frames, _pairs(num_frames), network.iters)
+    rows += _compare("SEA-RAFT M, one pair alone", network, _sea_raft, frames, [(0, 1)], network.iters)
     return [*rows, _memory(*full_hd)]
 
 
-def _compare(name: str, network: RAFT, frames: Tensor, iters: int) -> list[dict[str, Any]]:
-    pairs = [(t, t + gap) for gap in (1, 2) for t in range(len(frames) - gap)]
-    pairs += [(second, first) for first, second in pairs]
+def _frames(height: int, width: int, num_frames: int) -> Tensor:
+    scene = Scene(seed=1, height=height, width=width, num_frames=num_frames)
+    return torch.stack([torch.from_numpy(frame) for frame in scene.frames()]).permute(0, 3, 1, 2) / 255
+
+
+def _pairs(num_frames: int) -> Pairs:
+    forward = [(t, t + gap) for gap in (1, 2) for t in range(num_frames - gap)]
+    return forward + [(second, first) for first, second in forward]
+
+
+def _compare(
+    name: str, network: RAFT | SEARAFT, plain: Plain, frames: Tensor, pairs: Pairs, iters: int
+) -> list[dict[str, Any]]:
     name = f"{name} {frames.shape[-2]}x{frames.shape[-1]}, {iters} iterations"
+
+    def ours() -> list[Tensor]:
+        return list(as_teacher(network, frames, pairs, iters))
+
+    def theirs() -> list[Tensor]:
+        return [plain(network, frames[first, None], frames[second, None], iters)[0] for first, second in pairs]
+
     with torch.inference_mode():
-        for run_once in (as_teacher, pairwise):
-            list(run_once(network, frames[:2], [(0, 1)], iters=1))
-        flows: dict[str, list[Tensor]] = {}
-
-        def keep(side: str, run_once: Callable[..., Iterator[Tensor]]) -> None:
-            flows[side] = list(run_once(network, frames, pairs, iters))
-
-        def in_bf16() -> None:
-            with autocast("bf16", "cpu"):
-                keep("bf16", as_teacher)
-
-        sides: dict[str, Callable[[], None]] = {
-            "ours": partial(keep, "ours", as_teacher),
-            "plain": partial(keep, "plain", pairwise),
-        }
-        if cpu_multiplies_bf16():
-            sides["bf16"] = in_bf16
-        times = paired(sides, ROUNDS, warm_up=0)
-    difference = max((a - b).abs().max().item() for a, b in zip(flows["ours"], flows["plain"], strict=True))
-    unit = "pairs/s, against our plain network, pair by pair"
-    rows = [times.rate_row(name, "ours", "plain", unit, len(pairs))]
-    if "bf16" in sides:  # its error, with published weights on known flow: tests/pipelines/test_teach_precision.py
-        rows.append(times.rate_row(f"{name}, products in bf16", "bf16", "plain", f"{unit}, in fp32", len(pairs)))
-    return [
-        *rows,
-        {
-            "name": f"{name}, largest difference",
-            "value": difference,
-            "baseline": ALLOWED_PX,
-            "ratio": difference / ALLOWED_PX,
-            "unit": "px, between ours and our plain network; allowed: 0.01",
-        },
-    ]
+        list(as_teacher(network, frames[..., :128, :128], [(0, 1)], iters=1))
+        plain(network, frames[:1, :, :128, :128], frames[1:2, :, :128, :128], 1)
+    return against_plain(name, ours, theirs, len(pairs), "pairs/s, against our plain network, pair by pair")
 
 
-def as_teacher(network: RAFT, frames: Tensor, pairs: list[tuple[int, int]], iters: int) -> Iterator[Tensor]:
-    """Flow [2, H, W] of each pair: frames encoded once, pairs in batches."""
-    features = [network.encode(frame[None]) for frame in frames]
+def as_teacher(network: RAFT | SEARAFT, frames: Tensor, pairs: Pairs, iters: int) -> Iterator[Tensor]:
+    """Flow [2, H, W] of each pair: the frames that are needed encoded once, pairs in batches."""
+    features = {i: network.encode(frames[i, None]) for i in sorted({i for pair in pairs for i in pair})}
+    stack: Callable[[list[Any]], Any] = type(features[pairs[0][0]]).stack
     for start in range(0, len(pairs), BATCH_PAIRS):
         batch = pairs[start : start + BATCH_PAIRS]
-        first, second = (FrameFeatures.stack([features[i] for i in of_pair]) for of_pair in zip(*batch, strict=True))
+        first, second = (stack([features[i] for i in of_pair]) for of_pair in zip(*batch, strict=True))
         yield from network.flow_from_features(first, second, iters)
 
 
-def pairwise(network: RAFT, frames: Tensor, pairs: list[tuple[int, int]], iters: int) -> Iterator[Tensor]:
-    """Flow [2, H, W] of each pair, by the plain network."""
-    for first, second in pairs:
-        yield plain_predictions(network, frames[first, None], frames[second, None], iters)[-1][0]
+def _raft(network: RAFT, first: Tensor, second: Tensor, iters: int) -> Tensor:
+    return plain_raft.plain_predictions(network, first, second, iters)[-1]
+
+
+def _sea_raft(network: SEARAFT, first: Tensor, second: Tensor, iters: int) -> Tensor:
+    padding = padding_for(*first.shape[-2:])
+    predictions = plain_sea_raft.plain_predictions(network, padding.pad(first), padding.pad(second), iters)
+    return padding.unpad(predictions[-1][0])
 
 
 def _memory(height: int, width: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from kinema.configs import TeachConfig
 from kinema.configs.models.row import TeacherFacts
 from kinema.configs.models.table import MODELS
 from kinema.pipelines.artifacts import Artifact
-from kinema.pipelines.precision import cpu_multiplies_bf16
+from kinema.pipelines.precision import check_bf16
 from kinema.pipelines.sidecars.flow_codec import SCALE
 from kinema.pipelines.sidecars.sidecar import (
     Count,
@@ -209,13 +209,7 @@ def _place(config: TeachConfig, spec: TeacherSpec) -> tuple[TeacherSpec, Place]:
         uses_gpu=facts.needs_weights,
         actor_bytes=facts.actor_bytes,
     )
-    if config.precision == "bf16" and not facts.needs_weights:
-        raise ValueError(f"precision=bf16: {config.teacher} is no network; use precision=fp32")
-    if config.precision == "bf16" and place.device == "cpu" and not cpu_multiplies_bf16():
-        raise ValueError(
-            "precision=bf16: this CPU only emulates products of bf16; use precision=fp32, a GPU, or a CPU with "
-            "AVX512-BF16 or AMX"
-        )
+    check_bf16(config.precision, place.device, config.teacher, facts.needs_weights)
     pairwise = facts.needs_weights and not facts.sees_occlusion
     if config.cuda_graphs == "on" and (place.device != "cuda" or not pairwise):
         where = f"on a {place.device.upper()}" if pairwise else f"for teacher={config.teacher}"

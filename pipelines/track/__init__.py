@@ -13,6 +13,7 @@ from kinema.configs import TrackConfig
 from kinema.configs.models.table import MODELS
 from kinema.models.tracks.chaining import check_pairs
 from kinema.pipelines.artifacts import Artifact
+from kinema.pipelines.precision import check_bf16
 from kinema.pipelines.sidecars.sidecar import (
     Place,
     SidecarSummary,
@@ -57,6 +58,7 @@ def run(config: TrackConfig, *, report: Callable[[str], None] | None = None) -> 
         weights_hash=weights_hash,
         iters=config.iters or facts.iters,
         threads=config.threads_per_actor,
+        precision=config.precision,
     )
     starts = Starts(config.grid, tuple(config.start_frames), config.spread_starts)
     out = config.out or default_out(config.clips, "tracks", config.tracker)
@@ -98,8 +100,12 @@ def _open_flow(url: str, clips: Artifact) -> Artifact:
 
 
 def identity(spec: TrackerSpec, starts: Starts) -> dict[str, Any]:
-    """What decides the stored numbers; the artifact refuses to resume with anything else."""
-    return {
+    """What decides the stored numbers; the artifact refuses to resume with anything else.
+
+    `precision` came later: float32 is not named, so that older artifacts are gone on with.
+    """
+    later = {} if spec.precision == "fp32" else {"precision": spec.precision}
+    return later | {
         "tracker": spec.name,
         "weights_hash": spec.weights_hash,
         "iters": spec.iters,
@@ -110,7 +116,7 @@ def identity(spec: TrackerSpec, starts: Starts) -> dict[str, Any]:
 
 
 def _place(config: TrackConfig, spec: TrackerSpec) -> tuple[TrackerSpec, Place]:
-    """Device and number of actors. Raises: ValueError when the device is not there."""
+    """Device and number of actors. Raises: ValueError when the device is not there, or cannot multiply in bf16."""
     facts = facts_of(config.tracker)
     place = place_actors(
         config.device,
@@ -119,4 +125,5 @@ def _place(config: TrackConfig, spec: TrackerSpec) -> tuple[TrackerSpec, Place]:
         uses_gpu=facts.needs_weights,
         actor_bytes=facts.actor_bytes,
     )
+    check_bf16(config.precision, place.device, config.tracker, facts.needs_weights)
     return replace(spec, device=place.device), place

@@ -25,6 +25,7 @@ from kinema.models.tracks.cotracker3.network import cotracker3
 from kinema.models.tracks.cotracker3.predictor import CoTracker3Predictor
 from kinema.models.weights import file_sha256, local_file
 from kinema.pipelines.loader.clip import Clip
+from kinema.pipelines.precision import autocast
 from kinema.pipelines.sidecars.sidecar import BadResult
 from kinema.pipelines.sidecars.tracks_codec import Tracks
 
@@ -61,10 +62,13 @@ class TrackerSpec:
     """cpu or cuda."""
     threads: int = 1
     """CPU threads."""
+    precision: str = "fp32"
+    """fp32, or bf16 autocast."""
 
     def load(self) -> Tracker:
         """Build the tracker and load its weights. Raises: ValueError for weights that do not fit."""
-        return load_tracker(self.name, self.weights, iters=self.iters, device=self.device)
+        tracker = load_tracker(self.name, self.weights, iters=self.iters, device=self.device)
+        return tracker if self.precision == "fp32" else _InPrecision(tracker, self.precision, self.device)
 
 
 def load_tracker(name: str, weights: str | Path = "", *, iters: int = 0, device: str = "cpu") -> Tracker:
@@ -127,6 +131,18 @@ def check_tracks(tracks: Tracks) -> None:
             f"a track reaches {farthest_px:.0f} px from the middle of the frame, more than {limit_px:.0f} px "
             "(twice the picture's diagonal)"
         )
+
+
+class _InPrecision:
+    """A tracker whose matrix products are in another precision; positions and logits stay float32."""
+
+    def __init__(self, tracker: Tracker, precision: str, device: str):
+        self.tracker, self.precision, self.device = tracker, precision, device
+        self.size = tracker.size
+
+    def __call__(self, clip: Clip, queries: Float32[np.ndarray, "N 3"]) -> Tracks:
+        with autocast(self.precision, self.device):
+            return self.tracker(clip, queries)
 
 
 class ChainTracker:

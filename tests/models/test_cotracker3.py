@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from kinema.models.backbones.inference_conv import instance_norm_
 from kinema.models.tracks.cotracker3 import layers as cotracker3_layers
 from kinema.models.tracks.cotracker3 import network as cotracker3
 from kinema.models.tracks.cotracker3.correlation import window_correlation, windows
+from kinema.models.tracks.cotracker3.inference import encoded_frames
 from kinema.models.tracks.cotracker3.network import CoTracker3, encode_motion
 from kinema.models.tracks.cotracker3.predictor import BenchmarkTracker, CoTracker3Predictor, grid_points
 from kinema.models.tracks.cotracker3.windowed import window_spans
@@ -85,6 +87,46 @@ def test_tracks_equal_the_published_network(filled, fill, golden):
         reference.check(name, getattr(steps[-1], name), atol=tolerance, rtol=0)
         per_step = torch.stack([getattr(step, name) for step in steps])
         reference.check(f"{name}_per_iteration", per_step, atol=tolerance, rtol=0)
+
+
+def test_the_encoder_arranged_for_speed_gives_the_published_numbers_too(filled, fill, golden):
+    """Above, a hook sees the layers; without one, and without gradient, they are not called."""
+    model, reference = filled(), golden("cotracker3_offline__s0_t10_96x128")
+    video, queries = _video(fill, 0, 1, 10, 96, 128), _queries(fill, 0, 1, 6, 10, 96, 128)
+    with torch.no_grad():
+        raw = encoded_frames(model.fnet, 2.0 * (video[0] / 255.0) - 1.0)
+        found = model(video, queries, iters=4)
+    reference.check("feature_map_raw", raw, atol=MAPS, rtol=0)
+    for name, tolerance in (("tracks", TRACKS_PX), ("visibility", FLAGS), ("confidence", FLAGS)):
+        reference.check(name, getattr(found, name), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_instance_norm_in_place_is_the_layer_also_far_from_zero(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 96, 61, 70, generator=generator) * torch.linspace(0.01, 5, 96).view(1, -1, 1, 1) + 30
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    wanted = torch.nn.functional.instance_norm(x.double())
+    found = instance_norm_(x.clone(memory_format=torch.preserve_format), relu=False)
+    with_relu = instance_norm_(x, relu=True)
+    assert found.dtype == dtype
+    error = (found.double() - wanted).abs()
+    assert error.max() < (2e-3 if dtype == torch.float32 else 0.03)  # 30 +- 0.01 has 3 digits left in float32
+    assert error[:, 48:].max() < (3e-5 if dtype == torch.float32 else 0.03)
+    assert torch.equal(with_relu, found.relu())
+
+
+def test_bf16_products_keep_positions_and_logits_in_float32(filled, fill):
+    model = filled()
+    video, queries = _video(fill, 0, 1, 5, 96, 128), _queries(fill, 0, 1, 6, 5, 96, 128)
+    with torch.no_grad():
+        exact = model(video, queries, iters=2)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(video, queries, iters=2)
+    assert rough.tracks.dtype == rough.visibility.dtype == torch.float32
+    moved_px = (rough.tracks - exact.tracks).norm(dim=-1)
+    assert 0 < moved_px.mean() < 0.5
+    assert (rough.visibility - exact.visibility).abs().mean() < 0.02
 
 
 def test_parts_equal_the_published_ones(filled, fill, golden):

@@ -67,6 +67,48 @@ def test_flow_and_info_equal_the_published_network(name, lookup, filled, fill, g
     reference.check("info", predictions[-1].info, atol=0, rtol=2e-5)
 
 
+@pytest.mark.parametrize("lookup", ["volume", "on_demand"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_arrangement_for_speed_gives_the_published_numbers_too(name, lookup, filled, fill, golden):
+    """Above, a hook sees the layers; without one, and without gradient, they are not called."""
+    network, reference = filled(name), golden(f"{name}__s0_128x152")
+    network.lookup = lookup
+    first = fill.image(0, "img", 1, 128, 152)
+    second = fill.image(0, "img", 1, 128, 152, shift=(2.0, -1.5), zoom=1.03)
+    with torch.no_grad():
+        flow, info = network.with_info(first, second, iters=reference.meta["iters"])
+        regressed = network.with_info(first, second, iters=0)
+    reference.check("flow_iter0", regressed.flow, atol=0, rtol=2e-5)
+    reference.check("info_iter0", regressed.info, atol=0, rtol=2e-5)
+    reference.check("flow", flow, atol=0, rtol=2e-5)
+    reference.check("info", info, atol=0, rtol=2e-5)
+
+
+def test_bf16_products_leave_the_flow_and_a_state_of_float32(filled, fill):
+    network = filled("sea_raft_s")
+    first, second = _pair(fill, 2, 128, 136)
+    with torch.no_grad():
+        flow, info = network.with_info(first, second, iters=2)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = network.encode(first)
+            rough = network.with_info(first, second, iters=2)
+    assert features.fmap.dtype == rough.flow.dtype == torch.float32
+    assert 0 < (rough.flow - flow).abs().mean() < 0.01 * flow.abs().mean()
+    assert 0 < (rough.info - info).abs().mean() < 0.02 * info.abs().mean()
+
+
+def test_norms_that_gather_statistics_are_called(filled, fill):
+    """In training mode the arrangement for speed would take the stored statistics."""
+    network = filled("sea_raft_s")
+    first, second = _pair(fill, 1, 128, 136)
+    with torch.no_grad():
+        frozen = network(first, second, iters=1)
+        before = network.cnet.bn1.running_mean.clone()
+        moving = network.train()(first, second, iters=1)
+    assert not torch.equal(network.cnet.bn1.running_mean, before)
+    assert (moving - frozen).abs().max() > 1e-3
+
+
 def test_loss_and_gradients_equal_the_published_ones(filled, fill, golden):
     network, reference = filled("sea_raft_m"), golden("sea_raft_m__s0_loss")
     flow_gt = fill.smooth_flow(0, "flow_gt", 1, 128, 136, amplitude=6.0)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kinema.pipelines.bench import flow_codec, fpt_loader, fpt_sampling
+from kinema.configs import ClipConfig
+from kinema.pipelines.bench import clip_size, flow_codec, fpt_loader, fpt_sampling
 from kinema.pipelines.bench.paired import Paired, paired, print_rows
 
 
@@ -60,3 +61,23 @@ def test_loader_rows_say_what_is_handed_over(tmp_path: Path, monkeypatch):
     psnr = rows["24 frames of 128 x 128: PSNR"]
     assert psnr["value"] == pytest.approx(psnr["baseline"], abs=fpt_loader.ALLOWED_DB)
     assert rows["24 frames of 128 x 128: video"]["value"] > 0
+
+
+def test_clips_of_the_default_groups_are_smaller_than_those_of_short_ones():
+    settings = {"short": ClipConfig(gop=2, preset="veryfast"), "default": ClipConfig()}
+    rows = {row["name"]: row for row in clip_size.run(side_px=128, cases=((12, 1),), settings=settings, rounds=1)}
+    assert len(rows) == 6
+    short, default = (rows[f"12 frames, {name}: video"] for name in settings)
+    assert short["baseline"] == default["baseline"]
+    assert default["value"] < 0.8 * short["value"]
+    assert default["ratio"] == pytest.approx(default["value"] / default["baseline"])
+    for what in ("encoding", "a random frame"):
+        assert rows[f"12 frames, default: {what}"]["processor_ratio"] > 0
+
+
+@pytest.mark.slow
+def test_clips_of_the_default_settings_are_no_larger_than_mpeg1_at_equal_psnr():
+    """The setting that docs/PRESETS.md offers to those who want small clips, on films of `bench fpt_loader`."""
+    rows = clip_size.run(cases=((24, 2),), settings={"default": ClipConfig()}, rounds=1)
+    video = next(row for row in rows if row["name"].endswith("video"))
+    assert video["ratio"] <= 1.0

@@ -16,6 +16,7 @@ from kinema.pipelines import track
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.artifacts import store as store_module
 from kinema.pipelines.loader import ClipIndex, DamagedClip
+from kinema.pipelines.precision import cpu_multiplies_bf16
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_flow
 from kinema.pipelines.sidecars.tracks_codec import Tracks
@@ -279,6 +280,23 @@ def test_cotracker3_stores_what_the_network_gives(data, tmp_path, cotracker_weig
     assert summary.notices == ("weights of cotracker3_offline: licence CC BY-NC 4.0; not for commercial use",)
     assert summary.notices[0] in capfd.readouterr().err, "said by the process the user looks at"
     assert row["tracker"] == "cotracker3" and len(row["weights_hash"]) == 64
+
+
+def test_bf16_is_another_artifact_and_float32_keeps_the_name_it_had(data, tmp_path, cotracker_weights):
+    small = tmp_path / "small"
+    write_scene_clips([Scene(930, 48, 64, 2)], small / "clips")
+    settings = {"tracker": "cotracker3", "weights": str(cotracker_weights), "flow": "", "grid": 2, "iters": 1}
+    track.run(config(small, tmp_path / "fp32", **settings))
+    assert "precision" not in Artifact.read(tmp_path / "fp32").manifest["config"]
+    if not cpu_multiplies_bf16():
+        pytest.skip("this CPU has no instructions for bf16")
+    track.run(config(small, tmp_path / "bf16", **settings, precision="bf16"))
+    assert Artifact.read(tmp_path / "bf16").manifest["config"]["precision"] == "bf16"
+    exact, rough = (stored(small, tmp_path / name)["scene-930"] for name in ("fp32", "bf16"))
+    moved_px = np.linalg.norm(exact.points_px - rough.points_px, axis=2)
+    assert moved_px.max() < 0.5  # these weights move nothing by a step of what is stored
+    with pytest.raises(ValueError, match="precision"):
+        track.run(config(small, tmp_path / "bf16", **settings))
 
 
 def test_frames_are_decoded_only_when_asked_for(data):

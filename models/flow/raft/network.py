@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from kinema.kernels.correlation_lookup import LookupPlan
 from kinema.kernels.correlation_lookup.padded_volume import PADDED
 from kinema.kernels.correlation_lookup.planner import GATHERED
 from kinema.kernels.correlation_lookup.window import WindowOrder
+from kinema.models.backbones.inference_conv import has_hooks, inference_dtype
 from kinema.models.flow.geometry import pixel_grid
 from kinema.models.flow.padding import Padding, padding_for
 from kinema.models.flow.pair_network import PairNetwork, check_image_pair, check_images
@@ -33,7 +34,7 @@ from kinema.models.flow.raft.family import (
     matched_features,
     padded_flow_init,
 )
-from kinema.models.flow.raft.inference import PairRefiner, can_refine
+from kinema.models.flow.raft.inference import PairRefiner
 from kinema.models.flow.raft.layers import (
     BottleneckBlock,
     Encoder,
@@ -179,7 +180,7 @@ class RAFT(PairNetwork):
         B, _, H, W = features1.fmap.shape
         start = pixel_grid(H, W, like=features1.fmap.new_empty(0, dtype=torch.float32)).expand(B, 2, H, W)
         target = start if flow_init is None else start + padded_flow_init(flow_init, B, *features1.size)
-        in_place = can_refine(features1.fmap) and not _has_hooks(self.update_block)
+        in_place = inference_dtype(features1.fmap) is not None and not has_hooks(self.update_block)
         refine = self._refine_in_place if in_place else self._refine_maps
         flows = refine(features1, features2, start, target, iters, all_steps)
         return [features1.padding.unpad(flow).contiguous() for flow in flows]
@@ -222,21 +223,22 @@ class RAFT(PairNetwork):
         all_steps: bool,
     ) -> list[Tensor]:
         """The same without gradient on a CPU, pair by pair."""
-        fmap1, context = features1.fmap, features1.context
-        assert context is not None
+        fmap1, context, dtype = features1.fmap, features1.context, inference_dtype(features1.fmap)
+        assert context is not None and dtype is not None
         keep_volume = self._plan(fmap1.shape, iters, fmap1.device, in_place=True).kind == "volume"
         H, W = fmap1.shape[2:]
-        refiner = PairRefiner(self.update_block, H, W, self.radius, self.window_order, keep_volume)
         flows: list[list[Tensor]] = []
-        for b in range(len(features1)):
-            pair = slice(b, b + 1)
-            steps = refiner.refine(fmap1[pair], features2.fmap[pair], context[pair], start[pair], target[pair], iters)
-            of_pair = [
-                self.update_block.upsample(flow.contiguous(), hidden)
-                for step, (flow, hidden) in enumerate(steps, start=1)
-                if all_steps or step == iters
-            ]
-            flows.append(of_pair)
+        with torch.autocast("cpu", enabled=False):
+            refiner = PairRefiner(self.update_block, H, W, self.radius, self.window_order, keep_volume, dtype)
+            for b in range(len(features1)):
+                pair = slice(b, b + 1)
+                maps = fmap1[pair], features2.fmap[pair], context[pair], start[pair], target[pair]
+                of_pair = []
+                for step, (flow, hidden) in enumerate(refiner.refine(*maps, iters), start=1):
+                    if all_steps or step == iters:
+                        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                            of_pair.append(self.update_block.upsample(flow.contiguous(), hidden))
+                flows.append(of_pair)
         return [torch.cat(of_step) for of_step in zip(*flows, strict=True)]
 
     def lookup_plan(self, height: int, width: int, batch: int = 1, iters: int = DEFAULT_ITERS) -> LookupPlan:
@@ -248,7 +250,9 @@ class RAFT(PairNetwork):
         H, W = (height + padding.top + padding.bottom) // 8, (width + padding.left + padding.right) // 8
         weight = self.fnet.conv2.weight
         with torch.no_grad():
-            return self._plan((batch, len(weight), H, W), iters, weight.device, in_place=can_refine(weight))
+            return self._plan(
+                (batch, len(weight), H, W), iters, weight.device, in_place=inference_dtype(weight) is not None
+            )
 
     def _plan(self, shape: Sequence[int], iters: int, device: torch.device, in_place: bool) -> LookupPlan:
         """Plan for feature maps of `shape`; `in_place` is for `_refine_in_place`, which takes one pair at a time."""
@@ -272,11 +276,6 @@ def _build(variant: str, name: str, pretrained: bool, weights: str | Path | None
     model = RAFT(variant)
     resolve_weights(model, name, pretrained, weights)
     return model.eval()
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see the layers being called."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _check_pair(features1: FrameFeatures, features2: FrameFeatures, iters: int) -> None:

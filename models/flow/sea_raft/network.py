@@ -26,6 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kinema.kernels.convex_upsampling import convex_upsample
+from kinema.kernels.correlation_lookup.padded_volume import PADDED
+from kinema.models.backbones.inference_conv import InferenceConv, has_hooks, inference_dtype
 from kinema.models.flow.geometry import pixel_grid, resize_flow
 from kinema.models.flow.padding import Padding, padding_for
 from kinema.models.flow.pair_network import PairNetwork, check_images
@@ -38,6 +40,8 @@ from kinema.models.flow.raft.family import (
     matched_features,
     padded_flow_init,
 )
+from kinema.models.flow.raft.inference import PairWindows
+from kinema.models.flow.sea_raft.inference import InferenceEncoder, PairRefiner, head_of
 from kinema.models.flow.sea_raft.layers import HIDDEN_CHANNELS, ResNetEncoder, SeaRaftUpdateBlock
 from kinema.models.flow.sea_raft.loss import expected_error_px
 from kinema.models.weights import download, load_weights, read_state_dict, resolve_weights
@@ -174,7 +178,7 @@ class SEARAFT(PairNetwork):
         scaled = self._scaled(2.0 * images.float() - 1.0)
         padding = padding_for(*scaled.shape[-2:])
         x = padding.pad(scaled).contiguous(memory_format=torch.channels_last)
-        return SeaRaftFeatures(matched_features(self.fnet(x)), x, (height, width), padding)
+        return SeaRaftFeatures(matched_features(self._encoded(self.fnet, x)), x, (height, width), padding)
 
     def flow_from_features(
         self,
@@ -202,22 +206,21 @@ class SEARAFT(PairNetwork):
     def _last(
         self, features1: SeaRaftFeatures, features2: SeaRaftFeatures, iters: int | None, flow_init: Tensor | None
     ) -> _Step:
-        return deque(self._steps(features1, features2, iters, flow_init), maxlen=1)[0]
+        dtype = self._inference_dtype(features1.fmap)
+        if dtype is None:
+            return deque(self._steps(features1, features2, iters, flow_init), maxlen=1)[0]
+        return self._last_in_place(features1, features2, iters, flow_init, dtype)
 
     def _steps(
         self, features1: SeaRaftFeatures, features2: SeaRaftFeatures, iters: int | None, flow_init: Tensor | None
     ) -> Iterator[_Step]:
         """The regressed flow, then the state after each refinement."""
-        iters = self.iters if iters is None else iters
-        if iters < 0:
-            raise ValueError(f"iters={iters} must be at least 0 (0 is the regressed flow)")
-        check_feature_pair(features1, features2)
-        context = self.init_conv(self.cnet(torch.cat([features1.image, features2.image], dim=1)))
+        iters = self._checked(features1, features2, iters)
+        images = torch.cat([features1.image, features2.image], dim=1)
+        context = self.init_conv(self._encoded(self.cnet, images))
         hidden, context = context.chunk(2, dim=1)  # as published: neither tanh nor relu
         flow, info = self.flow_head(hidden).float().split([2, 4], dim=1)
-        if flow_init is not None:
-            height, width = (_scaled_side(side, self.scale) for side in features1.size)
-            flow = padded_flow_init(flow_init, len(features1), height, width)
+        flow = flow if flow_init is None else self._first_flow(flow_init, features1)
         yield _Step(flow, info, hidden)
         if not iters:
             return
@@ -229,6 +232,64 @@ class SEARAFT(PairNetwork):
             increment, info = self.flow_head(hidden).float().split([2, 4], dim=1)
             flow = flow + increment
             yield _Step(flow, info, hidden)
+
+    def _last_in_place(
+        self,
+        features1: SeaRaftFeatures,
+        features2: SeaRaftFeatures,
+        iters: int | None,
+        flow_init: Tensor | None,
+        dtype: torch.dtype,
+    ) -> _Step:
+        """The last of `_steps` without gradient on a CPU, pair by pair, with convolutions in this type."""
+        iters = self._checked(features1, features2, iters)
+        B, _, H, W = features1.fmap.shape
+        of_pair = (1, *features1.fmap.shape[1:])
+        plan = choose_lookup(self.lookup, of_pair, max(1, iters), features1.fmap.device, self.radius, PADDED)
+        with torch.autocast("cpu", enabled=False):
+            encode, first = InferenceEncoder(self.cnet, dtype), InferenceConv.of(self.init_conv, dtype=dtype)
+            head, start = head_of(self.flow_head, dtype), pixel_grid(H, W, like=features1.fmap)
+            refiner = None
+            if iters:
+                windows = PairWindows(H, W, self.radius, "x_major", plan.kind == "volume")
+                refiner = PairRefiner(self.update_block, self.flow_head, windows, H, W, dtype)
+            steps = []
+            for b in range(B):
+                pair = slice(b, b + 1)
+                context = first(encode(torch.cat([features1.image[pair], features2.image[pair]], dim=1)))
+                hidden = context[:, :HIDDEN_CHANNELS]
+                flow, info = head[1](head[0].relu(hidden)).float().split([2, 4], dim=1)
+                flow = flow if flow_init is None else self._first_flow(flow_init, features1)[pair]
+                if refiner is not None:
+                    maps = features1.fmap[pair], features2.fmap[pair], context, start, flow
+                    flow, info, hidden = refiner.refine(*maps, iters)
+                steps.append(_Step(flow, info, hidden.clone()))
+        return _Step(*(torch.cat(parts) for parts in zip(*steps, strict=True)))
+
+    def _encoded(self, encoder: ResNetEncoder, images: Tensor) -> Tensor:
+        """`encoder(images)`, by `InferenceEncoder` where that is allowed."""
+        dtype = self._inference_dtype(images)
+        if dtype is None:
+            return encoder(images)
+        with torch.autocast("cpu", enabled=False):
+            return InferenceEncoder(encoder, dtype)(images)
+
+    def _inference_dtype(self, x: Tensor) -> torch.dtype | None:
+        """See `inference_dtype`; layers in training, and those that somebody looks at, are called as they are."""
+        return None if self.training or has_hooks(self) else inference_dtype(x)
+
+    def _checked(self, features1: SeaRaftFeatures, features2: SeaRaftFeatures, iters: int | None) -> int:
+        """The number of refinements. Raises: ValueError for one below 0, or features that do not fit each other."""
+        iters = self.iters if iters is None else iters
+        if iters < 0:
+            raise ValueError(f"iters={iters} must be at least 0 (0 is the regressed flow)")
+        check_feature_pair(features1, features2)
+        return iters
+
+    def _first_flow(self, flow_init: Tensor, features: SeaRaftFeatures) -> Tensor:
+        """A given first flow at the size of the maps."""
+        height, width = (_scaled_side(side, self.scale) for side in features.size)
+        return padded_flow_init(flow_init, len(features), height, width)
 
     def _full_size_flow(self, step: _Step, features: SeaRaftFeatures) -> Float[Tensor, "B 2 H W"]:
         return self._unscaled_flow(self._upsampled(8.0 * step.flow, step, features), features)

@@ -25,6 +25,7 @@ from kinema.models.flow.geometry import pixel_grid
 from kinema.models.flow.padding import Padding, padding_for
 from kinema.models.tracks.alltracker.correlation import LOOKUP_CHANNELS, AnchorCorrelation
 from kinema.models.tracks.alltracker.layers import CHANNELS, ConvNextEncoder, UpdateBlock, frame_by_frame
+from kinema.models.tracks.cotracker3.inference import encoded_frames
 from kinema.models.tracks.cotracker3.layers import FrameEncoder
 from kinema.models.weights import download, load_weights, published_file, read_state_dict
 
@@ -326,7 +327,9 @@ class _Encoder(nn.Module):
 
     def __init__(self, tracker: AllTracker) -> None:
         super().__init__()
-        self.encode = tracker.fnet.forward if tracker.tiny else lambda x: tracker.dot_conv(tracker.cnn(x))
+        self.encode = (
+            partial(encoded_frames, tracker.fnet) if tracker.tiny else lambda x: tracker.dot_conv(tracker.cnn(x))
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encode(images)

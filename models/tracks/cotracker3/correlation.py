@@ -14,6 +14,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kinema.models.backbones.inference_linear import linear
+
 NUM_LEVELS = 4
 RADIUS = 3
 WINDOW = 2 * RADIUS + 1
@@ -112,17 +114,33 @@ def window_correlation(
     """Products of every cell of the target window with every cell of the template, target cells first.
 
     The products with whole cells are formed first and interpolated afterwards, which is the same sum and
-    moves 49 numbers for each cell instead of C.
+    moves 49 numbers for each cell instead of C. On a CPU without gradient one track at a time: it stays in the cache.
     """
     P, T = frames.shape
+    if xy.device.type == "cpu" and not torch.is_grad_enabled():
+        rows, fraction = _cells(level, frames, xy)
+        cells = level.reshape(-1, level.shape[-1])
+        found = templates.new_empty(P, T, WINDOW**2, templates.shape[1])
+        for p in range(P):
+            products = linear(cells.index_select(0, rows[p].flatten()), templates[p], None).float()
+            found[p] = _interpolate(products.view(T, WINDOW + 1, WINDOW + 1, -1), fraction[p]).flatten(1, 2)
+        return found.flatten(2)
     patches, fraction = _patches(level, frames, xy)
     products = patches.reshape(P, -1, patches.shape[-1]) @ templates.transpose(1, 2)  # [P, T * 64, 49]
-    return _interpolate(products.view(P, T, WINDOW + 1, WINDOW + 1, -1), fraction).reshape(P, T, -1)
+    products = products.view(P, T, WINDOW + 1, WINDOW + 1, -1)
+    return _interpolate(products, fraction.to(products.dtype)).reshape(P, T, -1)
 
 
 def _patches(level: Tensor, frames: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
     """The 8x8 cells that a window touches, [*P, 8 (x), 8 (y), C], and the fraction of a cell to go, [*P, 2]."""
-    _, height, width, channels = level.shape
+    rows, fraction = _cells(level, frames, xy)
+    channels = level.shape[-1]
+    return level.reshape(-1, channels).index_select(0, rows.flatten()).view(*rows.shape, channels), fraction
+
+
+def _cells(level: Tensor, frames: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
+    """Where those cells are among all of the level, [*P, 8 (x), 8 (y)], and the fraction."""
+    _, height, width, _ = level.shape
     size = xy.new_tensor([width, height])
     xy = xy.clamp(size.new_full((2,), -(RADIUS + 1)), size + RADIUS)  # past this, every cell is the border's
     corner = xy.floor()
@@ -130,8 +148,7 @@ def _patches(level: Tensor, frames: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]
     x = (corner[..., 0, None].long() + cells).clamp(0, width - 1)  # [*P, 8]
     y = (corner[..., 1, None].long() + cells).clamp(0, height - 1)
     rows = frames[..., None, None] * (height * width) + y[..., None, :] * width + x[..., :, None]
-    patches = level.reshape(-1, channels).index_select(0, rows.flatten()).view(*rows.shape, channels)
-    return patches, xy - corner
+    return rows, xy - corner
 
 
 def _interpolate(cells: Tensor, fraction: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kinema.models.backbones.inference_linear import Linear
+from kinema.models.backbones.inference_linear import Activation, Linear, linear
 from kinema.models.flow.raft.layers import ResidualBlock
 
 TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_CUDA = 2**13, 2**17
@@ -52,14 +52,14 @@ class FrameEncoder(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them, exact or in its tanh form."""
 
-    def __init__(self, in_channels: int, hidden_channels: int, out_channels: int, approximate: str) -> None:
+    def __init__(self, in_channels: int, hidden_channels: int, out_channels: int, activation: Activation) -> None:
         super().__init__()
-        self.approximate = approximate
+        self.activation: Activation = activation
         self.fc1 = Linear(in_channels, hidden_channels)
         self.fc2 = Linear(hidden_channels, out_channels)
 
     def forward(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B D"]:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        return self.fc2(linear(x, self.fc1.weight, self.fc1.bias, self.activation))
 
 
 class Attention(nn.Module):
@@ -86,7 +86,7 @@ class SelfBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, num_heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, 4 * width, width, "tanh")
+        self.mlp = Mlp(width, 4 * width, width, "gelu_tanh")
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         normed = self.norm1(x)
@@ -103,7 +103,7 @@ class CrossBlock(nn.Module):
         self.norm_context = nn.LayerNorm(width, eps=1e-5)
         self.cross_attn = Attention(width, num_heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, 4 * width, width, "tanh")
+        self.mlp = Mlp(width, 4 * width, width, "gelu_tanh")
 
     def forward(self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B M D"]) -> Float[Tensor, "B N D"]:
         x = x + self.cross_attn(self.norm1(x), self.norm_context(context))

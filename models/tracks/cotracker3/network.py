@@ -29,6 +29,7 @@ from kinema.models.tracks.cotracker3.correlation import (
     window_correlation,
     windows,
 )
+from kinema.models.tracks.cotracker3.inference import encoded_frames
 from kinema.models.tracks.cotracker3.layers import FrameEncoder, Mlp, TrackTransformer
 from kinema.models.weights import resolve_weights
 
@@ -92,7 +93,7 @@ class CoTracker3(nn.Module):
         self.model_resolution = (height, width)
         self.fnet = FrameEncoder()
         self.updateformer = TrackTransformer(TOKEN_CHANNELS)
-        self.corr_mlp = Mlp(49 * 49, 384, CODE_CHANNELS, "none")
+        self.corr_mlp = Mlp(49 * 49, 384, CODE_CHANNELS, "gelu")
         self.register_buffer("time_emb", time_table(window_frames))
 
     def forward(
@@ -187,7 +188,7 @@ class CoTracker3(nn.Module):
         return state.published()
 
     def _encode(self, video: Float[Tensor, "B T 3 H W"]) -> ClipFeatures:
-        raw = self.fnet(2.0 * (video.flatten(0, 1) / 255.0) - 1.0)
+        raw = encoded_frames(self.fnet, 2.0 * (video.flatten(0, 1) / 255.0) - 1.0)
         return feature_pyramid(raw.float().unflatten(0, video.shape[:2]))
 
     def _add_codes(
