@@ -12,6 +12,7 @@ Shape legend: B clips, T frames, S frames of a window, H W frame, h w map, C cha
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
