@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kinema.pipelines.bench import flow_codec, fpt_loader, fpt_sampling
-from kinema.pipelines.precision import cpu_multiplies_bf16
 from kinema.pipelines.bench.paired import Paired, paired, print_rows
+from kinema.pipelines.precision import cpu_multiplies_bf16
 
 
 def test_ratios_are_those_of_one_round():
