@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kinema.kernels.cosine_attention.patterns import AttentionPattern
 
@@ -44,9 +45,19 @@ def cosine_attention_reference(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
         strength = (scale.to(dtype).abs() + EPS).sqrt()[:, None, None]
-        rotated_q = rotate(unit(q.to(dtype)) * strength, theta_q)
-        rotated_k = rotate(unit(k.to(dtype)) * strength, theta_k)
+        rotated_q, rotated_k = _prepared(q, strength, theta_q), _prepared(k, strength, theta_k)
         return _attend(rotated_q, rotated_k, v.to(dtype), pattern).to(q.dtype)
+
+
+def _prepared(x: Tensor, strength: Float[Tensor, "H 1 1"], theta: Tensor | None) -> Tensor:
+    """Queries or keys as they are multiplied. A backward pass makes the steps in between again, not kept meanwhile."""
+
+    def work(x: Tensor, strength: Tensor) -> Tensor:
+        return rotate(unit(x.to(strength.dtype)) * strength, theta)
+
+    if not torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return work(x, strength)
+    return checkpoint(work, x, strength, use_reentrant=False, preserve_rng_state=False)
 
 
 def unit(x: Float[Tensor, "B H N D"]) -> Float[Tensor, "B H N D"]:

@@ -11,6 +11,7 @@ grid, M = h w, H heads, e head size, R rotary angles, C tokens in a cache.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kinema.kernels.cosine_attention import AttentionPattern, cosine_attention
 from kinema.models.backbones.inference_linear import Linear
@@ -135,8 +137,7 @@ class LayerCache:
 
     keys: Float[Tensor, "B H C e"]
     values: Float[Tensor, "B H C e"]
-    image_keys: Float[Tensor, "I H M e"]
-    image_values: Float[Tensor, "I H M e"]
+    image: Float[Tensor, "2 I H M e"]
 
 
 class TransformerLayer(nn.Module):
@@ -163,43 +164,49 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B L D"],
-        image: tuple[Tensor, Tensor],
+        features: Float[Tensor, "I M E"],
+        keys_values: Float[Tensor, "2 I H M e"] | None,
         theta: Float[Tensor, "B H L R"],
         image_theta: Float[Tensor, "I H M R"],
         cond: Float[Tensor, "B D"],
         pattern: AttentionPattern,
     ) -> Float[Tensor, "B L D"]:
-        """One layer over all tokens; `image` are the keys and values of `image_keys_values`."""
-        q, k, v = self._heads(self.self_qkv(self.self_norm(x, cond)))
+        """One layer over all tokens; `keys_values`, from `image_keys_values`, stand for the features if given."""
+        q, k, v = self._heads(made_again(lambda x: self.self_qkv(self.self_norm(x, cond)), x))
         attended = cosine_attention(q, k, v, theta, theta, self.self_scale, pattern)
         x = x + self.self_out(_merge_heads(attended))
-        q = self._heads(self.cross_q(self.cross_norm(x, cond)))[0]
-        k, v = (part.expand(len(x), -1, -1, -1).to(q.dtype) for part in image)
-        x = x + _merge_heads(cosine_attention(q, k, v, theta, image_theta, self.cross_scale, "full"))
-        return x + self._feed_forward(self.ffn_norm(x, cond))
+        q = self._heads(made_again(lambda x: self.cross_q(self.cross_norm(x, cond)), x))[0]
+        if keys_values is None:
+            k, v = (part.expand(len(x), -1, -1, -1).to(q.dtype) for part in self._heads(self.cross_kv(features)))
+            attended = cosine_attention(q, k, v, theta, image_theta, self.cross_scale, "full")
+        else:
+            attended = self._look(q, theta, keys_values)
+        x = x + _merge_heads(attended)
+        up = made_again(lambda x: self.ffn_up(self.ffn_norm(x, cond)), x)
+        return x + made_again(self._gated, up)
 
-    def image_keys_values(self, features: Float[Tensor, "I M E"]) -> Float[Tensor, "2 I H M e"]:
-        """Keys (neither scaled nor rotated) and values of the image, to be computed once per image."""
-        return self._heads(self.cross_kv(features))
+    def image_keys_values(
+        self, features: Float[Tensor, "I M E"], image_theta: Float[Tensor, "I H M R"]
+    ) -> Float[Tensor, "2 I H M e"]:
+        """Keys of the image, ready for inner products (`prepare`), and values, to be computed once per image."""
+        k, v = self._heads(self.cross_kv(features))
+        return torch.stack([prepare(k, image_theta, self.cross_scale), v])
 
     def new_cache(
         self,
-        image: tuple[Tensor, Tensor],
-        image_theta: Float[Tensor, "I H M R"],
+        keys_values: Float[Tensor, "2 I H M e"],
         cond: Float[Tensor, "B D"],
         length: int,
     ) -> LayerCache:
         """An empty cache for `length` tokens, in the dtype of the image's keys."""
-        k, v = image
         shape = (len(cond), self.num_heads, length, self.head_dim)
         return LayerCache(
             self_gain=self.self_norm.gain(cond),
             cross_gain=self.cross_norm.gain(cond),
             ffn_gain=self.ffn_norm.gain(cond),
-            keys=k.new_empty(shape),
-            values=k.new_empty(shape),
-            image_keys=prepare(k, image_theta, self.cross_scale),
-            image_values=v,
+            keys=keys_values.new_empty(shape),
+            values=keys_values.new_empty(shape),
+            image=keys_values,
         )
 
     def step(
@@ -214,28 +221,46 @@ class TransformerLayer(nn.Module):
 
         Args: visible says which of the start + L cached tokens each new one sees; None is causal from an empty cache.
         """
-        q, k, v = self._heads(self.self_qkv(self.self_norm.scale(x, cache.self_gain)))
+        qkv = self._heads(self.self_qkv(self.self_norm.scale(x, cache.self_gain)))
         end = start + x.shape[1]
-        cache.keys[:, :, start:end] = prepare(k, theta, self.self_scale)
-        cache.values[:, :, start:end] = v
-        q = prepare(q, theta, self.self_scale)
+        q, k = prepare(qkv[:2], theta, self.self_scale)
+        cache.keys[:, :, start:end] = k
+        cache.values[:, :, start:end] = qkv[2]
         keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
         attended = F.scaled_dot_product_attention(
             q, keys, values, attn_mask=visible, is_causal=visible is None, scale=1.0
         )
         x = x + self.self_out(_merge_heads(attended))
-        q = prepare(self._heads(self.cross_q(self.cross_norm.scale(x, cache.cross_gain)))[0], theta, self.cross_scale)
-        keys, values = (part.expand(len(x), -1, -1, -1) for part in (cache.image_keys, cache.image_values))
-        x = x + _merge_heads(F.scaled_dot_product_attention(q, keys, values, scale=1.0))
-        return x + self._feed_forward(self.ffn_norm.scale(x, cache.ffn_gain))
+        q = self._heads(self.cross_q(self.cross_norm.scale(x, cache.cross_gain)))[0]
+        x = x + _merge_heads(self._look(q, theta, cache.image))
+        return x + self._gated(self.ffn_up(self.ffn_norm.scale(x, cache.ffn_gain)))
+
+    def _look(
+        self, q: Float[Tensor, "B H L e"], theta: Float[Tensor, "B H L R"], keys_values: Float[Tensor, "2 I H M e"]
+    ) -> Float[Tensor, "B H L e"]:
+        """Cross-attention to an image whose keys are ready."""
+        keys, values = (part.expand(len(q), -1, -1, -1).to(q.dtype) for part in keys_values)
+        return F.scaled_dot_product_attention(prepare(q, theta, self.cross_scale), keys, values, scale=1.0)
 
     def _heads(self, x: Float[Tensor, "B L _"]) -> Float[Tensor, "n B H L e"]:
         # A view: einops looks its pattern up again at every call, a tenth of the time of sampling token by token.
         return x.unflatten(-1, (-1, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
 
-    def _feed_forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        up, gate = self.ffn_up(x).chunk(2, dim=-1)
+    def _gated(self, up_and_gate: Float[Tensor, "B L _"]) -> Float[Tensor, "B L D"]:
+        up, gate = up_and_gate.chunk(2, dim=-1)
         return self.ffn_down(up * F.silu(gate))
+
+
+def made_again(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """work(x), whose intermediate results are made again in the backward pass instead of being kept.
+
+    For elementwise work that ends in a matrix product: that one is not computed again, only its input is. On a CPU,
+    where fresh memory costs time too; on other devices nothing was measured, and nothing changes.
+    """
+    if not torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return work(x)
+    made: Tensor = checkpoint(work, x, use_reentrant=False, preserve_rng_state=False)
+    return made
 
 
 def _merge_heads(x: Float[Tensor, "B H L e"]) -> Float[Tensor, "B L D"]:
@@ -243,8 +268,8 @@ def _merge_heads(x: Float[Tensor, "B H L e"]) -> Float[Tensor, "B L D"]:
 
 
 def prepare(
-    x: Float[Tensor, "B H L e"], theta: Float[Tensor, "_ H L R"], scale: Float[Tensor, "H"]
-) -> Float[Tensor, "B H L e"]:
+    x: Float[Tensor, "*B H L e"], theta: Float[Tensor, "_ H L R"], scale: Float[Tensor, "H"]
+) -> Float[Tensor, "*B H L e"]:
     """Queries or keys whose plain inner products are the logits of `cosine_attention`; for caches."""
     wide = at_least_float32(x)
     strength = (scale.to(wide.dtype).abs() + COSINE_EPS).sqrt()[:, None, None]
@@ -262,14 +287,22 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(width, feature_width, head_dim) for _ in range(depth))
         self.pos_emb = AxialRotary(head_dim, width // head_dim)
 
+    def image_weights(self) -> list[Tensor]:
+        """Parameters that what is attended to in an image depends on."""
+        layers = self.layer_list()
+        projections = [weight for layer in layers for weight in layer.cross_kv.parameters()]
+        return [*projections, *(layer.cross_scale for layer in layers), self.pos_emb.freqs]
+
     def layer_list(self) -> list[TransformerLayer]:
         """The layers, first to last."""
         return list(self.layers)  # type: ignore[arg-type]  # a ModuleList forgets what it holds
 
-    def image_keys_values(self, features: Float[Tensor, "I E h w"]) -> Float[Tensor, "layers 2 I H M e"]:
-        """What every layer attends to in the image."""
-        flat = rearrange(features, "i e h w -> i (h w) e")
-        return torch.stack([layer.image_keys_values(flat) for layer in self.layer_list()])
+    def image_keys_values(
+        self, features: Float[Tensor, "I E h w"], feature_pos: Float[Tensor, "I h w 2"]
+    ) -> Float[Tensor, "layers 2 I H M e"]:
+        """What every layer attends to in the image: keys ready for inner products, and values."""
+        flat, theta = features.flatten(2).mT, self.pos_emb(feature_pos.flatten(1, 2))
+        return torch.stack([layer.image_keys_values(flat, theta) for layer in self.layer_list()])
 
     def forward(
         self,
@@ -286,8 +319,8 @@ class Transformer(nn.Module):
         flat = rearrange(features, "i e h w -> i (h w) e")
         x = at_least_float32(x)
         for index, layer in enumerate(self.layer_list()):
-            image = layer.image_keys_values(flat) if keys_values is None else keys_values[index]
-            x = layer(x, (image[0], image[1]), theta, image_theta, cond, pattern)
+            image = None if keys_values is None else keys_values[index]
+            x = layer(x, flat, image, theta, image_theta, cond, pattern)
         return x
 
 

@@ -11,16 +11,20 @@ Shape legend: B batch, P pokes, Q queries, n queries per poke, L tokens, h w the
 """
 
 import sys
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from kinema.kernels.cosine_attention.patterns import AttentionPattern, PatternLike, as_pattern
-from kinema.models.backbones.rotary_layers import cell_centres
+from kinema.models.backbones.inference_linear import multiplying_in_bf16
+from kinema.models.backbones.rotary_layers import at_least_float32, cell_centres
 from kinema.models.backbones.vision_transformer import ENCODERS
 from kinema.models.fpt.layers import HeadMlp, ImageEncoder, TokenInput, Transformer
 from kinema.models.fpt.mixture import GaussianMixture
@@ -42,6 +46,9 @@ PRESETS: dict[str, dict[str, int | str]] = {
     "fpt_nano": {"width": 96, "depth": 3, "head_dim": 32, "image_encoder": "tiny_vit8", "image_size": 48},
 }
 """Constructor arguments by name: the published model, and two that train on a CPU, in hours and in minutes."""
+
+_PROJECTED = WeakTensorKeyDictionary()
+"""By an image's features: the model that projected them last, the state of what went into it, and the result."""
 
 
 class FlowPokeTransformer(nn.Module):
@@ -90,7 +97,18 @@ class FlowPokeTransformer(nn.Module):
 
     def project_image(self, d_img: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`d_img` with "keys_values" added, which saves every later prediction from projecting the image again."""
-        return {**d_img, "keys_values": self.transformer.image_keys_values(d_img["feat"])}
+        return {**d_img, "keys_values": self.transformer.image_keys_values(d_img["feat"], d_img["pos"])}
+
+    def in_bf16(self) -> "FlowPokeTransformer":
+        """A copy for predictions whose matrix products are in bf16, on the device where the model is.
+
+        Norms, the residual stream, positions and the head stay in float32. It shares the weights of everything but the
+        products, has no state dict of its own, and does not follow what becomes of the model. Numbers are not the
+        published ones: `python -m kinema.pipelines.bench fpt_sampling` prints how far they are off.
+        """
+        twin = multiplying_in_bf16(self)
+        twin.out_mlp = self.out_mlp
+        return twin
 
     def forward(
         self,
@@ -208,13 +226,13 @@ class FlowPokeTransformer(nn.Module):
         """
         (batch, num_queries), num_pokes = query_pos.shape[:2], poke_pos.shape[1]
         pos, flow, _ = _sequence(poke_pos, poke_flow, query_pos)
-        features, feature_pos, keys_values = _shared_image(d_img, batch)
+        features, feature_pos = _shared_image(d_img, batch)
         cond = self._condition(camera_static, batch)
+        keys_values = self._keys_values(d_img)
         if keys_values is None:
-            keys_values = self.transformer.image_keys_values(d_img["feat"])
-        image_theta = self.transformer.pos_emb(feature_pos[: keys_values.shape[2]].flatten(1, 2))
+            keys_values = self.transformer.image_keys_values(d_img["feat"], feature_pos)
         caches = [
-            layer.new_cache((kv[0], kv[1]), image_theta, cond, num_pokes + num_queries)
+            layer.new_cache(kv, cond, num_pokes + num_queries)
             for layer, kv in zip(self.transformer.layer_list(), keys_values, strict=True)
         ]
         theta = self.transformer.pos_emb(pos)
@@ -227,7 +245,7 @@ class FlowPokeTransformer(nn.Module):
                 visible[0, -1] = False
             new = slice(start, end)
             asks = (torch.arange(start, end, device=pos.device) == end - 1).expand(batch, -1)
-            x = self.input_mlp(pos[:, new], flow[:, new], asks, features)
+            x = at_least_float32(self.input_mlp(pos[:, new], flow[:, new], asks, features))
             for layer, cache in zip(self.transformer.layer_list(), caches, strict=True):
                 x = layer.step(x, cache, start, theta[:, :, new], visible)
             sampled = self._distribution(x[:, -1:]).sample(generator=generator)
@@ -248,10 +266,28 @@ class FlowPokeTransformer(nn.Module):
         pattern: AttentionPattern,
         d_img: Mapping[str, Tensor],
     ) -> Float[Tensor, "B L D"]:
-        features, feature_pos, keys_values = _shared_image(d_img, len(pos))
+        features, feature_pos = _shared_image(d_img, len(pos))
         x = self.input_mlp(pos, flow, is_query, features)
         cond = self._condition(camera_static, len(pos))
-        return self.transformer(x, pos, d_img["feat"], feature_pos, keys_values, cond, pattern)
+        return self.transformer(x, pos, d_img["feat"], feature_pos, self._keys_values(d_img), cond, pattern)
+
+    def _keys_values(self, d_img: Mapping[str, Tensor]) -> Float[Tensor, "layers 2 I H M e"] | None:
+        """The image projected: given, or remembered from an earlier call; None where each layer is to do it anew.
+
+        A single image is remembered for as long as its features live, and while no gradient is asked for.
+        """
+        if "keys_values" in d_img:
+            return d_img["keys_values"]
+        features = d_img["feat"]
+        watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if watched or len(features) != 1:
+            return None
+        state = _state_of((features, *self.transformer.image_weights()))
+        known = _PROJECTED.get(features)
+        if known is None or known[0]() is not self or known[1] != state:
+            projected = self.transformer.image_keys_values(features, d_img["pos"])
+            known = _PROJECTED[features] = (weakref.ref(self), state, projected)
+        return known[2]
 
     def _condition(self, camera_static: Tensor | bool, batch: int) -> Float[Tensor, "B D"]:
         flag = torch.as_tensor(camera_static, device=self.cond_emb.weight.device)
@@ -288,14 +324,22 @@ def _sequence(poke_pos: Tensor, poke_flow: Tensor, query_pos: Tensor) -> tuple[T
     return pos, flow, is_query.expand(len(pos), -1)
 
 
-def _shared_image(d_img: Mapping[str, Tensor], batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Features and positions, those of a single image repeated for the batch, and projected keys and values if any."""
+def _state_of(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What changes when one of the tensors, or the precision of matrix products, does."""
+    kinds = {tensor.device.type for tensor in tensors}
+    precision = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds))
+    # Tensors of inference mode count no changes.
+    return precision, *((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
+
+
+def _shared_image(d_img: Mapping[str, Tensor], batch: int) -> tuple[Tensor, Tensor]:
+    """Features and positions, features of a single image repeated for the batch."""
     features, pos = d_img["feat"], d_img["pos"]
     if features.shape[0] not in (1, batch):
         raise ValueError(
             f"d_img holds {features.shape[0]} images for a batch of {batch}; give one for each, or one for all"
         )
-    return features.expand(batch, -1, -1, -1), pos[: features.shape[0]], d_img.get("keys_values")
+    return features.expand(batch, -1, -1, -1), pos[: features.shape[0]]
 
 
 def pattern_of(mask: PatternLike | Tensor | None, is_query: Bool[Tensor, "B L"]) -> AttentionPattern:

@@ -82,10 +82,11 @@ def _case(
         sides = {"theirs": _theirs(recipe, url, tracks, files, num_clips, convert)}
         for together in SAMPLES_PER_CLIP:
             sides[f"{together} a clip"] = _ours(recipe, url, tracks, num_clips, together, convert)
+        each = 3 * side_px**2 * (1 if convert is None else 4)
         times = paired({name: partial(side, NUM_BATCHES) for name, side in sides.items()}, rounds)
         rows += [
             times.rate_row(
-                f"{num_frames} frames of {side_px} x {side_px}, {pictures}, {together} a clip",
+                f"{num_frames} frames of {side_px} x {side_px}, {pictures} of {each / 1e3:.0f} KB, {together} a clip",
                 f"{together} a clip",
                 "theirs",
                 "samples/s",

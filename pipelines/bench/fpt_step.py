@@ -1,7 +1,9 @@
 """A training step of the Flow Poke Transformer against the same model with a dense boolean attention mask.
 
 The baseline is plain PyTorch: normalised and rotated queries and keys, `scaled_dot_product_attention` with a boolean
-[L, L] mask over 128 pokes and their 15 queries each, made once. All else is shared.
+[L, L] mask over 128 pokes and their 15 queries each, made once, and norms and gates whose intermediate results are kept
+for the backward pass, as PyTorch does by itself. All else is shared. Both sides compute in float32; beside them, where
+the CPU has instructions for it, ours with products in bf16 (`train.precision=bf16`) against the same baseline.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ from kinema.models.fpt.layers import prepare
 from kinema.models.fpt.model import FlowPokeTransformer
 from kinema.pipelines.bench.cosine_attention import dense_mask
 from kinema.pipelines.bench.paired import paired
+from kinema.pipelines.precision import autocast, cpu_multiplies_bf16
 from kinema.pipelines.train.recipes.fpt.recipe import FPTRecipe
 
 # As wide as the published model, with fewer layers: layers repeat, and so does the ratio.
 MODEL = {"width": 768, "depth": 2, "head_dim": 64, "image_encoder": "tiny_vit8", "image_size": 96}
 CONFIG = FPTConfig(image_px=96)
 SIDES = ("ours", "dense mask")
+IN_BF16 = "ours in bf16"
 
 
 def run(batch_size: int = 1, rounds: int = 4, memory: bool = True) -> list[dict[str, Any]]:
@@ -42,17 +46,21 @@ def run(batch_size: int = 1, rounds: int = 4, memory: bool = True) -> list[dict[
 
     Peak memory (Linux) is how far a step goes above what a process of its own for each side held before.
     """
-    steps = {side: Step(side, batch_size) for side in SIDES}
+    sides = (*SIDES, IN_BF16) if cpu_multiplies_bf16() else SIDES
+    steps = {side: Step(side, batch_size) for side in sides}
     losses: dict[str, float] = {}
 
     def keep(side: str) -> None:
         losses[side] = steps[side]()
 
-    times = paired({side: partial(keep, side) for side in SIDES}, rounds)
+    times = paired({side: partial(keep, side) for side in sides}, rounds)
     name = f"FPT step, {CONFIG.num_pokes} pokes x {CONFIG.queries_per_poke} queries, batch {batch_size}"
-    rows = [times.row(f"{name}: time", *SIDES, "s", 1)]
+    rows = [times.row(f"{name}, {side}: time", side, SIDES[1], "s", 1) for side in sides if side != SIDES[1]]
     if memory:
         rows.append(_row(f"{name}: peak memory", {side: _peak_mb(side, batch_size) for side in SIDES}, "MB"))
+    if IN_BF16 in losses:
+        compared = {"ours": losses[IN_BF16], "dense mask": losses["dense mask"]}
+        rows.append(_row("loss in bf16 against float32, untrained weights", compared, "nats"))
     difference = abs(losses["ours"] - losses["dense mask"])
     allowed = {"ours": max(difference, 1e-12), "dense mask": 1e-5}
     return [*rows, _row("difference of the two losses after the same steps", allowed, "against the allowed 1e-5")]
@@ -63,7 +71,8 @@ class Step:
 
     def __init__(self, side: str, batch_size: int):
         torch.manual_seed(0)
-        self.attention = _ours if side == "ours" else dense_attention
+        self.way = _dense_way if side == "dense mask" else contextlib.nullcontext
+        self.precision = "bf16" if side == IN_BF16 else "fp32"
         self.recipe = FPTRecipe(CONFIG)
         self.model = FlowPokeTransformer(**MODEL)  # type: ignore[arg-type]
         P, n = CONFIG.num_pokes, CONFIG.queries_per_poke
@@ -79,14 +88,18 @@ class Step:
     def __call__(self) -> float:
         """The loss."""
         self.model.zero_grad(set_to_none=True)
-        with self.attention():
-            value = self.recipe.loss(self.model, self.batch).value
+        with self.way():
+            with autocast(self.precision, "cpu"):
+                value = self.recipe.loss(self.model, self.batch).value
             value.backward()
         return value.item()
 
 
-def _ours() -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext()
+@contextlib.contextmanager
+def _dense_way() -> Iterator[None]:
+    """A dense mask, and every intermediate result kept."""
+    with dense_attention(), mock.patch.object(fpt_layers, "made_again", lambda work, x: work(x)):
+        yield
 
 
 @contextlib.contextmanager

@@ -23,8 +23,9 @@ from kinema.models.tracks.cotracker3.network import CoTracker3, PointTracks, Tra
 def plain(network: CoTracker3) -> CoTracker3:
     """A copy whose linear layers, MLPs and attention are PyTorch's own; for `plain_tracks`."""
     network = copy.deepcopy(network)
+    kinds: tuple[tuple[type, type], ...] = ((Linear, nn.Linear), (Mlp, _PlainMlp), (Attention, _PlainAttention))
     for module in network.modules():
-        for kind, plain_kind in ((Linear, nn.Linear), (Mlp, _PlainMlp), (Attention, _PlainAttention)):
+        for kind, plain_kind in kinds:
             if type(module) is kind:
                 module.__class__ = plain_kind
     return network

@@ -26,7 +26,7 @@ from kinema.pipelines.artifacts.store import read_ranges
 from kinema.pipelines.loader._h264 import is_unreferenced, length_size
 from kinema.pipelines.loader.flows import AveragedFlow
 from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair
-from kinema.pipelines.sidecars.tracks_codec import Tracks, TracksBlob
+from kinema.pipelines.sidecars.tracks_codec import StoredTracks, Tracks, TracksBlob
 from kinema.pipelines.video.packets import DECODERS, PacketTable, decode_gop, packet_table
 
 _AVERAGE = -1
@@ -91,6 +91,8 @@ class Clip:
             return np.zeros((0, self.height, self.width, 3), np.uint8)
         with self._damage_named("mp4"):
             pictures = self._decode({int(index) for index in indices})
+            if len(indices) == 1:
+                return pictures[int(indices[0])][None]
             return np.stack([pictures[int(index)] for index in indices])
 
     def add_flows(self, flows: Sequence[tuple[Mapping[str, Any], str]]) -> None:
@@ -152,6 +154,12 @@ class Clip:
         blob = self._tracks_blob
         with self._damage_named("tracks"):
             return blob.tracks()
+
+    def stored_tracks(self) -> StoredTracks:
+        """The same, for who needs the positions of a few frames only."""
+        blob = self._tracks_blob
+        with self._damage_named("tracks"):
+            return blob.stored_tracks()
 
     @property
     def track_queries(self) -> Float32[np.ndarray, "N 3"]:

@@ -20,10 +20,11 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int16
 
 from kinema.configs.json_text import json_text
 from kinema.pipelines.sidecars.flow_codec import CODEC, ReadRange, decompress, pack_differences, unpack_differences
@@ -39,6 +40,9 @@ _QUERY_BYTES = 12
 _FIRST_READ_BYTES = 16384
 _LIKELY_HEADER_BYTES = 512
 
+Frames = slice | Sequence[int]
+_ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class Tracks:
@@ -51,6 +55,21 @@ class Tracks:
     """(height, width) of the frames that the tracker saw."""
     queries: Float32[np.ndarray, "N 3"]
     """(t, x, y) each track was started from."""
+
+
+@dataclass(frozen=True)
+class StoredTracks:
+    """The same with positions as they are stored: those of a few frames cost little of what all would."""
+
+    steps: Int16[np.ndarray, "T N 2"]
+    """(x, y) from the middle of the frame, in steps of 1 / scale pixels."""
+    scale: int
+    visible: Bool[np.ndarray, "T N"]
+    size: tuple[int, int]
+
+    def points_px(self, frames: Frames = _ALL) -> Float32[np.ndarray, "t N 2"]:
+        """(x, y) in pixels of `size`, as in `Tracks`."""
+        return (self.steps[frames] / self.scale + _middle(*self.size)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -129,16 +148,20 @@ class TracksBlob:
 
     def tracks(self) -> Tracks:
         """All tracks, in one read."""
+        stored = self.stored_tracks()
+        return Tracks(stored.points_px(), stored.visible, stored.size, self.queries)
+
+    def stored_tracks(self) -> StoredTracks:
+        """All tracks, in one read, their positions not yet in pixels."""
         header, (points_size, points_crc, visible_size, visible_crc) = self.header, self._payloads
         payload = self._read(self._start, points_size + visible_size)
         num = header.frames * self.num_tracks
         points = decompress(payload[:points_size], 4 * num, points_crc, "points of tracks")
         packed = decompress(payload[points_size:], (num + 7) // 8, visible_crc, "visibility of tracks")
-        visible = np.unpackbits(np.frombuffer(packed, np.uint8), count=num).view(bool)
-        integers = unpack_differences(points, self.num_tracks, header.frames).transpose(2, 1, 0)
-        size = (header.height, header.width)
-        points_px = (integers / header.scale + _middle(*size)).astype(np.float32)
-        return Tracks(points_px, visible.reshape(header.frames, self.num_tracks), size, self.queries)
+        bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=num).view(bool)
+        steps = unpack_differences(points, self.num_tracks, header.frames).transpose(2, 1, 0)
+        visible = bits.reshape(header.frames, self.num_tracks)
+        return StoredTracks(steps, header.scale, visible, (header.height, header.width))
 
     def _read(self, offset: int, size: int) -> bytes:
         data = self._read_range(offset, size)

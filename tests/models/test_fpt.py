@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from kinema.models.fpt import layers as fpt_layers
 from kinema.models.fpt import model as module
 from kinema.models.fpt.mixture import GaussianMixture
 from kinema.models.fpt.model import PRESETS, FlowPokeTransformer, flow_poke_transformer
@@ -270,6 +272,99 @@ def test_one_image_serves_a_batch_and_may_be_projected_once(miniature, fill, sce
     ]
     torch.testing.assert_close(samples[0], samples[1], atol=1e-4, rtol=0)
     torch.testing.assert_close(samples[0], samples[2], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_an_image_is_projected_once_until_something_changes(miniature, fill, scene, monkeypatch):
+    model = FlowPokeTransformer(**MINIATURE).eval()
+    model.load_state_dict(miniature.state_dict())
+    arguments, d_img = scene(2, 4, 5), embed(model, fill, 1)
+    projections = []
+    project = type(model.transformer).image_keys_values
+    monkeypatch.setattr(
+        type(model.transformer), "image_keys_values", lambda *args: projections.append(1) or project(*args)
+    )
+    first = model.predict_parallel(**arguments, d_img=d_img)
+    assert torch.equal(model.predict_parallel(**arguments, d_img=d_img).mean, first.mean)
+    model.predict_autoregressive(**arguments, d_img=d_img)
+    assert len(projections) == 1
+    assert_same(miniature.predict_parallel(**arguments, d_img=d_img), first)  # another model
+    assert len(projections) == 2
+
+    model.transformer.layers[0].cross_kv.weight.mul_(1.5)
+    stale = model.predict_parallel(**arguments, d_img=d_img)
+    assert len(projections) == 3
+    fresh = {name: value.clone() for name, value in d_img.items()}
+    assert torch.equal(model.predict_parallel(**arguments, d_img=fresh).mean, stale.mean)
+    assert (stale.mean - first.mean).abs().max() > 1e-4
+    d_img["feat"].mul_(1.5)
+    assert (model.predict_parallel(**arguments, d_img=d_img).mean - stale.mean).abs().max() > 1e-4
+    with torch.autocast("cpu", torch.bfloat16):
+        model.predict_parallel(**arguments, d_img=d_img)
+    assert len(projections) == 6
+    with torch.enable_grad():
+        model.predict_parallel(**arguments, d_img=d_img)
+    assert len(projections) == 6, "gradients must reach the projection"
+
+
+def test_what_the_backward_pass_makes_again_changes_no_number(miniature, scene, fill, monkeypatch):
+    model = FlowPokeTransformer(**MINIATURE).train()
+    model.load_state_dict(miniature.state_dict())
+    d_img = {name: value.detach() for name, value in embed(model, fill, 2).items()}
+    arguments = scene(2, 4, 8)
+    grouped = {**arguments, "query_pos": arguments["query_pos"].unflatten(1, (4, 2))}
+
+    reference = sys.modules["kinema.kernels.cosine_attention.reference"]  # the package's name is the function's, too
+    storages = []
+
+    def note(tensor):
+        storages.append(tensor.untyped_storage())
+        return tensor
+
+    def noted_checkpoint(work, *inputs, **options):
+        for tensor in inputs:
+            note(tensor)  # what a checkpoint holds is no saved tensor
+        return checkpoint(work, *inputs, **options)
+
+    for user in (fpt_layers, reference):
+        monkeypatch.setattr(user, "checkpoint", noted_checkpoint)
+
+    def gradients():
+        model.zero_grad()
+        storages.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model.predict_prefixes(**grouped, d_img=d_img).mean.square().sum()
+        kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, sum(kept.values())
+
+    weights = sum(parameter.nbytes for parameter in model.transformer.parameters())
+    found, kept = gradients()
+    monkeypatch.setattr(fpt_layers, "made_again", lambda work, x: work(x))
+    monkeypatch.setattr(reference, "checkpoint", lambda work, *args, **_: work(*args))
+    expected, all_kept = gradients()
+    assert found.keys() == expected.keys() and len(found) > 20
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert kept - weights < 0.8 * (all_kept - weights)
+
+
+@torch.no_grad()
+def test_the_copy_in_bf16_predicts_alike(miniature, fill, scene):
+    arguments = scene(2, 4, 6)
+    model = miniature.in_bf16()
+    expected = miniature.predict_parallel(**arguments, d_img=embed(miniature, fill, 1))
+    d_img = embed(model, fill, 1)
+    found = model.predict_parallel(**arguments, d_img=d_img)
+    assert found.loc.dtype == torch.float64
+    assert 0 < (found.mean - expected.mean).abs().max() < 0.05
+    draws = [
+        network.predict_autoregressive(
+            **arguments, d_img=embed(network, fill, 1), generator=torch.Generator().manual_seed(0)
+        )
+        for network in (miniature, model)
+    ]
+    assert draws[1].dtype == torch.float32 and draws[1].isfinite().all()
+    assert 0 < (draws[0][:, 0] - draws[1][:, 0]).abs().max() < 0.05  # the first draw; later ones follow earlier ones
 
 
 @torch.no_grad()

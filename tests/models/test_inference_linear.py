@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from kinema.models.backbones.inference_linear import Linear, linear
+from kinema.models.backbones import inference_linear
+from kinema.models.backbones.inference_linear import Bf16Linear, Linear, linear, multiplying_in_bf16
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (3, 257, 7), (0, 7), (2, 1, 5, 7)])
@@ -41,3 +43,35 @@ def test_other_dtypes_and_exporters_get_the_ordinary_layer():
     exported = torch.export.export(layer, (x,)).graph_module.code
     assert "_linear_pointwise" not in exported
     assert "_linear_pointwise" not in torch.jit.trace(layer, x).code
+
+
+@pytest.mark.parametrize("shape", [(1, 70), (3, 257, 70), (2, 1, 5, 70)])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+@torch.no_grad()
+def test_products_in_bf16_are_those_of_bf16_values(shape, with_bias, packed, monkeypatch):
+    if packed and not inference_linear._can_pack():
+        pytest.skip("this CPU has no instructions for bf16")
+    monkeypatch.setattr(inference_linear, "_can_pack", lambda: packed)
+    torch.manual_seed(0)
+    layer, x = Linear(70, 110, bias=with_bias), torch.randn(shape)
+    found = Bf16Linear(layer)(x)
+    assert found.dtype == torch.bfloat16
+    bias = layer.bias.bfloat16().double() if with_bias else None
+    exact = F.linear(x.bfloat16().double(), layer.weight.bfloat16().double(), bias)
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-3)  # the result's own rounding
+
+
+def test_a_copy_in_bf16_shares_what_it_does_not_multiply_with():
+    class Own(Linear):
+        def forward(self, x):
+            return -super().forward(x)
+
+    module = nn.Sequential(Own(8, 8), nn.LayerNorm(8), Linear(8, 8)).train()
+    twin = multiplying_in_bf16(module)
+    assert type(module[2]) is Linear and module.training and not twin.training
+    assert isinstance(twin[2], Bf16Linear) and isinstance(twin[0], Own)
+    assert twin[1].weight is module[1].weight and twin[0].weight is module[0].weight
+    x = torch.randn(4, 8)
+    difference = (twin(x) - module(x)).abs().max()
+    assert 0 < difference < 0.05

@@ -8,6 +8,7 @@ import pytest
 from kinema.configs import ClipConfig
 from kinema.pipelines.bench import clip_size, flow_codec, fpt_loader, fpt_sampling
 from kinema.pipelines.bench.paired import Paired, paired, print_rows
+from kinema.pipelines.precision import cpu_multiplies_bf16
 
 
 def test_ratios_are_those_of_one_round():
@@ -49,6 +50,9 @@ def test_samples_of_one_image_are_those_of_the_plain_way():
     differences = [row for row in rows if "difference" in row["name"]]
     assert len(differences) == 3 and all(row["value"] < 1e-4 for row in differences)
     assert all(row["ratio"] > 0 and row["processor_ratio"] > 0 for row in rows if row["unit"] == "s")
+    in_bf16 = [row for row in rows if "bf16" in row["name"]]
+    assert len(in_bf16) == (4 if cpu_multiplies_bf16() else 0)
+    assert all(0 < row["ratio"] < 0.1 for row in in_bf16 if "rms error" in row["name"])
 
 
 def test_loader_rows_say_what_is_handed_over(tmp_path: Path, monkeypatch):
@@ -56,8 +60,10 @@ def test_loader_rows_say_what_is_handed_over(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(fpt_loader, "SAMPLES_PER_CLIP", (1, 2))
     rows = {row["name"]: row for row in fpt_loader.run(side_px=128, cases=((24, 0.25, 2),), rounds=1)}
     for pictures in ("8-bit", "float"):
+        kilobytes = {"8-bit": 49, "float": 197}[pictures]
         for together in (1, 2):
-            assert rows[f"24 frames of 128 x 128, {pictures} pictures, {together} a clip"]["ratio"] > 0
+            name = f"24 frames of 128 x 128, {pictures} pictures of {kilobytes} KB, {together} a clip"
+            assert rows[name]["ratio"] > 0
     psnr = rows["24 frames of 128 x 128: PSNR"]
     assert psnr["value"] == pytest.approx(psnr["baseline"], abs=fpt_loader.ALLOWED_DB)
     assert rows["24 frames of 128 x 128: video"]["value"] > 0

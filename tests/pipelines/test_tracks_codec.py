@@ -19,6 +19,16 @@ def encode(tracks):
     return encode_tracks(tracks, tracker="chain", weights_hash="none")
 
 
+@pytest.mark.parametrize("frames", [[7, 2], [3], slice(None)])
+def test_positions_of_a_few_frames_are_those_of_all(frames):
+    blob = TracksBlob(encode(make_tracks()))
+    stored, tracks = blob.stored_tracks(), blob.tracks()
+    found = stored.points_px(frames)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, tracks.points_px[frames])
+    np.testing.assert_array_equal(stored.visible, tracks.visible)
+
+
 @pytest.mark.parametrize(
     ("num_frames", "num_tracks", "height", "width"),
     [(9, 13, 120, 200), (1, 1, 1, 1), (97, 3, 480, 864), (5, 0, 33, 47), (24, 256, 1080, 1920), (3, 7, 2160, 3840)],

@@ -32,7 +32,7 @@ class InferenceEncoder:
     def __init__(self, encoder: ResNetEncoder, dtype: torch.dtype) -> None:
         self.first = InferenceConv.of(encoder.conv1, encoder.bn1, dtype)
         stages = (encoder.layer1, encoder.layer2, encoder.layer3)
-        self.blocks = [_Residual(block, dtype) for stage in stages for block in stage]
+        self.blocks = [_Residual(block, dtype) for stage in stages for block in stage]  # type: ignore[arg-type]
         self.last = InferenceConv.of(encoder.final_conv, dtype=dtype)
 
     def __call__(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
@@ -76,7 +76,7 @@ class PairRefiner:
     ) -> None:
         self.windows = windows
         self.motion = MotionUpdate(block.encoder, windows, dtype)
-        self.blocks = [_ConvNext(part, dtype) for part in block.refine]
+        self.blocks = [_ConvNext(part, dtype) for part in block.refine]  # type: ignore[arg-type]
         self.head = head_of(head, dtype)
         shape = (1, 3 * HIDDEN_CHANNELS, height, width)
         self.inputs = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)

@@ -33,7 +33,7 @@ class InferenceFrameEncoder:
             InferenceConv.of(conv, dtype=dtype) for conv in (encoder.conv1, encoder.conv2, encoder.conv3)
         )
         stages = (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)
-        self.stages = [[_Residual(block, dtype) for block in stage] for stage in stages]
+        self.stages = [[_Residual(block, dtype) for block in stage] for stage in stages]  # type: ignore[arg-type]
 
     def __call__(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
         return torch.cat([self._encode(image) for image in images.split(1)])

@@ -35,6 +35,7 @@ from kinema.models.fpt.data_rules import (
 from kinema.models.fpt.model import PRESETS, FlowPokeTransformer
 from kinema.models.weights import LEDGER, licence_notice, load_weights, published_file
 from kinema.pipelines.loader import Clip, Skip
+from kinema.pipelines.sidecars.tracks_codec import Frames, StoredTracks
 from kinema.pipelines.train.checkpoint import weights_file
 from kinema.pipelines.train.recipes.fpt.metrics import prediction_metrics
 from kinema.pipelines.train.recipes.fpt.pictures import prediction_pictures
@@ -114,8 +115,8 @@ class FPTRecipe:
             [P, n, 2], camera_static bool; positions in 0..1 over the square, flow in the same units.
         """
         rule = self.rule
-        tracks = clip.tracks()
-        points = points_in_square(torch.from_numpy(tracks.points_px), *tracks.size).numpy()
+        tracks = clip.stored_tracks()
+        points = _PointsInSquare(tracks)
         gap = gap_in_frames(self.config.gap_s, clip.fps)
         drawn: list[tuple[int, TrainingPoints | Skip]] = []
         for rng in rngs:
@@ -196,8 +197,22 @@ class FPTRecipe:
             load_weights(model, weights_file(self.weights), self.config.preset)
 
 
+class _PointsInSquare:
+    """Positions of stored tracks in 0..1 over the square; indexed by frames, which alone are computed."""
+
+    def __init__(self, tracks: StoredTracks):
+        self.tracks = tracks
+
+    def __len__(self) -> int:
+        return len(self.tracks.visible)
+
+    def __getitem__(self, frames: Frames) -> Float[np.ndarray, "t N 2"]:
+        points_px = torch.from_numpy(np.ascontiguousarray(self.tracks.points_px(frames)))
+        return points_in_square(points_px, *self.tracks.size).numpy()
+
+
 def draw_motion(
-    points: Float[np.ndarray, "T N 2"],
+    points: Float[np.ndarray, "T N 2"] | _PointsInSquare,
     visible: Bool[np.ndarray, "T N"],
     gap_frames: int,
     rule: SamplingRule,
@@ -214,7 +229,7 @@ def draw_motion(
                 motion = extract_motion(points[both], visible[both], 1, rule, rng)
                 return replace(motion, start=int(start), end=int(start) + gap_frames)
     # The published rule, or the reason why no start frame of the clip will do.
-    return extract_motion(points, visible, gap_frames, rule, rng)
+    return extract_motion(points[:], visible, gap_frames, rule, rng)
 
 
 def square_pixels(frame: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[Tensor, "side side 3"]:
@@ -230,4 +245,4 @@ def square_pixels(frame: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[Tensor,
 
 def model_image(pixels: UInt8[Tensor, "B S S 3"]) -> Tensor:
     """Pixels as the model takes them: float32 [B, 3, S, S] in -1..1."""
-    return rearrange(pixels, "b h w c -> b c h w").float() / 127.5 - 1
+    return rearrange(pixels, "b h w c -> b c h w").float().div_(127.5).sub_(1)
