@@ -8,8 +8,9 @@ smallest models stand in, which shows that everything runs and says nothing abou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema.kernels.gpu.timing import time_steps
+from kinema.models.cuda_graphs import Graphed
 
 LEARNING_RATE = 1e-4
 RAFT_ITERS = 12
@@ -32,6 +34,8 @@ class Step:
     """Samples or pairs of one time."""
     run: Callable[[], Tensor]
     """Does it once; gives the loss, or the flow."""
+    way: str = "ours"
+    """How it is run: `ours` is as written; layers compiled by torch.compile, or a CUDA graph, are others."""
 
 
 def rows(what: str) -> Iterator[dict[str, Any]]:
@@ -52,7 +56,7 @@ def row_of(step: Step) -> dict[str, Any]:
     step_ms, peak_mb = time_steps(step.run)
     right = bool(step.run().isfinite().all())
     return {
-        **{"case": step.name, "way": "ours", "status": "ok" if right else "wrong"},
+        **{"case": step.name, "way": step.way, "status": "ok" if right else "wrong"},
         **{"timer": "clock", "warm_ms": round(step_ms, 3), "per_second": round(1e3 * step.count / step_ms, 2)},
         **{"peak_mb": round(peak_mb, 1), "note": "untrained" if right else "untrained; the result is not finite"},
     }
@@ -85,10 +89,12 @@ def _fpt(device: str) -> Iterator[Step]:
     asked = (_uniform(device, batch, pokes, queries, 2), 0.1 * _normal(device, batch, pokes, queries, 2))
     static = torch.zeros(batch, dtype=torch.bool, device=device)
     image = 2 * _uniform(device, batch, 3, side, side) - 1
-    yield _training(
+    step = _training(
         f"FPT {preset} {pokes} pokes x {queries} queries B{batch} bf16 step", batch, model,
         lambda: model.negative_log_likelihood(*points, *asked, static, image).mean(),
     )  # fmt: skip
+    yield step
+    yield _compiled(step, model.transformer.layer_list())
 
 
 def _dinoflow(device: str) -> Iterator[Step]:
@@ -139,7 +145,10 @@ def _raft(device: str) -> Iterator[Step]:
             pair = [_uniform(device, batch, 3, height, width) for _ in range(2)]
             for precision in ("fp32", "bf16"):
                 title = f"{name} {height}x{width} B{batch} {iters} iterations {precision} pairs"
-                yield Step(title, batch, _without_gradient(network, pair, iters, precision))
+                run = _without_gradient(network, iters, precision)
+                yield Step(title, batch, partial(run, *pair))
+                if device == "cuda":
+                    yield Step(title, batch, partial(Graphed(run), *pair), way="CUDA graph")
 
 
 STEPS: dict[str, Callable[[str], Iterator[Step]]] = {
@@ -171,9 +180,16 @@ def _training(
     return Step(name, count, run)
 
 
-def _without_gradient(network: nn.Module, pair: list[Tensor], iters: int, precision: str) -> Callable[[], Tensor]:
+def _compiled(step: Step, layers: Iterable[nn.Module]) -> Step:
+    """The same step with these layers compiled; what was measured before is not touched by it."""
+    for layer in layers:
+        layer.compile()
+    return replace(step, way="layers compiled")
+
+
+def _without_gradient(network: nn.Module, iters: int, precision: str) -> Callable[..., Tensor]:
     @torch.no_grad()
-    def run() -> Tensor:
+    def run(*pair: Tensor) -> Tensor:
         with _products(precision, pair[0].device):
             return network(*pair, iters=iters)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kinema.configs.models.row import resolve
 from kinema.configs.models.table import MODELS
+from kinema.models.cuda_graphs import Graphed
 from kinema.models.dinoflow.model import DinoFlowFeatures, FlowModel
 from kinema.models.flow.dis import DIS
 from kinema.models.flow.networks import flow_network
@@ -28,7 +29,6 @@ from kinema.models.flow.sea_raft.network import SEARAFT
 from kinema.models.flow.waft.network import WAFT
 from kinema.models.weights import file_sha256, local_file
 from kinema.pipelines.precision import autocast
-from kinema.pipelines.teach.graphs import Graphed
 from kinema.pipelines.teach.protocol import FlowEstimate, Teacher
 from kinema.pipelines.teach.tiling import TiledTeacher
 from kinema.pipelines.train.checkpoint import weights_file
@@ -63,7 +63,7 @@ class TeacherSpec:
     precision: str = "fp32"
     """fp32, or bf16 autocast."""
     cuda_graphs: bool = True
-    """Whether work on a GPU is repeated as graphs (`graphs.py`)."""
+    """Whether work on a GPU is repeated as graphs (models/cuda_graphs.py)."""
     threads: int = 1
     """CPU threads."""
 

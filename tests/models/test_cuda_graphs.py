@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kinema.configs import TeachConfig
+from kinema.models.cuda_graphs import Graphed, Recording, _rebuilt, _tensors
 from kinema.models.flow.raft.network import RAFT
 from kinema.pipelines.teach import teachers
-from kinema.pipelines.teach.graphs import Graphed, Recording, _rebuilt, _tensors
 from kinema.pipelines.teach.protocol import FlowEstimate
 from kinema.pipelines.teach.teachers import TeacherSpec
 

@@ -83,7 +83,7 @@ class Graphed:
     def _give_up(self, reason: str) -> None:
         self.why_not = reason
         self._graphs.clear()
-        sys.stderr.write(f"teach: goes on without CUDA graphs: {reason} (teach.cuda_graphs=off never tries)\n")
+        sys.stderr.write(f"goes on without CUDA graphs: {reason} (teach.cuda_graphs=off never tries)\n")
         sys.stderr.flush()
 
     def _remember(self, key: Hashable, recording: Recording | None) -> None:
