@@ -9,6 +9,8 @@
 Convolutions are over nine tenths of what is left. docs/LOG.md has the figures.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -89,8 +91,8 @@ class PairRefiner:
         start: Float[Tensor, "2 h w"],
         flow: Float[Tensor, "1 2 h w"],
         iters: int,
-    ) -> tuple[Float[Tensor, "1 2 h w"], Float[Tensor, "1 4 h w"], Float[Tensor, "1 E h w"]]:
-        """Flow, mixture and state after the last step.
+    ) -> Iterator[tuple[Float[Tensor, "1 2 h w"], Float[Tensor, "1 4 h w"], Float[Tensor, "1 E h w"]]]:
+        """Flow, mixture and state after each step; the state is overwritten by the next.
 
         Args: context, [state, context] of the context network; start, pixel positions; flow, the first.
         """
@@ -104,7 +106,7 @@ class PairRefiner:
                 state.copy_(block(self.inputs))
             increment, info = self.head[1](self.head[0].relu(state)).float().split([2, 4], dim=1)
             flow = flow + increment
-        return flow, info, state
+            yield flow, info, state
 
 
 def head_of(head: nn.Sequential, dtype: torch.dtype) -> list[InferenceConv]:

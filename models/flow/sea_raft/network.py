@@ -15,7 +15,7 @@ do not divide are padded first, where the published code returns a smaller flow.
 import math
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,7 +164,12 @@ class SEARAFT(PairNetwork):
     ) -> list[Prediction]:
         """The first flow and the flow after every refinement, iters + 1 in all, for the sequence loss."""
         features1, features2 = self.encode_pair(image1, image2)
-        steps = self._steps(features1, features2, iters, flow_init)
+        dtype = self._inference_dtype(features1.fmap)
+        steps: Iterable[_Step]
+        if dtype is None:
+            steps = self._steps(features1, features2, iters, flow_init)
+        else:
+            steps = self._steps_in_place(features1, features2, iters, flow_init, dtype, all_steps=True)
         return [self._full_size(step, features1) for step in steps]
 
     def uncertainty(self, info: Float[Tensor, "B 4 H W"]) -> Float[Tensor, "B 1 H W"]:
@@ -209,7 +214,7 @@ class SEARAFT(PairNetwork):
         dtype = self._inference_dtype(features1.fmap)
         if dtype is None:
             return deque(self._steps(features1, features2, iters, flow_init), maxlen=1)[0]
-        return self._last_in_place(features1, features2, iters, flow_init, dtype)
+        return self._steps_in_place(features1, features2, iters, flow_init, dtype, all_steps=False)[0]
 
     def _steps(
         self, features1: SeaRaftFeatures, features2: SeaRaftFeatures, iters: int | None, flow_init: Tensor | None
@@ -233,15 +238,16 @@ class SEARAFT(PairNetwork):
             flow = flow + increment
             yield _Step(flow, info, hidden)
 
-    def _last_in_place(
+    def _steps_in_place(
         self,
         features1: SeaRaftFeatures,
         features2: SeaRaftFeatures,
         iters: int | None,
         flow_init: Tensor | None,
         dtype: torch.dtype,
-    ) -> _Step:
-        """The last of `_steps` without gradient on a CPU, pair by pair, with convolutions in this type."""
+        all_steps: bool,
+    ) -> list[_Step]:
+        """`_steps`, or their last, without gradient on a CPU, pair by pair, with convolutions in this type."""
         iters = self._checked(features1, features2, iters)
         B, _, H, W = features1.fmap.shape
         of_pair = (1, *features1.fmap.shape[1:])
@@ -253,18 +259,22 @@ class SEARAFT(PairNetwork):
             if iters:
                 windows = PairWindows(H, W, self.radius, "x_major", plan.kind == "volume")
                 refiner = PairRefiner(self.update_block, self.flow_head, windows, H, W, dtype)
-            steps = []
+            of_pairs = []
             for b in range(B):
                 pair = slice(b, b + 1)
                 context = first(encode(torch.cat([features1.image[pair], features2.image[pair]], dim=1)))
                 hidden = context[:, :HIDDEN_CHANNELS]
                 flow, info = head[1](head[0].relu(hidden)).float().split([2, 4], dim=1)
                 flow = flow if flow_init is None else self._first_flow(flow_init, features1)[pair]
+                steps = [_Step(flow, info, hidden.clone())] if all_steps or not iters else []
                 if refiner is not None:
                     maps = features1.fmap[pair], features2.fmap[pair], context, start, flow
-                    flow, info, hidden = refiner.refine(*maps, iters)
-                steps.append(_Step(flow, info, hidden.clone()))
-        return _Step(*(torch.cat(parts) for parts in zip(*steps, strict=True)))
+                    for number, (flow, info, hidden) in enumerate(refiner.refine(*maps, iters), start=1):
+                        if all_steps or number == iters:
+                            steps.append(_Step(flow, info, hidden.clone()))
+                of_pairs.append(steps)
+        of_steps = zip(*of_pairs, strict=True)
+        return [_Step(*(torch.cat(parts) for parts in zip(*step, strict=True))) for step in of_steps]
 
     def _encoded(self, encoder: ResNetEncoder, images: Tensor) -> Tensor:
         """`encoder(images)`, by `InferenceEncoder` where that is allowed."""
