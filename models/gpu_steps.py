@@ -94,7 +94,8 @@ def _fpt(device: str) -> Iterator[Step]:
         lambda: model.negative_log_likelihood(*points, *asked, static, image).mean(),
     )  # fmt: skip
     yield step
-    yield _compiled(step, model.transformer.layer_list())
+    if device == "cuda":
+        yield _compiled(step, model.transformer.layer_list())
 
 
 def _dinoflow(device: str) -> Iterator[Step]:
@@ -183,8 +184,7 @@ def _training(
 def _compiled(step: Step, layers: Iterable[nn.Module]) -> Step:
     """The same step with these layers compiled; what was measured before is not touched by it."""
     for layer in layers:
-        # What follows tracing takes half a minute and says nothing without a GPU.
-        layer.compile(backend="inductor" if torch.cuda.is_available() else "aot_eager")
+        layer.compile()
     return replace(step, way="layers compiled")
 
 
