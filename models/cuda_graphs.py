@@ -90,6 +90,7 @@ class Graphed:
         if self.why_not:
             return
         self._graphs[key] = recording
+        self._graphs.move_to_end(key)
         while len(self._graphs) > _KEPT:
             self._graphs.popitem(last=False)
 

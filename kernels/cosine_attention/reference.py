@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kinema.kernels.cosine_attention.patterns import AttentionPattern
+from kinema.kernels.recompute import made_again
 
 EPS = 1e-6
 QUERY_CHUNKS = 4
@@ -55,9 +55,7 @@ def _prepared(x: Tensor, strength: Float[Tensor, "H 1 1"], theta: Tensor | None)
     def work(x: Tensor, strength: Tensor) -> Tensor:
         return rotate(unit(x.to(strength.dtype)) * strength, theta)
 
-    if not torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return work(x, strength)
-    return checkpoint(work, x, strength, use_reentrant=False, preserve_rng_state=False)
+    return made_again(work, x, strength)
 
 
 def unit(x: Float[Tensor, "B H N D"]) -> Float[Tensor, "B H N D"]:

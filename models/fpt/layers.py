@@ -11,7 +11,6 @@ grid, M = h w, H heads, e head size, R rotary angles, C tokens in a cache.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +18,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kinema.kernels.cosine_attention import AttentionPattern, cosine_attention
+from kinema.kernels.recompute import made_again
 from kinema.models.backbones.inference_linear import Linear
 from kinema.models.backbones.rotary_layers import (
     NORM_EPS,
@@ -249,18 +248,6 @@ class TransformerLayer(nn.Module):
     def _gated(self, up_and_gate: Float[Tensor, "B L _"]) -> Float[Tensor, "B L D"]:
         up, gate = up_and_gate.chunk(2, dim=-1)
         return self.ffn_down(up * F.silu(gate))
-
-
-def made_again(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """work(x), whose intermediate results are made again in the backward pass instead of being kept.
-
-    For elementwise work that ends in a matrix product: that one is not computed again, only its input is. On a CPU,
-    where fresh memory costs time too; on other devices nothing was measured, and nothing changes.
-    """
-    if not torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return work(x)
-    made: Tensor = checkpoint(work, x, use_reentrant=False, preserve_rng_state=False)
-    return made
 
 
 def _merge_heads(x: Float[Tensor, "B H L e"]) -> Float[Tensor, "B L D"]:

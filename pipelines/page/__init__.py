@@ -21,7 +21,7 @@ from kinema.pipelines.loader import ClipIndex
 from kinema.pipelines.model_address import load_address
 from kinema.pipelines.page.predictor import Predictor
 from kinema.pipelines.page.server import PageFacts, PageServer
-from kinema.pipelines.precision import cpu_multiplies_bf16
+from kinema.pipelines.precision import check_bf16
 from kinema.pipelines.progress import format_seconds
 from kinema.pipelines.train.checkpoint import read_meta, resolve_checkpoint
 
@@ -81,8 +81,7 @@ def make_server(config: PageConfig) -> PageServer:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but no GPU is at hand; use device=cpu or device=auto")
     if config.precision == "bf16":
-        if device == "cpu" and not cpu_multiplies_bf16():
-            raise ValueError("precision=bf16: this CPU only emulates products of bf16; use precision=fp32 or a GPU")
+        check_bf16(config.precision, device, config.model, is_network=True)
         model = model.eval().to(device).in_bf16()
     untrained = config.model in PRESETS and not config.weights
     facts = PageFacts(

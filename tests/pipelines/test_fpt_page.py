@@ -20,9 +20,10 @@ from PIL import Image
 
 from kinema.configs import PageConfig, build
 from kinema.configs.describe import describe
+from kinema.models.backbones.inference_linear import Bf16Linear
 from kinema.models.fpt import model as fpt
 from kinema.models.fpt.mixture import GaussianMixture
-from kinema.pipelines import page
+from kinema.pipelines import page, precision
 from kinema.pipelines.page import pictures
 from kinema.pipelines.page.predictor import Abandoned, NotFinite, Predictor, grid_points
 from kinema.pipelines.page.questions import Question, decode_upload
@@ -442,6 +443,26 @@ def test_weights_are_loaded_and_wrong_ones_refused(model, tmp_path, monkeypatch)
     assert server.facts.untrained and "UNTRAINED" in server.facts.note
     server = page.make_server(build(PageConfig, {}, ["model=fpt_tiny", f"weights={tmp_path / 'good.pt'}"]))
     assert not server.facts.untrained and server.facts.note == ""
+
+
+def test_products_in_bf16_where_asked_for_and_possible(monkeypatch):
+    """A CPU that only emulates them is refused."""
+    monkeypatch.setitem(fpt.PRESETS, "fpt_tiny", MINIATURE)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
+    with pytest.raises(ValueError, match="precision=bf16: this CPU only emulates"):
+        page.make_server(build(PageConfig, {}, ["model=fpt_tiny", "precision=bf16", "device=cpu"]))
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
+    models = []
+
+    def note(model, *rest):
+        models.append(model)
+        return Predictor(model, *rest)
+
+    monkeypatch.setattr(page, "Predictor", note)
+    page.make_server(build(PageConfig, {}, ["model=fpt_tiny", "device=cpu"]))
+    page.make_server(build(PageConfig, {}, ["model=fpt_tiny", "precision=bf16", "device=cpu"]))
+    narrow = [any(isinstance(part, Bf16Linear) for part in model.modules()) for model in models]
+    assert narrow == [False, True]
 
 
 @pytest.mark.parametrize("override", ["port=70000", "grid=1", "cached_images=0", "max_upload_mb=0", "colour=red"])

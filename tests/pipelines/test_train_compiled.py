@@ -21,7 +21,7 @@ from kinema.pipelines.train.recipes.choose import make_recipe
 from kinema.pipelines.train.stop import Stop
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_training import WIDTH, ToyRecipe, toy_job
+from toy_training import WIDTH, StopAt, ToyRecipe, toy_job
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -48,15 +48,8 @@ class InLayers(ToyRecipe):
         return list(module.online)
 
 
-class Stopping(InLayers):
-    def __init__(self, at: int, stop: Stop):
-        super().__init__()
-        self.at, self.stop = at, stop
-
-    def after_step(self, module, step):
-        super().after_step(module, step)
-        if step == self.at:
-            self.stop.request("test")
+class Stopping(StopAt, InLayers):
+    """Compiled layers, and a stop once step `at` is done."""
 
 
 def config(**changes) -> TrainConfig:

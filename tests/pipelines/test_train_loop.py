@@ -23,7 +23,7 @@ from kinema.pipelines.train.parallel import Place
 from kinema.pipelines.train.stop import Notice, Stop
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_training import NUM_SAMPLES, MakeLoader, ToyRecipe, toy_job
+from toy_training import NUM_SAMPLES, MakeLoader, StopAt, ToyRecipe, toy_job
 
 
 @pytest.fixture(autouse=True)
@@ -88,19 +88,6 @@ def test_resumed_equals_undisturbed_bit_for_bit(tmp_path, accumulate, copy_ahead
         recipe = StopAt(steps, stop)
         train(tmp_path / "parts", cfg, recipe, stop)
     same_bytes(tmp_path / "whole", tmp_path / "parts")
-
-
-class StopAt(ToyRecipe):
-    """Asks for the end once step `at` is done."""
-
-    def __init__(self, at: int, stop: Stop):
-        super().__init__()
-        self.at, self.stop = at, stop
-
-    def after_step(self, module, step):
-        super().after_step(module, step)
-        if step == self.at:
-            self.stop.request("test")
 
 
 def test_stop_saves_the_last_finished_step_at_once(tmp_path):

@@ -75,6 +75,19 @@ class ToyRecipe:
         raise NotImplementedError
 
 
+class StopAt(ToyRecipe):
+    """Asks for the end once step `at` is done."""
+
+    def __init__(self, at: int, stop: Stop):
+        super().__init__()
+        self.at, self.stop = at, stop
+
+    def after_step(self, module, step):
+        super().after_step(module, step)
+        if step == self.at:
+            self.stop.request("test")
+
+
 class MemoryLoader:
     """Batches in an order given by (seed, epoch), striped over ranks; the position counts samples of all ranks."""
 
