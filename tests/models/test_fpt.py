@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kinema.models.fpt import layers as fpt_layers
+from kinema.kernels import recompute
 from kinema.models.fpt import model as module
 from kinema.models.fpt.mixture import GaussianMixture
 from kinema.models.fpt.model import PRESETS, FlowPokeTransformer, flow_poke_transformer
@@ -314,7 +314,6 @@ def test_what_the_backward_pass_makes_again_changes_no_number(miniature, scene, 
     arguments = scene(2, 4, 8)
     grouped = {**arguments, "query_pos": arguments["query_pos"].unflatten(1, (4, 2))}
 
-    reference = sys.modules["kinema.kernels.cosine_attention.reference"]  # the package's name is the function's, too
     storages = []
 
     def note(tensor):
@@ -326,8 +325,7 @@ def test_what_the_backward_pass_makes_again_changes_no_number(miniature, scene, 
             note(tensor)  # what a checkpoint holds is no saved tensor
         return checkpoint(work, *inputs, **options)
 
-    for user in (fpt_layers, reference):
-        monkeypatch.setattr(user, "checkpoint", noted_checkpoint)
+    monkeypatch.setattr(recompute, "checkpoint", noted_checkpoint)
 
     def gradients():
         model.zero_grad()
@@ -340,8 +338,7 @@ def test_what_the_backward_pass_makes_again_changes_no_number(miniature, scene, 
 
     weights = sum(parameter.nbytes for parameter in model.transformer.parameters())
     found, kept = gradients()
-    monkeypatch.setattr(fpt_layers, "made_again", lambda work, x: work(x))
-    monkeypatch.setattr(reference, "checkpoint", lambda work, *args, **_: work(*args))
+    monkeypatch.setattr(recompute, "checkpoint", lambda work, *args, **_: work(*args))
     expected, all_kept = gradients()
     assert found.keys() == expected.keys() and len(found) > 20
     assert all(torch.equal(found[name], expected[name]) for name in found)
