@@ -5,6 +5,9 @@ convolutions, does not. Measured on an AMD EPYC, 514 x 384 tokens to 1536 channe
 3.0 ms through oneDNN; results agree to rounding. On Intel's own (Xeon with AMX) MKL is the faster one: 128 x 768 to
 4608 channels 7.4 ms against 8.2, two rows 0.64 ms against 1.21.
 
+With two to four rows MKL is the faster one if the weight comes first on an AMD without AVX-512 (Zen 3): the products of a
+layer of the Flow Poke Transformer for two tokens 4.4 instead of 6.2 ms of processor time, for three 5.2 instead of 8.0.
+
 With few rows a product takes as long as reading the weight: bf16 halves it, but only where the weight already lies as
 oneDNN multiplies it (`Bf16Linear`).
 """
@@ -33,9 +36,12 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = "none") -> Tensor:
     """Same as `F.linear`, with an activation behind it."""
-    if _can_use_onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_ONEDNN_NAMES[activation])
-    y = F.linear(x, weight, bias)
+    if _is_plain_inference(x):
+        if _onednn_is_faster():
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_ONEDNN_NAMES[activation])
+        y = _few_rows(x, weight, bias) if _is_thin(x) and _few_rows_turned_are_faster() else F.linear(x, weight, bias)
+    else:
+        y = F.linear(x, weight, bias)
     return y if activation == "none" else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -102,6 +108,20 @@ def _onednn_is_faster() -> bool:
     )
 
 
+@functools.cache
+def _few_rows_turned_are_faster() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and not _made_by_intel()
+
+
+def _is_thin(x: Tensor) -> bool:
+    return 2 <= x.numel() // max(1, x.shape[-1]) <= 4
+
+
+def _few_rows(x: Float[Tensor, "*B d_in"], weight: Tensor, bias: Tensor | None) -> Float[Tensor, "*B d_out"]:
+    product = (weight @ x.flatten(0, -2).mT).mT.contiguous().unflatten(0, x.shape[:-1])
+    return product if bias is None else product + bias
+
+
 def _made_by_intel() -> bool:
     """Whether Linux says so; elsewhere nothing is known, and MKL stays."""
     try:
@@ -110,8 +130,8 @@ def _made_by_intel() -> bool:
         return True
 
 
-def _can_use_onednn(x: Tensor) -> bool:
-    # The operator has no gradient, and exporters and compilers expect the ordinary one.
+def _is_plain_inference(x: Tensor) -> bool:
+    # oneDNN's operator has no gradient, and exporters and compilers expect the ordinary one.
     return (
         not torch.is_grad_enabled()
         and x.device.type == "cpu"
@@ -120,5 +140,4 @@ def _can_use_onednn(x: Tensor) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and _onednn_is_faster()
     )

@@ -123,16 +123,41 @@ class TokenInput(ExactConstants):
         return rearrange([phase.sin(), phase.cos()], "part b l xy d -> b l (xy part d)")
 
 
+class Rotation:
+    """Scales heads to a length and turns them by angles, whose sines and cosines are computed once."""
+
+    def __init__(self, theta: Float[Tensor, "B H L R"]):
+        cos, sin = theta.cos(), theta.sin()
+        self.cos: Float[Tensor, "B H L e"] = torch.cat([cos, cos], dim=-1)
+        self.sin: Float[Tensor, "B H L e"] = torch.cat([-sin, sin], dim=-1)
+        self.half = theta.shape[-1]
+
+    def tokens(self, part: slice) -> "Rotation":
+        """The rotation of some of the tokens."""
+        chosen = object.__new__(Rotation)
+        chosen.cos, chosen.sin, chosen.half = self.cos[:, :, part], self.sin[:, :, part], self.half
+        return chosen
+
+    def __call__(self, x: Float[Tensor, "*B H L e"], length: Float[Tensor, "H 1 1"]) -> Float[Tensor, "*B H L e"]:
+        wide = at_least_float32(x)
+        unit = wide * (length * torch.rsqrt(wide.square().sum(-1, keepdim=True) + COSINE_EPS))
+        return torch.addcmul(unit * self.cos, unit.roll(self.half, dims=-1), self.sin).to(x.dtype)
+
+
 @dataclass
 class LayerCache:
     """What one layer remembers between the steps of sampling. Keys are scaled to unit length and rotated.
 
-    The condition stays the same from step to step, and so do the gains of the three norms.
+    The condition stays the same from step to step, and so do the gains of the three norms. Lengths are what queries and
+    keys of the two attentions are scaled to.
     """
 
     self_gain: Float[Tensor, "B 1 D"]
     cross_gain: Float[Tensor, "B 1 D"]
     ffn_gain: Float[Tensor, "B 1 D"]
+
+    self_length: Float[Tensor, "H 1 1"]
+    cross_length: Float[Tensor, "H 1 1"]
 
     keys: Float[Tensor, "B H C e"]
     values: Float[Tensor, "B H C e"]
@@ -179,7 +204,7 @@ class TransformerLayer(nn.Module):
             k, v = (part.expand(len(x), -1, -1, -1).to(q.dtype) for part in self._heads(self.cross_kv(features)))
             attended = cosine_attention(q, k, v, theta, image_theta, self.cross_scale, "full")
         else:
-            attended = self._look(q, theta, keys_values)
+            attended = _look(prepare(q, theta, self.cross_scale), keys_values)
         x = x + _merge_heads(attended)
         up = made_again(lambda x: self.ffn_up(self.ffn_norm(x, cond)), x)
         return x + made_again(self._gated, up)
@@ -203,6 +228,8 @@ class TransformerLayer(nn.Module):
             self_gain=self.self_norm.gain(cond),
             cross_gain=self.cross_norm.gain(cond),
             ffn_gain=self.ffn_norm.gain(cond),
+            self_length=length_of(self.self_scale),
+            cross_length=length_of(self.cross_scale),
             keys=keys_values.new_empty(shape),
             values=keys_values.new_empty(shape),
             image=keys_values,
@@ -213,7 +240,7 @@ class TransformerLayer(nn.Module):
         x: Float[Tensor, "B L D"],
         cache: LayerCache,
         start: int,
-        theta: Float[Tensor, "B H L R"],
+        rotation: Rotation,
         visible: Bool[Tensor, "L C"] | None,
     ) -> Float[Tensor, "B L D"]:
         """The layer over new tokens that continue a cached sequence at index `start`; writes them to the cache.
@@ -222,7 +249,7 @@ class TransformerLayer(nn.Module):
         """
         qkv = self._heads(self.self_qkv(self.self_norm.scale(x, cache.self_gain)))
         end = start + x.shape[1]
-        q, k = prepare(qkv[:2], theta, self.self_scale)
+        q, k = rotation(qkv[:2], cache.self_length)
         cache.keys[:, :, start:end] = k
         cache.values[:, :, start:end] = qkv[2]
         keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
@@ -231,15 +258,8 @@ class TransformerLayer(nn.Module):
         )
         x = x + self.self_out(_merge_heads(attended))
         q = self._heads(self.cross_q(self.cross_norm.scale(x, cache.cross_gain)))[0]
-        x = x + _merge_heads(self._look(q, theta, cache.image))
+        x = x + _merge_heads(_look(rotation(q, cache.cross_length), cache.image))
         return x + self._gated(self.ffn_up(self.ffn_norm.scale(x, cache.ffn_gain)))
-
-    def _look(
-        self, q: Float[Tensor, "B H L e"], theta: Float[Tensor, "B H L R"], keys_values: Float[Tensor, "2 I H M e"]
-    ) -> Float[Tensor, "B H L e"]:
-        """Cross-attention to an image whose keys are ready."""
-        keys, values = (part.expand(len(q), -1, -1, -1).to(q.dtype) for part in keys_values)
-        return F.scaled_dot_product_attention(prepare(q, theta, self.cross_scale), keys, values, scale=1.0)
 
     def _heads(self, x: Float[Tensor, "B L _"]) -> Float[Tensor, "n B H L e"]:
         # A view: einops looks its pattern up again at every call, a tenth of the time of sampling token by token.
@@ -254,16 +274,27 @@ def _merge_heads(x: Float[Tensor, "B H L e"]) -> Float[Tensor, "B L D"]:
     return x.transpose(1, 2).flatten(2)
 
 
+def _look(q: Float[Tensor, "B H L e"], keys_values: Float[Tensor, "2 I H M e"]) -> Float[Tensor, "B H L e"]:
+    """Cross-attention of prepared queries to an image whose keys are ready."""
+    keys, values = keys_values.to(q.dtype)
+    if len(keys) == len(q):
+        return F.scaled_dot_product_attention(q, keys, values, scale=1.0)
+    # One image for all: its keys are read once, for the tokens of the whole batch.
+    tokens = q.transpose(0, 1).flatten(1, 2)[None]
+    attended = F.scaled_dot_product_attention(tokens, keys, values, scale=1.0)[0]
+    return attended.unflatten(1, (len(q), -1)).transpose(0, 1)
+
+
+def length_of(scale: Float[Tensor, "H"]) -> Float[Tensor, "H 1 1"]:
+    """What queries and keys are scaled to for logits of `cosine_attention`, in float32 or better."""
+    return (at_least_float32(scale).abs() + COSINE_EPS).sqrt()[:, None, None]
+
+
 def prepare(
     x: Float[Tensor, "*B H L e"], theta: Float[Tensor, "_ H L R"], scale: Float[Tensor, "H"]
 ) -> Float[Tensor, "*B H L e"]:
     """Queries or keys whose plain inner products are the logits of `cosine_attention`; for caches."""
-    wide = at_least_float32(x)
-    strength = (scale.to(wide.dtype).abs() + COSINE_EPS).sqrt()[:, None, None]
-    unit = wide * (strength * torch.rsqrt(wide.square().sum(-1, keepdim=True) + COSINE_EPS))
-    cos, sin = theta.to(wide.dtype).cos(), theta.to(wide.dtype).sin()
-    first, second = unit.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return Rotation(theta)(x, length_of(scale))
 
 
 class Transformer(nn.Module):

@@ -26,7 +26,7 @@ from kinema.kernels.cosine_attention.patterns import AttentionPattern, PatternLi
 from kinema.models.backbones.inference_linear import multiplying_in_bf16
 from kinema.models.backbones.rotary_layers import at_least_float32, cell_centres
 from kinema.models.backbones.vision_transformer import ENCODERS
-from kinema.models.fpt.layers import HeadMlp, ImageEncoder, TokenInput, Transformer
+from kinema.models.fpt.layers import HeadMlp, ImageEncoder, Rotation, TokenInput, Transformer
 from kinema.models.fpt.mixture import GaussianMixture
 from kinema.models.weights import resolve_weights
 
@@ -235,7 +235,7 @@ class FlowPokeTransformer(nn.Module):
             layer.new_cache(kv, cond, num_pokes + num_queries)
             for layer, kv in zip(self.transformer.layer_list(), keys_values, strict=True)
         ]
-        theta = self.transformer.pos_emb(pos)
+        rotation = Rotation(self.transformer.pos_emb(pos))
         start = 0
         for step in range(num_queries):
             end = num_pokes + step + 1
@@ -247,7 +247,7 @@ class FlowPokeTransformer(nn.Module):
             asks = (torch.arange(start, end, device=pos.device) == end - 1).expand(batch, -1)
             x = at_least_float32(self.input_mlp(pos[:, new], flow[:, new], asks, features))
             for layer, cache in zip(self.transformer.layer_list(), caches, strict=True):
-                x = layer.step(x, cache, start, theta[:, :, new], visible)
+                x = layer.step(x, cache, start, rotation.tokens(new), visible)
             sampled = self._distribution(x[:, -1:]).sample(generator=generator)
             flow[:, end - 1] = sampled.reshape(batch, 2).to(flow.dtype)
             start = end - 1

@@ -27,7 +27,7 @@ BENCHMARKS = {
     "train_step": "FlowFeat step with stored flow against the same step with RAFT inside",
     "fpt_loader": "one and several samples per opened clip against one per MPEG-1 file decoded from its start",
     "clip_size": "bytes of clips by setting at the PSNR of MPEG-1, with what they cost to encode and to read",
-    "fpt_sampling": "joint samples and predictions of the Flow Poke Transformer against plain ways to compute them",
+    "fpt_sampling": "joint samples and predictions of the Flow Poke Transformer against the published way",
     "fpt_step": "Flow Poke Transformer step against the same model with a dense boolean mask",
     "dismo_loader": "frames of several samples per opened clip against one decode per sample from the clip's start",
     "search": "a million motion embeddings: exact search in blocks against all at once, and an index against it",

@@ -1,14 +1,14 @@
-"""Predictions of the Flow Poke Transformer against plain ways to compute the same.
+"""Predictions of the Flow Poke Transformer against the published way to compute them (`plain_fpt.py`).
 
-A joint sample: the plain way predicts one query after the other, each from the whole sequence again and with the image
-projected again. Many queries at once: the plain way projects the image in every call and attends through a dense mask;
-ours projects it in the first call. Both sides compute in float32; beside them, where the CPU has instructions for it,
-ours in bf16 against the same plain way in float32, with how far its numbers are off.
+A joint sample: both keep keys and values of the tokens seen; the published way projects the image again in every step
+and draws one sample at a time. Many queries at once: the published way projects the image in every call. Ours projects
+an image in the first call about it: rows of an image seen before, and of a new one in every call. Both sides compute in
+float32; beside them, where the CPU has instructions for it, ours in bf16 against the same published way in float32, with
+how far its numbers are off.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -17,17 +17,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kinema.models.fpt.model import FlowPokeTransformer
-from kinema.pipelines.bench.fpt_step import dense_attention
+from kinema.models.fpt.mixture import GaussianMixture
+from kinema.models.fpt.model import PRESETS, FlowPokeTransformer
 from kinema.pipelines.bench.paired import Paired, paired
+from kinema.pipelines.bench.plain_fpt import plain_joint_sample, plain_parallel
 from kinema.pipelines.precision import cpu_multiplies_bf16
 
-# As wide as the published model and with as many cells of the image (1024), with fewer layers: layers repeat.
-MODEL = {"width": 768, "depth": 2, "head_dim": 64, "image_encoder": "tiny_vit8", "image_size": 256}
+MODEL: Mapping[str, Any] = PRESETS["fpt_base"]
 NUM_POKES = 2
 NUM_IN_ORDER, NUM_AT_ONCE = 16, 256
-BATCHES = (1, 8)
+BATCHES = (1, 8, 64)
 """Samples of one image."""
+NUM_COMPARED = 2
+"""Samples of a batch whose numbers are compared: the plain way takes its time for each."""
 
 ImageData = Mapping[str, Tensor]
 
@@ -51,37 +53,43 @@ def run(model: Mapping[str, Any] = MODEL, batches: tuple[int, ...] = BATCHES, ro
 def _in_order(
     networks: Mapping[str, FlowPokeTransformer], image: ImageData, batch: int, rounds: int
 ) -> list[dict[str, Any]]:
+    network = networks["ours"]
     pokes, queries = _points(batch, NUM_IN_ORDER)
-    flows: dict[str, Tensor] = {}
 
-    def ours(side: str) -> None:
-        flows[side] = _joint(networks[side], pokes, queries, image)
+    def ours(side: str, image: ImageData) -> Tensor:
+        return networks[side].predict_autoregressive(*pokes, queries, False, image, generator=_generator())
 
-    def plain() -> None:
-        with _nothing_kept():
-            flows["plain"] = plain_joint_samples(networks["ours"], pokes, queries, _repeated(image, batch))
+    def plain(which: int) -> Tensor:
+        one = slice(which, which + 1)
+        poke_pos, poke_flow = (values[one] for values in pokes)
+        return plain_joint_sample(network, poke_pos, poke_flow, queries[one], image, _generator())
 
-    times = paired({**{side: partial(ours, side) for side in networks}, "plain": plain}, rounds)
+    sides = {side: partial(ours, side, image) for side in networks}
+    sides["new image"] = lambda: ours("ours", _as_new(image))
+    times = paired({**sides, "one": lambda: plain(0)}, rounds)
+    times.sum("plain", {"one": batch})
+    with mock.patch.object(GaussianMixture, "sample", lambda mixture, generator: mixture.mean):
+        found, expected = ours("ours", image), torch.cat([plain(i) for i in range(min(batch, NUM_COMPARED))])
     # Samples in bf16 say nothing of its error: each is a poke of the next, which amplifies rounding.
     name = f"{batch} joint sample{'s' * (batch > 1)} of {NUM_IN_ORDER} queries"
-    return [*_times(name, times, networks), _difference(name, flows)]
+    return [*_times(name, times, networks), _difference(f"{name} (means drawn)", found[: len(expected)], expected)]
 
 
 def _at_once(networks: Mapping[str, FlowPokeTransformer], image: ImageData, rounds: int) -> list[dict[str, Any]]:
     (poke_pos, poke_flow), queries = _points(1, NUM_AT_ONCE)
     means: dict[str, Tensor] = {}
 
-    def predict(side: str, network: FlowPokeTransformer) -> None:
-        means[side] = network.predict_parallel(poke_pos, poke_flow, queries, False, image).mean
+    def predict(side: str, network: str, image: ImageData) -> None:
+        means[side] = networks[network].predict_parallel(poke_pos, poke_flow, queries, False, image).mean
 
     def plain() -> None:
-        with dense_attention(), _nothing_kept():
-            predict("plain", networks["ours"])
+        means["plain"] = plain_parallel(networks["ours"], poke_pos, poke_flow, queries, image).mean
 
-    sides = {side: partial(predict, side, network) for side, network in networks.items()}
+    sides = {side: partial(predict, side, side, image) for side in networks}
+    sides["new image"] = lambda: predict("new image", "ours", _as_new(image))
     times = paired({**sides, "plain": plain}, rounds)
     name = f"{NUM_AT_ONCE} queries at once"
-    rows = [*_times(name, times, networks), _difference(name, means)]
+    rows = [*_times(name, times, networks), _difference(name, means["ours"], means["plain"])]
     if "bf16" in means:
         error = (means["bf16"] - means["plain"]).square().mean().sqrt().item()
         size = means["plain"].square().mean().sqrt().item()
@@ -91,35 +99,17 @@ def _at_once(networks: Mapping[str, FlowPokeTransformer], image: ImageData, roun
 
 
 def _times(name: str, times: Paired, networks: Mapping[str, Any]) -> list[dict[str, Any]]:
-    names = {"ours": name, "bf16": f"{name}, ours in bf16"}
-    return [times.row(names[side], side, "plain", "s", 1) for side in networks]
+    names = {"ours": name, "bf16": f"{name}, ours in bf16", "new image": f"{name}, a new image in every call"}
+    return [times.row(names[side], side, "plain", "s", 1) for side in (*networks, "new image")]
 
 
-def _nothing_kept() -> contextlib.AbstractContextManager[Any]:
-    """What each call projects of the image is not kept for the next."""
-    return mock.patch.object(FlowPokeTransformer, "_keys_values", lambda _, d_img: None)
+def _as_new(d_img: ImageData) -> dict[str, Tensor]:
+    """The same image, of which nothing is remembered."""
+    return {**d_img, "feat": d_img["feat"].clone()}
 
 
-def plain_joint_samples(
-    network: FlowPokeTransformer, pokes: tuple[Tensor, Tensor], queries: Tensor, d_img: ImageData
-) -> Tensor:
-    """Flow [B, Q, 2]: every query asked on its own, given the pokes and what was drawn before."""
-    pos, flow = pokes
-    generator = torch.Generator().manual_seed(0)
-    for query in queries.split(1, dim=1):
-        mixture = network.predict_parallel(pos, flow, query, False, d_img)
-        drawn = mixture.sample(generator=generator).reshape(len(pos), 1, 2).to(flow.dtype)
-        pos, flow = torch.cat([pos, query], dim=1), torch.cat([flow, drawn], dim=1)
-    return flow[:, NUM_POKES:]
-
-
-def _joint(network: FlowPokeTransformer, pokes: tuple[Tensor, Tensor], queries: Tensor, d_img: ImageData) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return network.predict_autoregressive(*pokes, queries, False, d_img, generator=generator)
-
-
-def _repeated(d_img: ImageData, batch: int) -> dict[str, Tensor]:
-    return {name: value.expand(batch, *value.shape[1:]) for name, value in d_img.items()}
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def _points(batch: int, num_queries: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -130,8 +120,8 @@ def _points(batch: int, num_queries: int) -> tuple[tuple[Tensor, Tensor], Tensor
     return (pos[:, :NUM_POKES], flow), pos[:, NUM_POKES:]
 
 
-def _difference(name: str, found: Mapping[str, Tensor]) -> dict[str, Any]:
-    value = (found["ours"] - found["plain"]).abs().max().item()
+def _difference(name: str, found: Tensor, expected: Tensor) -> dict[str, Any]:
+    value = (found - expected).abs().max().item()
     return {
         "name": f"{name}: largest difference",
         "value": value,
