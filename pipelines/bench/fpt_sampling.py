@@ -3,13 +3,13 @@
 A joint sample: both keep keys and values of the tokens seen; the published way projects the image again in every step
 and draws one sample at a time. Many queries at once: the published way projects the image in every call. Ours projects
 an image in the first call about it: rows of an image seen before, and of a new one in every call. Both sides compute in
-float32; beside them, where the CPU has instructions for it, ours in bf16 against the same published way in float32, with
-how far its numbers are off.
+float32; beside them, where the CPU has instructions for it, ours in bf16 against the same in float32, with how far its
+numbers are off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -64,7 +64,7 @@ def _in_order(
         poke_pos, poke_flow = (values[one] for values in pokes)
         return plain_joint_sample(network, poke_pos, poke_flow, queries[one], image, _generator())
 
-    sides = {side: partial(ours, side, image) for side in networks}
+    sides: dict[str, Callable[[], Any]] = {side: partial(ours, side, image) for side in networks}
     sides["new image"] = lambda: ours("ours", _as_new(image))
     times = paired({**sides, "one": lambda: plain(0)}, rounds)
     times.sum("plain", {"one": batch})
@@ -85,7 +85,7 @@ def _at_once(networks: Mapping[str, FlowPokeTransformer], image: ImageData, roun
     def plain() -> None:
         means["plain"] = plain_parallel(networks["ours"], poke_pos, poke_flow, queries, image).mean
 
-    sides = {side: partial(predict, side, side, image) for side in networks}
+    sides: dict[str, Callable[[], None]] = {side: partial(predict, side, side, image) for side in networks}
     sides["new image"] = lambda: predict("new image", "ours", _as_new(image))
     times = paired({**sides, "plain": plain}, rounds)
     name = f"{NUM_AT_ONCE} queries at once"

@@ -59,7 +59,13 @@ def run(batch_size: int = 1, rounds: int = 4, memory: bool = True) -> list[dict[
     name = f"FPT step, {CONFIG.num_pokes} pokes x {CONFIG.queries_per_poke} queries, batch {batch_size}"
     rows = [times.row(f"{name}, {side}: time", side, SIDES[1], "s", 1) for side in sides if side != SIDES[1]]
     if memory:
-        rows.append(_row(f"{name}, {LAYERS_MEASURED} layers: peak memory", {side: _peak_mb(side, batch_size) for side in SIDES}, "MB"))
+        rows.append(
+            _row(
+                f"{name}, {LAYERS_MEASURED} layers: peak memory",
+                {side: _peak_mb(side, batch_size) for side in SIDES},
+                "MB",
+            )
+        )
     if IN_BF16 in losses:
         compared = {"ours": losses[IN_BF16], "dense mask": losses["dense mask"]}
         rows.append(_row("loss in bf16 against float32, untrained weights", compared, "nats"))

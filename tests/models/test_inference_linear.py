@@ -26,6 +26,26 @@ def test_strided_input():
     torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "turned"), [((2, 70), 1), ((1, 3, 70), 1), ((2, 2, 70), 1), ((1, 70), 0), ((5, 70), 0)]
+)
+@pytest.mark.parametrize("with_bias", [True, False])
+@torch.no_grad()
+def test_few_rows_come_second_where_that_is_faster(shape, turned, with_bias, monkeypatch):
+    ways = []
+    few_rows = inference_linear._few_rows
+    monkeypatch.setattr(inference_linear, "_few_rows", lambda *given: ways.append(1) or few_rows(*given))
+    monkeypatch.setattr(inference_linear, "_onednn_is_faster", lambda: False)
+    monkeypatch.setattr(inference_linear, "_few_rows_turned_are_faster", lambda: True)
+    torch.manual_seed(0)
+    layer, x = Linear(70, 110, bias=with_bias), torch.randn(shape)
+    found = layer(x)
+    assert len(ways) == turned and found.is_contiguous()
+    torch.testing.assert_close(found, F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+    with torch.enable_grad():
+        assert layer(x.requires_grad_()).requires_grad and len(ways) == turned
+
+
 def test_gradients_reach_weight_and_input():
     layer = Linear(7, 11)
     x = torch.randn(3, 7, requires_grad=True)
