@@ -5,8 +5,8 @@ convolutions, does not. Measured on an AMD EPYC, 514 x 384 tokens to 1536 channe
 3.0 ms through oneDNN; results agree to rounding. On Intel's own (Xeon with AMX) MKL is the faster one: 128 x 768 to
 4608 channels 7.4 ms against 8.2, two rows 0.64 ms against 1.21.
 
-With two to four rows MKL is faster if the weight comes first, on an AMD without AVX-512 (Zen 3): the products of a layer
-of the Flow Poke Transformer for two tokens take 4.4 instead of 6.2 ms of processor time, for three 5.2 instead of 8.0.
+With two to four rows MKL is faster if the weight comes first, on an AMD without AVX-512 (Zen 3): the products of a
+layer of the Flow Poke Transformer for two tokens take 4.4 instead of 6.2 ms of processor time, for three 5.2, not 8.0.
 
 With few rows a product takes as long as reading the weight: bf16 halves it, but only where the weight already lies as
 oneDNN multiplies it (`Bf16Linear`).

@@ -34,8 +34,8 @@ from kinema.pipelines.bench.paired import paired
 from kinema.pipelines.precision import autocast, cpu_multiplies_bf16
 from kinema.pipelines.train.recipes.fpt.recipe import FPTRecipe
 
-# As wide as the published model, on a small image. Layers repeat and so do ratios of time, but much of the memory belongs
-# to no layer: that is measured with all of the published ones.
+# As wide as the published model, on a small image. Layers repeat and so do ratios of time, but much of the memory
+# belongs to no layer: that is measured with all of the published ones.
 LAYERS_TIMED, LAYERS_MEASURED = 2, 12
 MODEL = {"width": 768, "head_dim": 64, "image_encoder": "tiny_vit8", "image_size": 96}
 CONFIG = FPTConfig(image_px=96)
@@ -59,13 +59,8 @@ def run(batch_size: int = 1, rounds: int = 4, memory: bool = True) -> list[dict[
     name = f"FPT step, {CONFIG.num_pokes} pokes x {CONFIG.queries_per_poke} queries, batch {batch_size}"
     rows = [times.row(f"{name}, {side}: time", side, SIDES[1], "s", 1) for side in sides if side != SIDES[1]]
     if memory:
-        rows.append(
-            _row(
-                f"{name}, {LAYERS_MEASURED} layers: peak memory",
-                {side: _peak_mb(side, batch_size) for side in SIDES},
-                "MB",
-            )
-        )
+        peaks = {side: _peak_mb(side, batch_size) for side in SIDES}
+        rows.append(_row(f"{name}, {LAYERS_MEASURED} layers: peak memory", peaks, "MB"))
     if IN_BF16 in losses:
         compared = {"ours": losses[IN_BF16], "dense mask": losses["dense mask"]}
         rows.append(_row("loss in bf16 against float32, untrained weights", compared, "nats"))
