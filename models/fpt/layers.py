@@ -242,10 +242,13 @@ class TransformerLayer(nn.Module):
         start: int,
         rotation: Rotation,
         visible: Bool[Tensor, "L C"] | None,
-    ) -> Float[Tensor, "B L D"]:
+        only_last: bool = False,
+    ) -> Float[Tensor, "B _ D"]:
         """The layer over new tokens that continue a cached sequence at index `start`; writes them to the cache.
 
-        Args: visible says which of the start + L cached tokens each new one sees; None is causal from an empty cache.
+        Args:
+            visible: which of the start + L cached tokens each new one sees; None is causal from an empty cache.
+            only_last: return no more than the last token, which sees all; for the last layer.
         """
         qkv = self._heads(self.self_qkv(self.self_norm.scale(x, cache.self_gain)))
         end = start + x.shape[1]
@@ -253,9 +256,11 @@ class TransformerLayer(nn.Module):
         cache.keys[:, :, start:end] = k
         cache.values[:, :, start:end] = qkv[2]
         keys, values = cache.keys[:, :, :end], cache.values[:, :, :end]
-        attended = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=visible, is_causal=visible is None, scale=1.0
-        )
+        is_causal = visible is None
+        if only_last:
+            last = slice(-1, None)
+            x, q, rotation, visible, is_causal = x[:, last], q[:, :, last], rotation.tokens(last), None, False
+        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, is_causal=is_causal, scale=1.0)
         x = x + self.self_out(_merge_heads(attended))
         q = self._heads(self.cross_q(self.cross_norm.scale(x, cache.cross_gain)))[0]
         x = x + _merge_heads(_look(rotation(q, cache.cross_length), cache.image))

@@ -231,9 +231,9 @@ class FlowPokeTransformer(nn.Module):
         keys_values = self._keys_values(d_img)
         if keys_values is None:
             keys_values = self.transformer.image_keys_values(d_img["feat"], feature_pos)
+        layers = self.transformer.layer_list()
         caches = [
-            layer.new_cache(kv, cond, num_pokes + num_queries)
-            for layer, kv in zip(self.transformer.layer_list(), keys_values, strict=True)
+            layer.new_cache(kv, cond, num_pokes + num_queries) for layer, kv in zip(layers, keys_values, strict=True)
         ]
         rotation = Rotation(self.transformer.pos_emb(pos))
         start = 0
@@ -246,9 +246,10 @@ class FlowPokeTransformer(nn.Module):
             new = slice(start, end)
             asks = (torch.arange(start, end, device=pos.device) == end - 1).expand(batch, -1)
             x = at_least_float32(self.input_mlp(pos[:, new], flow[:, new], asks, features))
-            for layer, cache in zip(self.transformer.layer_list(), caches, strict=True):
-                x = layer.step(x, cache, start, rotation.tokens(new), visible)
-            sampled = self._distribution(x[:, -1:]).sample(generator=generator)
+            turn = rotation.tokens(new)
+            for layer, cache in zip(layers, caches, strict=True):
+                x = layer.step(x, cache, start, turn, visible, only_last=layer is layers[-1])
+            sampled = self._distribution(x).sample(generator=generator)
             flow[:, end - 1] = sampled.reshape(batch, 2).to(flow.dtype)
             start = end - 1
             if verbose:

@@ -1,9 +1,9 @@
 """A small Flow Poke Transformer learns rendered motion: likelihood and error by number of pokes, on the CPU.
 
-`python -m kinema.pipelines.bench.fpt_learning [FOLDER [STEPS]]` renders scenes with rigid parts, trains with
-configs/fpt_demo.yaml on their exact tracks and prints the table, for other pokes and queries on the training scenes and
-for scenes it never saw. The baseline is one mixture, of as many components, fitted to the motion of all training
-tracks: what is known without an image and without pokes.
+`python -m kinema.pipelines.bench.fpt_learning [FOLDER [SETTING=VALUE ...]]` renders scenes with rigid parts, trains
+with configs/fpt_demo.yaml on their exact tracks, with other settings of the stage if given, and prints the table, for
+other pokes and queries on the training scenes and for scenes it never saw. The baseline is one mixture, of as many
+components, fitted to the motion of all training tracks: what is known without an image and without pokes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,15 +62,25 @@ class PokeTable:
 
 def learn(folder: Path, overrides: Sequence[str] = ()) -> dict[str, PokeTable]:
     """Render, train and judge; tables for `training scenes` and `held-out scenes`."""
+    return train_and_judge(render(folder), folder / "run", overrides)
+
+
+def render(folder: Path) -> dict[str, Path]:
+    """Clips and tracks of `training scenes` and `held-out scenes`, as folders."""
     data = {"training scenes": folder / "train", "held-out scenes": folder / "held_out"}
     write_data(data["training scenes"], range(NUM_SCENES))
     write_data(data["held-out scenes"], range(FIRST_HELD_OUT_SEED, FIRST_HELD_OUT_SEED + NUM_HELD_OUT))
+    return data
+
+
+def train_and_judge(data: Mapping[str, Path], run: Path, overrides: Sequence[str] = ()) -> dict[str, PokeTable]:
+    """Tables of a model trained on what `render` wrote; `run` is the training's folder."""
     places = {"clips": data["training scenes"] / "clips", "tracks": data["training scenes"] / "tracks"}
     named = [f"{name}={path}" for name, path in places.items()]
-    config = load_stage("train", "fpt_demo.yaml", [*named, f"out={folder / 'run'}", *overrides])
+    config = load_stage("train", "fpt_demo.yaml", [*named, f"out={run}", *overrides])
     train.run(config)
     baseline = fit_mixture(training_flows(config))
-    model = train.load_model(folder / "run")
+    model = train.load_model(run)
     return {name: judge(model, baseline, path, config) for name, path in data.items()}
 
 
@@ -139,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
         folder = Path(arguments[0] if arguments else temporary)
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         folder.mkdir(parents=True, exist_ok=True)
-        tables = learn(folder, [f"steps={arguments[1]}"] if len(arguments) > 1 else ())
+        tables = learn(folder, arguments[1:])
     for name, table in tables.items():
         print("\n".join(table.lines(name)))
     return 0
