@@ -100,15 +100,11 @@ class Step:
 
 @contextlib.contextmanager
 def _dense_way() -> Iterator[None]:
-    """A dense mask, and every intermediate result kept."""
-    with dense_attention(), mock.patch.object(fpt_layers, "made_again", lambda work, x: work(x)):
-        yield
-
-
-@contextlib.contextmanager
-def dense_attention() -> Iterator[None]:
-    """Attention of queries through a dense boolean mask."""
-    with mock.patch.object(fpt_layers, "cosine_attention", _dense_attention):
+    """Attention through a dense boolean mask, and every intermediate result kept."""
+    with (
+        mock.patch.object(fpt_layers, "cosine_attention", _dense_attention),
+        mock.patch.object(fpt_layers, "made_again", lambda work, x: work(x)),
+    ):
         yield
 
 
@@ -116,9 +112,9 @@ def _dense_attention(
     q: Tensor, k: Tensor, v: Tensor, theta_q: Tensor, theta_k: Tensor, scale: Tensor, pattern: Any
 ) -> Tensor:
     pattern = as_pattern(pattern)
-    if pattern.kind not in ("query_causal", "query_inference"):
+    if pattern.kind != "query_causal":
         return cosine_attention(q, k, v, theta_q, theta_k, scale, pattern)
-    mask = _mask(pattern.kind.replace("_", "-"), pattern.num_pokes, q.shape[2])
+    mask = _mask("query-causal", pattern.num_pokes, q.shape[2])
     return F.scaled_dot_product_attention(
         prepare(q, theta_q, scale), prepare(k, theta_k, scale), v, attn_mask=mask, scale=1.0
     )
