@@ -43,11 +43,13 @@ class ClipConfig:
     """Shot detector (PySceneDetect's ContentDetector or AdaptiveDetector), or no cuts at all."""
     cut_threshold: float = 27.0
     """Threshold of the detector, in its own units (27 is ContentDetector's published default)."""
-    codec: Literal["h264", "h264_lossless", "hevc", "av1", "mjpeg", "copy"] = "h264"
+    codec: Literal["h264", "h264_lossless", "hevc", "av1", "mjpeg", "mpeg4", "copy"] = "h264"
     """`h264_lossless` keeps the RGB picture exactly (libx264rgb at quantiser 0); the others are 4:2:0 and lossy. `copy`
-    takes over the source's own H.264, HEVC or AV1 packets, cut at its keyframes, and encodes h264 where it cannot."""
+    takes over the source's own H.264, HEVC or AV1 packets, cut at its keyframes, and encodes h264 where it cannot.
+    `mpeg4` (part 2) is for random reading with few pictures in a group: faster to decode than h264, and larger."""
     crf: int = 18
-    """Quality of h264, hevc, av1 (constant rate factor, 0..51, lower is better); mjpeg: qscale 2 + crf/6."""
+    """Quality of h264, hevc, av1 (constant rate factor, 0..51, lower is better); quantisers of mjpeg,
+    2 + crf/6, and of mpeg4, 2^((crf - 7) / 6), are rounded, 1..31."""
     gop: int = 12
     """Closed group of pictures, in frames: every `gop` frames a keyframe that nothing refers across."""
     fill_slots: int = 4

@@ -12,9 +12,11 @@ from fractions import Fraction
 import av
 
 from kinema.configs import ClipConfig
+from kinema.pipelines.video.errors import Unencodable
 from kinema.pipelines.video.picture import PictureSpec
 
-_QP_TO_LAMBDA = 118  # FFmpeg's FF_QP2LAMBDA: the unit of global_quality
+_NO_SCENE_CUTS, _ANY_RATE = "1000000000", "1000000000"
+_MPEG4_TICKS = 65535  # the most in a second
 
 
 def encoder_options(clip: ClipConfig) -> tuple[str, dict[str, str]]:
@@ -39,7 +41,17 @@ def encoder_options(clip: ClipConfig) -> tuple[str, dict[str, str]]:
         os.environ.setdefault("SVT_LOG", "1")  # errors only; FFmpeg has no option for it
         svt = f"keyint={gop}:irefresh-type=2:scd=0:lp=1:fast-decode=1"
         return "libsvtav1", {"crf": str(clip.crf), "preset": "8", "svtav1-params": svt, "g": gop}
-    return "mjpeg", {}
+    if clip.codec == "mpeg4":
+        search = {"mbd": "rd", "trellis": "2", "cmp": "satd", "subcmp": "satd"}
+        fixed = _fixed_quantiser(2 ** ((clip.crf - 7) / 6))
+        return "mpeg4", {"g": gop, "sc_threshold": _NO_SCENE_CUTS, **fixed, **search}
+    return "mjpeg", _fixed_quantiser(2 + clip.crf / 6)
+
+
+def _fixed_quantiser(quantiser: float) -> dict[str, str]:
+    """Of FFmpeg's own encoders; `global_quality` alone moves nothing."""
+    rounded = str(min(31, max(1, round(quantiser))))
+    return {"qmin": rounded, "qmax": rounded, "b": _ANY_RATE}
 
 
 class ClipEncoder:
@@ -49,6 +61,7 @@ class ClipEncoder:
     """
 
     def __init__(self, clip: ClipConfig, spec: PictureSpec, fps: Fraction):
+        self._clip, self._spec = clip, spec
         self._stack = ExitStack()
         self._path = self._stack.enter_context(ScratchFile())
         self._container = self._stack.enter_context(
@@ -61,6 +74,7 @@ class ClipEncoder:
         )
         self._stream = _add_stream(self._container, clip, spec, fps)
         self._time_base = 1 / fps
+        self._clock = self._stream.codec_context.time_base
         self._scheduling = _own_scheduling if clip.codec == "av1" else contextlib.nullcontext
         self.num_frames = 0
 
@@ -71,14 +85,25 @@ class ClipEncoder:
         self._stack.close()
 
     def add(self, picture: av.VideoFrame) -> None:
-        """Append a picture made by PictureMaker for the same spec."""
+        """Append a picture made by PictureMaker for the same spec.
+
+        Raises: Unencodable if the codec takes no pictures of this size.
+        """
         before = picture.pts, picture.time_base, picture.pict_type
-        picture.pts, picture.time_base = self.num_frames, self._time_base
+        picture.pts, picture.time_base = self.num_frames, self._clock
         picture.pict_type = 0  # the source's picture types must not steer the encoder
         self.num_frames += 1
-        with self._scheduling():
-            packets = self._stream.encode(picture)
-        self._container.mux(packets)
+        try:
+            with self._scheduling():
+                packets = self._stream.encode(picture)
+        except av.FFmpegError:
+            if self.num_frames > 1 or not _takes_small_pictures(self._clip, self._spec):
+                raise
+            raise Unencodable(
+                f"pictures of {self._spec.width} x {self._spec.height} are larger or smaller than clip.codec="
+                f"{self._clip.codec} encodes; set another clip.codec, or clip.short_side if they are too large"
+            ) from None
+        self._mux(packets)
         picture.pts, _, picture.pict_type = before  # it may be the decoder's own frame
         if before[1] is not None:
             picture.time_base = before[1]
@@ -87,9 +112,28 @@ class ClipEncoder:
         """Flush and return the whole mp4."""
         with self._scheduling():
             packets = self._stream.encode(None)
-        self._container.mux(packets)
+        self._mux(packets)
         self._container.close()
         return self._path.read()
+
+    def _mux(self, packets: list[av.Packet]) -> None:
+        for packet in packets:
+            packet.time_base = self._time_base
+        self._container.mux(packets)
+
+
+def _takes_small_pictures(clip: ClipConfig, spec: PictureSpec) -> bool:
+    """Whether the same settings would do for 256 x 256."""
+    name, options = encoder_options(clip)
+    encoder = av.CodecContext.create(name, "w")
+    assert isinstance(encoder, av.VideoCodecContext)
+    encoder.width, encoder.height, encoder.pix_fmt = 256, 256, spec.pix_fmt
+    encoder.time_base, encoder.options = Fraction(1, 25), options
+    try:
+        encoder.open()
+    except av.FFmpegError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -112,6 +156,9 @@ def _add_stream(container, clip: ClipConfig, spec: PictureSpec, fps: Fraction):
     stream.width, stream.height, stream.pix_fmt = spec.width, spec.height, spec.pix_fmt
     context = stream.codec_context
     context.time_base = 1 / fps
+    if clip.codec == "mpeg4":  # its own clock may have to be rounded; the file has the exact one
+        context.time_base = max((1 / fps).limit_denominator(_MPEG4_TICKS), Fraction(1, _MPEG4_TICKS))
+        stream.time_base = 1 / fps
     context.thread_count = 1
     context.gop_size = clip.gop
     context.flags |= int(av.codec.context.Flags.bitexact)
@@ -123,9 +170,6 @@ def _add_stream(container, clip: ClipConfig, spec: PictureSpec, fps: Fraction):
         context.sample_aspect_ratio = Fraction(*spec.pixel_aspect)
     if clip.codec == "hevc":
         context.codec_tag = "hvc1"  # parameter sets in the header only, as players expect
-    if clip.codec == "mjpeg":
-        context.flags |= int(av.codec.context.Flags.qscale)
-        context.global_quality = round(_QP_TO_LAMBDA * (2 + clip.crf / 6))
     return stream
 
 

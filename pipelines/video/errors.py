@@ -35,5 +35,9 @@ class TooShort(SourceError):
     """No shot has enough frames for a clip."""
 
 
+class Unencodable(SourceError):
+    """The pictures are healthy, but the codec of the clips does not take pictures of their size."""
+
+
 class TooMuchMemory(SourceError):
     """Decoding asks for more memory than a source may have."""

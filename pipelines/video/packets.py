@@ -14,8 +14,19 @@ import av
 import numpy as np
 from jaxtyping import UInt8
 
-DECODERS = {"h264": "h264", "h264_lossless": "h264", "hevc": "hevc", "av1": "libdav1d", "mjpeg": "mjpeg"}
+DECODERS = {
+    "h264": "h264",
+    "h264_lossless": "h264",
+    "hevc": "hevc",
+    "av1": "libdav1d",
+    "mjpeg": "mjpeg",
+    "mpeg4": "mpeg4",
+}
 """FFmpeg decoder for each value of `clip.codec`."""
+
+
+_PADDING = bytes(64)
+"""FFmpeg reads so far behind a packet and wants zeros there; PyAV's packets lie where the bytes given to it lie."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,7 @@ def decode_gop(
     pictures: dict[int, np.ndarray] = {}
     try:
         for data, index in packets:
-            packet = av.Packet(data)
+            packet = av.Packet(memoryview(data + _PADDING)[: len(data)])
             packet.pts = packet.dts = index
             _collect(decoder.decode(packet), missing, pictures)
             if not missing:

@@ -24,7 +24,7 @@ CELL = 16
 HEIGHT, WIDTH = 96, 128
 
 
-CODECS = ("h264", "h264_lossless", "hevc", "av1", "mjpeg")
+CODECS = ("h264", "h264_lossless", "hevc", "av1", "mjpeg", "mpeg4")
 
 
 def encode(frames: Sequence[np.ndarray], fps: Fraction = Fraction(24), **clip) -> bytes:

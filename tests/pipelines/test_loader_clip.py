@@ -22,7 +22,7 @@ from kinema.pipelines.video.packets import packet_table
 from kinema.pipelines.video.picture import PictureMaker, picture_spec
 
 SCENE = Scene(seed=21, height=64, width=96, num_frames=40, num_objects=2)
-CODECS = ("h264", "h264_lossless", "hevc", "av1", "mjpeg")
+CODECS = ("h264", "h264_lossless", "hevc", "av1", "mjpeg", "mpeg4")
 
 
 @pytest.fixture(scope="module", params=CODECS)

@@ -274,7 +274,7 @@ def test_upright_odd_and_shrunk(tmp_path):
     assert {(row["width"], row["height"]) for row in samples(tmp_path / "small")} == {(48, 64), (64, 48)}
 
 
-@pytest.mark.parametrize("codec", ["h264_lossless", "hevc", "av1", "mjpeg"])
+@pytest.mark.parametrize("codec", ["h264_lossless", "hevc", "av1", "mjpeg", "mpeg4"])
 def test_every_codec_goes_through(tmp_path, codec):
     numbered(tmp_path / "v" / "a.mp4", 26)
     shard(tmp_path / "v", tmp_path / "out", clip=ClipConfig(codec=codec, preset="ultrafast", crf=12))

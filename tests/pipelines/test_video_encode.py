@@ -14,12 +14,13 @@ from av.video.reformatter import VideoReformatter
 
 from kinema.configs import ClipConfig
 from kinema.pipelines.video.encode import ClipEncoder
+from kinema.pipelines.video.errors import Unencodable
 from kinema.pipelines.video.orient import Orientation
 from kinema.pipelines.video.packets import to_rgb
 from kinema.pipelines.video.picture import PictureMaker, picture_spec
 
 sys.path.insert(0, str(Path(__file__).parent))
-from made_videos import CODECS, decode, encode, paint, texture
+from made_videos import CODECS, decode, encode, number_of, paint, texture
 
 BT709, BT601, BT2020 = 1, 6, 9
 LIMITED, FULL = 1, 2
@@ -127,7 +128,7 @@ def test_colours_survive(codec, matrix, color_range, pix_fmt):
         np.testing.assert_array_equal(found[1], to_rgb(tagged(matrix, color_range, pix_fmt)))
 
 
-@pytest.mark.parametrize("codec", ["h264", "hevc", "mjpeg"])
+@pytest.mark.parametrize("codec", ["h264", "hevc", "mjpeg", "mpeg4"])
 def test_odd_sizes_are_padded_by_copies_and_lose_nothing(codec):
     frame = texture(4, 97, 131)
     found = decode(encode([frame] * 3, codec=codec, crf=4))[0]
@@ -161,10 +162,38 @@ def test_shrinking_keeps_the_shape_and_never_enlarges(turns):
     assert min(same.width, same.height) == 270
 
 
-def test_the_rate_is_exact():
-    fps = Fraction(4500000, 223723)
-    with av.open(io.BytesIO(encode([paint(i) for i in range(9)], fps=fps))) as container:
+@pytest.mark.parametrize("codec", ["h264", "mpeg4"])
+@pytest.mark.parametrize(
+    "fps",
+    [Fraction(4500000, 223723), Fraction(30000, 1001), Fraction(1000000, 33367), Fraction(100000), Fraction(1, 3)],
+)
+def test_the_rate_is_exact(codec, fps):
+    """Also where MPEG-4's own clock, with at most 65535 ticks a second, is not."""
+    with av.open(io.BytesIO(encode([paint(i) for i in range(9)], fps=fps, codec=codec))) as container:
         assert container.streams.video[0].average_rate == fps
+        frames = list(container.decode(video=0))
+        assert [frame.pts * frame.time_base for frame in frames] == [i / fps for i in range(9)]
+        assert [number_of(to_rgb(frame)) for frame in frames] == list(range(9))
+
+
+@pytest.mark.parametrize("codec", [codec for codec in CODECS if codec != "h264_lossless"])
+def test_a_higher_crf_costs_quality_and_saves_bytes(codec):
+    frames = [paint(i, height=240, width=320, shift=2 * i) for i in range(13)]
+    clips = [encode(frames, codec=codec, crf=crf) for crf in (6, 24, 42)]
+    quality = [np.mean([psnr(a, b) for a, b in zip(decode(clip), frames, strict=True)]) for clip in clips]
+    assert len(clips[0]) > 1.1 * len(clips[1]) > 1.2 * len(clips[2])
+    assert quality[0] > quality[1] + 0.3 > quality[2] + 0.6
+
+
+@pytest.mark.parametrize("codec, side", [("h264", 16386), ("mpeg4", 8192)])
+def test_pictures_too_large_for_the_codec_are_called_that(codec, side):
+    with pytest.raises(Unencodable, match=f"{side} x 16 are larger or smaller than clip.codec={codec} encodes; set"):
+        encode([np.zeros((16, side, 3), np.uint8)] * 2, codec=codec)
+
+
+def test_settings_that_the_encoder_refuses_are_no_fault_of_the_size():
+    with pytest.raises(av.FFmpegError):
+        encode([paint(0)], preset="nonsense")
 
 
 def test_encoding_does_not_change_the_decoders_frame():
