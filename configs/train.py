@@ -60,9 +60,9 @@ class TrainConfig:
     clip_norm: float = 0.0
     """Largest gradient norm; 0 means no clipping."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products (weights stay fp32). auto: bf16 on GPUs, and on CPUs that have instructions for it where the
-    model was shown to learn as it does in fp32 (FlowFeat); fp32 elsewhere. The summary says which; a run goes on as it
-    began."""
+    """Of matrix products (weights stay fp32). auto: bf16 on GPUs that have instructions for it, and on such CPUs where
+    the model was shown to learn as it does in fp32 (FlowFeat); fp32 elsewhere. The summary says which; a run goes on as
+    it began."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether the model's layers are compiled by torch.compile (fpt, dismo, transfer); weights and checkpoints are
     the same, results differ in the last bits. auto: on a GPU, for fpt and dismo."""

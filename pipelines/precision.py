@@ -12,11 +12,13 @@ import torch
 def choose(precision: str, device: torch.device, recipe: Any) -> str:
     """What a setting of `precision` comes to, fp32 or bf16, on a device, for a model of which this recipe is known.
 
-    `auto` is bf16 on a GPU; on a CPU where it has instructions for bf16 and the recipe has `learns_in_bf16`: the
-    model's learning curves in both precisions were compared.
+    `auto` is bf16 on a GPU that multiplies it (compute capability 8.0 and later; others emulate it); on a CPU where it
+    has instructions for bf16 and the recipe has `learns_in_bf16`: the model's learning curves in both were compared.
     """
     if precision != "auto":
         return precision
+    if device.type == "cuda":
+        return "bf16" if gpu_multiplies_bf16() else "fp32"
     if device.type != "cpu":
         return "bf16"
     return "bf16" if getattr(recipe, "learns_in_bf16", False) and cpu_multiplies_bf16() else "fp32"
@@ -27,8 +29,13 @@ def cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def gpu_multiplies_bf16() -> bool:
+    """Whether this CUDA device has instructions for products of bf16."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def check_bf16(precision: str, device: str, name: str, is_network: bool) -> None:
-    """Raises: ValueError, if bf16 is asked of what is no network, or of a CPU that has no instructions for it."""
+    """Raises: ValueError, if bf16 is asked of what is no network, or of a device that has no instructions for it."""
     if precision != "bf16":
         return
     if not is_network:
@@ -37,6 +44,11 @@ def check_bf16(precision: str, device: str, name: str, is_network: bool) -> None
         raise ValueError(
             "precision=bf16: this CPU only emulates products of bf16; use precision=fp32, a GPU, or a CPU with "
             "AVX512-BF16 or AMX"
+        )
+    if torch.device(device).type == "cuda" and not gpu_multiplies_bf16():
+        raise ValueError(
+            "precision=bf16: this GPU only emulates products of bf16; use precision=fp32, or a GPU of compute "
+            "capability 8.0 or later"
         )
 
 

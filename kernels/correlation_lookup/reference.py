@@ -73,7 +73,9 @@ def correlation_lookup_reference(
     check_lookup(fmap1, fmap2_pyramid, coords, radius, window_order)
     if boxed is None:
         boxed = not torch.compiler.is_compiling()
-    return _Lookup.apply(coords, radius, window_order, boxed, fmap1, *fmap2_pyramid)
+    # Autocast would round the products to 16 bits.
+    with torch.autocast(fmap1.device.type, enabled=False):
+        return _Lookup.apply(coords, radius, window_order, boxed, fmap1, *fmap2_pyramid)
 
 
 class _Group(NamedTuple):

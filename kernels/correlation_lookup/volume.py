@@ -54,11 +54,12 @@ def feature_pyramid(fmap: Float[Tensor, "B C H W"], num_levels: int = NUM_LEVELS
 
 
 def correlation_volume(fmap1: Float[Tensor, "B C H W"], fmap2: Float[Tensor, "B C h w"]) -> Float[Tensor, "B N h w"]:
-    """Dot product of every pixel of fmap1 with every pixel of fmap2, divided by sqrt(C), float32."""
+    """Product of every pixel of fmap1 with every pixel of fmap2, divided by sqrt(C), float32 under autocast, too."""
     dtype = accumulation_dtype(fmap1)
     # Scaling the queries costs N C multiplications, scaling the products N^2.
     queries = pixel_rows(fmap1, dtype) * (1.0 / math.sqrt(fmap1.shape[1]))
-    return (queries @ fmap2.to(dtype).flatten(2)).unflatten(2, fmap2.shape[-2:])
+    with torch.autocast(fmap1.device.type, enabled=False):
+        return (queries @ fmap2.to(dtype).flatten(2)).unflatten(2, fmap2.shape[-2:])
 
 
 def correlation_pyramid(

@@ -287,7 +287,7 @@ def _look(q: Float[Tensor, "B H L e"], keys_values: Float[Tensor, "2 I H M e"]) 
     # One image for all: its keys are read once, for the tokens of the whole batch.
     tokens = q.transpose(0, 1).flatten(1, 2)[None]
     attended = F.scaled_dot_product_attention(tokens, keys, values, scale=1.0)[0]
-    return attended.unflatten(1, (len(q), -1)).transpose(0, 1)
+    return attended.unflatten(1, (len(q), q.shape[2])).transpose(0, 1)
 
 
 def length_of(scale: Float[Tensor, "H"]) -> Float[Tensor, "H 1 1"]:

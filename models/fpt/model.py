@@ -49,6 +49,8 @@ PRESETS: dict[str, dict[str, int | str]] = {
 
 _PROJECTED = WeakTensorKeyDictionary()
 """By an image's features: the model that projected them last, the state of what went into it, and the result."""
+NUM_REMEMBERED = 2
+"""Images; the projection of one takes 25 times its features, 75 MB of fpt_base."""
 
 
 class FlowPokeTransformer(nn.Module):
@@ -275,7 +277,8 @@ class FlowPokeTransformer(nn.Module):
     def _keys_values(self, d_img: Mapping[str, Tensor]) -> Float[Tensor, "layers 2 I H M e"] | None:
         """The image projected: given, or remembered from an earlier call; None where each layer is to do it anew.
 
-        A single image is remembered for as long as its features live, and while no gradient is asked for.
+        The last `NUM_REMEMBERED` single images are remembered, for as long as their features live and while no gradient
+        is asked for. Weights changed through `.data` are not noticed.
         """
         if "keys_values" in d_img:
             return d_img["keys_values"]
@@ -288,6 +291,8 @@ class FlowPokeTransformer(nn.Module):
         if known is None or known[0]() is not self or known[1] != state:
             projected = self.transformer.image_keys_values(features, d_img["pos"])
             known = _PROJECTED[features] = (weakref.ref(self), state, projected)
+            for forgotten in list(_PROJECTED)[:-NUM_REMEMBERED]:
+                _PROJECTED.pop(forgotten, None)
         return known[2]
 
     def _condition(self, camera_static: Tensor | bool, batch: int) -> Float[Tensor, "B D"]:

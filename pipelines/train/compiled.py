@@ -50,6 +50,16 @@ def compile_units(recipe: Any, module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """Without compiled layers: pictures come in other shapes, and would be compiled for once more."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; the import takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
 def failures_named() -> Iterator[None]:
     """Turns an error of the compiler into one line. Raises: StageError."""
     try:

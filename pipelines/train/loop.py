@@ -240,8 +240,9 @@ class _State:
         self.window.load_state_dict(saved["window"])
         self.loader.load_state_dict(saved["loader"])
         self.position = saved["loader"]
-        if self.job.config.precision == "auto" and self.place.device.type == "cpu":
-            self.precision = meta.get("precision", "fp32")  # as it began, on whichever machine
+        if self.job.config.precision == "auto":  # as it began, on whichever machine
+            before = "fp32" if self.place.device.type == "cpu" else self.precision  # of runs that did not note it
+            self.precision = meta.get("precision", before)
         self.step, self.saved_step = meta["step"], meta["step"]
         self.loss = math.nan if meta["loss"] is None else meta["loss"]
 
@@ -283,7 +284,7 @@ class _State:
     def pictures(self, batch: Batch) -> dict[str, Any]:
         """What the model sees and says."""
         self.module.eval()
-        with torch.no_grad(), autocast(self.precision, self.place.device):
+        with torch.no_grad(), autocast(self.precision, self.place.device), compiled.as_written():
             made = self.job.recipe.pictures(self.module, batch)
         self.module.train()
         return made
@@ -372,7 +373,7 @@ class _Log:
         if self.measures is None:
             return
         state.module.eval()
-        with torch.no_grad(), autocast(state.precision, state.place.device):
+        with torch.no_grad(), autocast(state.precision, state.place.device), compiled.as_written():
             measured: Any = self.job.recipe  # `measure` is there only in some, as `_check` of train/ has seen
             values = measured.measure(state.module, self.held_out)
         state.module.train()

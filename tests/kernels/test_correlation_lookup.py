@@ -440,3 +440,17 @@ def test_the_device_gives_the_same_bytes_twice():
         out = correlation_lookup(leaves[0], leaves[1:], coords, 4, impl="triton")
         results.append([out, *torch.autograd.grad(out, leaves, out.detach().sin())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+def test_autocast_rounds_no_products(boxed):
+    """Callers who want 16 bits give maps of 16 bits; products and their sums stay float32."""
+    fmap1, fmap2, coords = _case(batch=1, height=17, width=18, target=(17, 18))
+    pooled = feature_pyramid(fmap2, 2)
+    expected = [correlation_pyramid(fmap1, fmap2, 2)[0], correlation_lookup_reference(fmap1, pooled, coords, 2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        volume = correlation_pyramid(fmap1, fmap2, 2)[0]
+        windows = correlation_lookup_reference(fmap1, pooled, coords, 2, boxed=boxed)
+    for found, exact in zip((volume, windows), expected, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from kinema.kernels import recompute
 from kinema.models.fpt import model as module
 from kinema.models.fpt.mixture import GaussianMixture
-from kinema.models.fpt.model import PRESETS, FlowPokeTransformer, flow_poke_transformer
+from kinema.models.fpt.model import _PROJECTED, PRESETS, FlowPokeTransformer, flow_poke_transformer
 from kinema.models.weights import NonCommercialWeightsWarning, load_weights
 
 TOLERANCE = 2e-5
@@ -305,6 +305,18 @@ def test_an_image_is_projected_once_until_something_changes(miniature, fill, sce
     with torch.enable_grad():
         model.predict_parallel(**arguments, d_img=d_img)
     assert len(projections) == 6, "gradients must reach the projection"
+
+
+@torch.no_grad()
+def test_few_images_are_remembered_and_no_sample_asks_for_nothing(miniature, fill, scene):
+    arguments = scene(1, 4, 5)
+    images = [embed(miniature, fill, 1) for _ in range(4)]
+    for d_img in images:
+        miniature.predict_parallel(**arguments, d_img=d_img)
+    assert [d_img["feat"] in _PROJECTED for d_img in images] == [False, False, True, True]
+    nobody = {name: value[:0] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    assert miniature.predict_parallel(**nobody, d_img=images[0]).mean.shape == (0, 5, 2)
+    assert miniature.predict_autoregressive(**nobody, d_img=images[0]).shape == (0, 5, 2)
 
 
 def test_what_the_backward_pass_makes_again_changes_no_number(miniature, scene, fill, monkeypatch):

@@ -81,6 +81,19 @@ def test_it_learns_the_same_under_the_same_names_and_resumes_bit_for_bit(tmp_pat
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_pictures_are_made_by_the_layers_as_they_are_written():
+    layers = nn.Sequential(Layer(nn.Linear(3, 4)), Layer(nn.Linear(4, 1)))
+    for layer in layers:
+        layer.compile()
+    layers(torch.ones(5, 3)).sum().backward()
+    compiled_before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.no_grad(), compiled.as_written():
+        found = layers(torch.ones(7, 3))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled_before > 0
+    layers(torch.ones(5, 3))
+    torch.testing.assert_close(found[:5], layers(torch.ones(5, 3)))
+
+
 def test_auto_compiles_on_a_gpu_where_the_recipe_asks_for_it_and_a_compiler_is_there(monkeypatch):
     assert compiled.is_used("auto", InLayers(), GPU) and not compiled.is_used("auto", InLayers(), CPU)
     assert not compiled.is_used("auto", ToyRecipe(), GPU) and not compiled.is_used("off", InLayers(), GPU)

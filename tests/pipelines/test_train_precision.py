@@ -38,7 +38,9 @@ def test_auto_is_bf16_on_a_cpu_only_with_instructions_and_a_model_that_was_compa
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: has_bf16)
     assert precision.choose("auto", CPU, ToyRecipe()) == "fp32"
     assert precision.choose("auto", CPU, Compared()) == ("bf16" if has_bf16 else "fp32")
-    assert precision.choose("auto", GPU, ToyRecipe()) == "bf16"
+    for gpu_has in (True, False):
+        monkeypatch.setattr(precision, "gpu_multiplies_bf16", lambda gpu_has=gpu_has: gpu_has)
+        assert precision.choose("auto", GPU, ToyRecipe()) == ("bf16" if gpu_has else "fp32")
     assert precision.choose("fp32", CPU, Compared()) == precision.choose("fp32", GPU, ToyRecipe()) == "fp32"
     assert FlowFeatRecipe.learns_in_bf16
 

@@ -34,7 +34,7 @@ from kinema.pipelines.train.checkpoint import weights_file
 from kinema.pipelines.train.flow_augmentation import KnownPair, augment
 from kinema.pipelines.train.flow_augmentation.spatial import mirrored
 from kinema.pipelines.train.flow_pairs import NOTHING_KNOWN, as_tensors, flow_pictures, stored_pair
-from kinema.pipelines.train.recipes.protocol import Batch, ExportedModel, Loss
+from kinema.pipelines.train.recipes.protocol import Batch, ExportedModel, Loss, as_count
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class FlowRecipe:
         images = [batch[name].float() / 255 for name in ("image1", "image2")]
         recolour = self.config.augment == "off" and self.config.jitter and module.training
         shown = _jitter(images, self.config.jitter) if recolour else images
-        count = torch.tensor(float(len(images[0])), device=images[0].device)
+        num_samples = as_count(len(images[0]), images[0])
         if isinstance(module, SMURF):
-            return self._unsupervised(module, images, shown, count)
+            return self._unsupervised(module, images, shown, num_samples)
         flow_px, valid, iters = batch["flow_px"], batch["valid"], self.config.iters
         if isinstance(module, SEARAFT | WAFT):
             predictions = module.predictions(shown[0], shown[1], iters=iters)
@@ -112,7 +112,7 @@ class FlowRecipe:
             flows = module.predictions(shown[0], shown[1], iters=iters)  # type: ignore[operator]
             value, last = sequence_loss(flows, flow_px, valid, self.config.gamma, MAX_MOTION_PX), flows[-1]
         errors = flow_errors(last.detach(), flow_px, valid)
-        return Loss(value, count, {name: value.new_tensor(error) for name, error in errors.items()})
+        return Loss(value, num_samples, {name: value.new_tensor(error) for name, error in errors.items()})
 
     def after_step(self, module: nn.Module, step: int) -> None:
         """Nothing follows the weights."""

@@ -35,6 +35,11 @@ class Loss:
     """Scalars, means over the same samples; the same names in every step and on every rank."""
 
 
+def as_count(number: int, like: Tensor) -> Tensor:
+    """`Loss.num_samples`, on a tensor's device: not copied there, which would wait for all that is queued."""
+    return like.new_full((), number, dtype=torch.float32)
+
+
 @dataclass(frozen=True)
 class ExportedModel:
     """A trained model as the registry stores it: no pickle, no reference to the run that made it."""

@@ -31,7 +31,7 @@ from kinema.pipelines.train.recipes.dismo.metrics import draw_noise_shares, spre
 from kinema.pipelines.train.recipes.dismo.module import DisMoTraining
 from kinema.pipelines.train.recipes.dismo.pictures import generated_pictures
 from kinema.pipelines.train.recipes.dismo.samples import Sample, read_samples
-from kinema.pipelines.train.recipes.protocol import Batch, ExportedModel, Loss
+from kinema.pipelines.train.recipes.protocol import Batch, ExportedModel, Loss, as_count
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class DisMoRecipe:
             _unit_range(batch["motion"]), _unit_range(batch["source"]), latents, batch["delta_time"], t=t
         )
         metrics = step_metrics(result, t, self.config.collapse_spread, self.config.noise_shift)
-        return Loss(result.loss, torch.tensor(float(len(batch["motion"])), device=target.device), metrics)
+        return Loss(result.loss, as_count(len(batch["motion"]), target), metrics)
 
     def after_step(self, module: nn.Module, step: int) -> None:
         """The averaged weights follow."""

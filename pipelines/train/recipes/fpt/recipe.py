@@ -39,7 +39,7 @@ from kinema.pipelines.sidecars.tracks_codec import Frames, StoredTracks
 from kinema.pipelines.train.checkpoint import weights_file
 from kinema.pipelines.train.recipes.fpt.metrics import prediction_metrics
 from kinema.pipelines.train.recipes.fpt.pictures import prediction_pictures
-from kinema.pipelines.train.recipes.protocol import Batch, ExportedModel, Loss
+from kinema.pipelines.train.recipes.protocol import Batch, ExportedModel, Loss, as_count
 
 Sample = dict[str, Any]
 
@@ -147,7 +147,7 @@ class FPTRecipe:
         nll = -mixture.log_prob(batch["query_flow"].double())
         metrics = prediction_metrics(mixture, batch["query_flow"], nll, self.config.pck_thresholds)
         metrics["camera_static_share"] = batch["camera_static"].double().mean()
-        return Loss(nll.mean(), torch.tensor(float(len(nll)), device=nll.device), metrics)
+        return Loss(nll.mean(), as_count(len(nll), nll), metrics)
 
     def after_step(self, module: nn.Module, step: int) -> None:
         """Nothing follows the weights."""

@@ -24,7 +24,7 @@ from kinema.models.weights import LEDGER, licence_notice
 from kinema.pipelines.loader import Clip, Skip
 from kinema.pipelines.pictures.images import panel
 from kinema.pipelines.precision import choose
-from kinema.pipelines.train.recipes.protocol import Batch, ExportedModel, Loss
+from kinema.pipelines.train.recipes.protocol import Batch, ExportedModel, Loss, as_count
 from kinema.pipelines.train.recipes.transfer.module import AdapterTraining
 from kinema.pipelines.transfer.adapter import find_adapter
 from kinema.pipelines.transfer.extractor import load_extractor
@@ -101,7 +101,7 @@ class TransferRecipe:
         frames = batch["frames"].float() / 127.5 - 1
         per_sample, steps = module.model.training_loss(frames, batch["prompt"])
         metrics = _by_step(per_sample.detach(), steps, len(module.model.base.signal_shares))
-        return Loss(per_sample.mean(), torch.tensor(float(len(frames)), device=frames.device), metrics)
+        return Loss(per_sample.mean(), as_count(len(frames), frames), metrics)
 
     def after_step(self, module: nn.Module, step: int) -> None:
         """Nothing moves with the adapter."""
