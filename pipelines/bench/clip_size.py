@@ -25,7 +25,8 @@ from kinema.pipelines.scenes.packed import write_scene_clips
 CASES = ((24, 2), (96, 1))
 """Frames, number of films."""
 SETTINGS = {
-    "clip.gop=4 clip.preset=veryfast": CLIP,
+    "clip.codec=mpeg4 clip.gop=4": CLIP,
+    "clip.gop=4 clip.preset=veryfast": ClipConfig(gop=4, preset="veryfast"),
     "clip.gop=12 clip.preset=veryfast": ClipConfig(preset="veryfast"),
     "clip.gop=12 clip.preset=medium (the default)": ClipConfig(),
 }

@@ -24,6 +24,7 @@ from kinema.pipelines.video.side_data import side_data
 
 WINDOW, _PERIOD = 3, 7  # frames looked at, out of
 _BLOCK = 16  # macroblock: sizes are cropped to multiples so that no vector describes padding
+_LONGEST = 16384  # what x264 takes; more is left out of the measure
 
 
 def is_measured(index: int) -> bool:
@@ -44,7 +45,7 @@ class VectorMotion:
 
     def add(self, picture_bgr: UInt8[np.ndarray, "H W 3"]) -> None:
         """The clip's next frame that `is_measured`, small; all frames of a clip have one size."""
-        height, width = (max(_BLOCK, side // _BLOCK * _BLOCK) for side in picture_bgr.shape[:2])
+        height, width = (max(_BLOCK, min(side, _LONGEST) // _BLOCK * _BLOCK) for side in picture_bgr.shape[:2])
         if picture_bgr.shape[0] < height or picture_bgr.shape[1] < width:
             picture_bgr = cv2.resize(picture_bgr, (width, height), interpolation=cv2.INTER_LINEAR)
         if self._encoder is None:

@@ -115,7 +115,7 @@ def decode_gop(
     pictures: dict[int, np.ndarray] = {}
     try:
         for data, index in packets:
-            packet = av.Packet(memoryview(data + _PADDING)[: len(data)])
+            packet = av.Packet(memoryview(data + _PADDING)[: len(data)])  # type: ignore[arg-type]  # any buffer will do
             packet.pts = packet.dts = index
             _collect(decoder.decode(packet), missing, pictures)
             if not missing:

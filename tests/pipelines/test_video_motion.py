@@ -57,6 +57,12 @@ def test_the_share_of_the_diagonal_does_not_depend_on_the_size():
     assert score(small, "vectors") == pytest.approx(score(large, "vectors"), rel=0.2)
 
 
+def test_the_end_of_a_strip_longer_than_x264_takes_is_left_out():
+    frames = [np.tile(frame[:16], (1, 80, 1)) for frame in moving(3, 1, 0, height=32, width=260)]
+    assert frames[0].shape == (16, 20800, 3)
+    assert 0 < score(frames, "vectors") < 0.01
+
+
 @pytest.mark.parametrize("size", [(9, 11), (16, 16), (145, 257)])
 @pytest.mark.parametrize("kind", ["vectors", "flow"])
 def test_any_size(kind, size):
