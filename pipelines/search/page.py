@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -15,10 +17,13 @@ from kinema.pipelines.artifacts import Artifact, read_range
 from kinema.pipelines.pictures.motion import encode_mp4
 from kinema.pipelines.report.page import Page
 from kinema.pipelines.search.query import Query
+from kinema.pipelines.video.packets import to_rgb
 
 PAGE, FILMS = "search.html", "films"
 FILM_WIDTH = 240
-_SHOWN = ("key", "shard", "source", "start_s", "end_s", "mp4_offset", "mp4_size")
+PLAYED = ("h264", "av1")
+"""Values of `clip.codec` whose mp4 every browser plays; films of others are encoded anew."""
+_SHOWN = ("key", "shard", "source", "start_s", "end_s", "mp4_offset", "mp4_size", "codec", "fps_num", "fps_den")
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,12 @@ def write_page(
 
 
 def _film_of(clips: Artifact, facts: Mapping[str, Any]) -> bytes:
-    """The clip's own mp4, as it lies in its shard."""
-    return read_range(clips.shard_url(facts["shard"]), facts["mp4_offset"], facts["mp4_size"])
+    """The clip's own mp4, as it lies in its shard, or a film of its frames."""
+    mp4 = read_range(clips.shard_url(facts["shard"]), facts["mp4_offset"], facts["mp4_size"])
+    if facts["codec"] in PLAYED:
+        return mp4
+    with av.open(io.BytesIO(mp4)) as container:
+        return encode_mp4(map(to_rgb, container.decode(video=0)), facts["fps_num"] / facts["fps_den"])
 
 
 def _caption(facts: Mapping[str, Any]) -> str:

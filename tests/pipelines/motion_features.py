@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,12 @@ from kinema.pipelines.scenes.packed import write_scene_clips
 FAST = ClipConfig(preset="veryfast", gop=4, crf=12)
 
 
-def moving_clips(folder: Path, count: int, per_shard: int = 8, side: int = 32, seed: int = 4) -> Artifact:
+def moving_clips(
+    folder: Path, count: int, per_shard: int = 8, side: int = 32, seed: int = 4, codec: str = "h264"
+) -> Artifact:
     """Rendered clips of twelve frames; their motions come in turn."""
-    return write_scene_clips(list(motion_clips(count, seed, side=side)), folder, FAST, clips_per_shard=per_shard)
+    scenes = list(motion_clips(count, seed, side=side))
+    return write_scene_clips(scenes, folder, replace(FAST, codec=codec), clips_per_shard=per_shard)
 
 
 def keys_only(folder: Path, keys: Sequence[str], per_shard: int) -> Artifact:

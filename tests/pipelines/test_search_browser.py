@@ -15,9 +15,10 @@ FILMS = "[...document.querySelectorAll('video')]"
 
 
 @pytest.mark.slow
-def test_films_play(tmp_path):
+@pytest.mark.parametrize("codec", ["h264", "mpeg4", "mjpeg"])
+def test_films_play(tmp_path, codec):
     chromium = find_chromium() or pytest.skip("no chromium on this machine; on Debian: apt-get install chromium")
-    clips = moving_clips(tmp_path / "clips", 12, side=64)
+    clips = moving_clips(tmp_path / "clips", 12, side=64, codec=codec)
     rng = np.random.default_rng(0)
     motion = [np.eye(8)[number % 8] + 0.1 * rng.normal(size=(8, 8)) for number in range(12)]
     write_motion(tmp_path / "features", clips, iter(motion))
