@@ -89,7 +89,7 @@ def _film_of(clips: Artifact, facts: Mapping[str, Any]) -> bytes:
     mp4 = read_range(clips.shard_url(facts["shard"]), facts["mp4_offset"], facts["mp4_size"])
     if facts["codec"] in PLAYED:
         return mp4
-    with av.open(io.BytesIO(mp4)) as container:
+    with av.open(io.BytesIO(mp4), "r") as container:
         return encode_mp4(map(to_rgb, container.decode(video=0)), facts["fps_num"] / facts["fps_den"])
 
 
