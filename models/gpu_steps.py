@@ -1,8 +1,9 @@
 """Whole models as `make gpu` times them: training steps, and pairs of frames through RAFT, on random data.
 
-A step is what `kinema train` does with a batch that is there: forward, backward, fused AdamW, averaged weights,
-products in bfloat16 through autocast, at the published size and with untrained weights. Without a CUDA device the
-smallest models stand in, which shows that everything runs and says nothing about speed.
+A step is the work on the device that `kinema train` does with a batch that is there: forward, backward, fused AdamW,
+averaged weights, products in bfloat16 through autocast, at the published size and with untrained weights. Left out are
+metrics, the norm of the gradient and its clipping, and reading the loss, for which training waits for the device.
+Without a CUDA device the smallest models stand in, which shows that everything runs and says nothing about speed.
 """
 
 from __future__ import annotations
@@ -36,10 +37,17 @@ class Step:
     """Does it once; gives the loss, or the flow."""
     way: str = "ours"
     """How it is run: `ours` is as written; layers compiled by torch.compile, or a CUDA graph, are others."""
+    graph: Graphed | None = None
+    """What `run` calls, where it is meant to repeat a graph."""
+    note: str = ""
+    """What a reader of the row should know besides."""
 
 
 def rows(what: str) -> Iterator[dict[str, Any]]:
-    """A row per step of a model: milliseconds, samples or pairs per second, MiB allocated at the height in all."""
+    """A row per step of a model: milliseconds, samples or pairs per second, MiB allocated at the height in all.
+
+    Of a CUDA graph no MiB: PyTorch counts what a repetition works in as allocated only while it is recorded.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         for step in STEPS[what](device):
@@ -52,13 +60,22 @@ def rows(what: str) -> Iterator[dict[str, Any]]:
 
 
 def row_of(step: Step) -> dict[str, Any]:
-    """Time a step; wrong if what it gives is not finite."""
+    """Time a step; wrong if what it gives is not finite, failed if it was to repeat a graph and there is none."""
+    row: dict[str, Any] = {"case": step.name, "way": step.way}
+    if step.graph is not None:
+        for _ in range(2):  # the second call records
+            step.run()
+        if step.graph.why_not:
+            return {**row, "status": "failed", "note": f"no graph: {step.graph.why_not}"}
     step_ms, peak_mb = time_steps(step.run)
     right = bool(step.run().isfinite().all())
+    peak = {"peak_mb": round(peak_mb, 1)} if step.graph is None else {}
+    notes = ["untrained", step.note, "" if step.graph is None else "a graph's memory is not measured"]
+    notes.append("" if right else "the result is not finite")
     return {
-        **{"case": step.name, "way": step.way, "status": "ok" if right else "wrong"},
+        **{**row, "status": "ok" if right else "wrong"},
         **{"timer": "clock", "warm_ms": round(step_ms, 3), "per_second": round(1e3 * step.count / step_ms, 2)},
-        **{"peak_mb": round(peak_mb, 1), "note": "untrained" if right else "untrained; the result is not finite"},
+        **{**peak, "note": "; ".join(filter(None, notes))},
     }
 
 
@@ -81,7 +98,8 @@ def _fpt(device: str) -> Iterator[Step]:
     from kinema.models.fpt.model import PRESETS, FlowPokeTransformer
 
     preset, batch, pokes, queries = ("fpt_base", 8, 128, 15) if device == "cuda" else ("fpt_nano", 2, 6, 3)
-    model = FlowPokeTransformer(**PRESETS[preset]).to(device)  # type: ignore[arg-type]
+    with torch.device(device):  # a CPU draws the weights for seconds, which the compiled row needs
+        model = FlowPokeTransformer(**PRESETS[preset]).to(device)  # type: ignore[arg-type]
     for unused in model.unused_parameters():
         unused.requires_grad_(False)
     side = int(PRESETS[preset]["image_size"])
@@ -147,9 +165,11 @@ def _raft(device: str) -> Iterator[Step]:
             for precision in ("fp32", "bf16"):
                 title = f"{name} {height}x{width} B{batch} {iters} iterations {precision} pairs"
                 run = _without_gradient(network, iters, precision)
-                yield Step(title, batch, partial(run, *pair))
+                note = "without TF32" if precision == "fp32" else ""
+                yield Step(title, batch, partial(run, *pair), note=note)
                 if device == "cuda":
-                    yield Step(title, batch, partial(Graphed(run), *pair), way="CUDA graph")
+                    graphed = Graphed(run)
+                    yield Step(title, batch, partial(graphed, *pair), "CUDA graph", graphed, note)
 
 
 STEPS: dict[str, Callable[[str], Iterator[Step]]] = {
@@ -198,7 +218,18 @@ def _without_gradient(network: nn.Module, iters: int, precision: str) -> Callabl
 
 
 def _products(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else _without_tf32()
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """float32 is float32 inside: by default PyTorch lets cuDNN's convolutions round their inputs to TF32."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _normal(device: str, *shape: int) -> Tensor:

@@ -112,7 +112,8 @@ def plan_lookup(
 def free_memory(device: torch.device) -> int:
     """Bytes that a new tensor on this device may take.
 
-    CUDA: free on the card plus what the caching allocator holds unused. CPU: what the system calls
+    CUDA: free on the card plus what the caching allocator holds unused, private pools of CUDA graphs included, which
+    callers that have some take off; asking is not allowed while one is recorded. CPU: what the system calls
     available, and no more than the control group's limit leaves; 4 GiB where neither can be read.
     """
     if device.type == "cuda":

@@ -21,6 +21,11 @@ LONG_MS = 2.0
 FEW_REPEATS = 5
 BUSY_CYCLES = 200_000
 """The device waits so long, about 0.1 ms, before a timing begins: what follows is queued by then."""
+COPIED_BYTES = 516 * 2**20
+"""Of the copy that is rated. As nodes of a graph, copies of exactly 512 MiB, 1 GiB and 2 GiB take twice as long on some
+cards; this size does not (pytorch issue 191284)."""
+LAUNCH_MS, LEAST_OF_EVENTS = 0.2, 0.25
+"""A graph that takes less than this part of what the call itself does, which is longer than launches take, is empty."""
 STEP_ROUNDS, STEPS_PER_ROUND, STEPS_BEFORE = 3, 4, 3
 MATRIX_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -38,7 +43,10 @@ class Times:
 
 
 def time_call(function: Callable[[], Any]) -> Times:
-    """Median times of a call."""
+    """Median times of a call.
+
+    Raises: RuntimeError if its graph does not hold what it does, as of a call that queues its work on another stream.
+    """
     if not torch.cuda.is_available():
         seconds = [_clocked(function) for _ in range(3)]
         return Times(1e3 * statistics.median(seconds), 1e3 * statistics.median(seconds), "clock")
@@ -59,6 +67,10 @@ def time_call(function: Callable[[], Any]) -> Times:
         timer = "events"
     warm = statistics.median(_event_ms(often, _wait) for _ in range(repeats)) / calls
     cold = statistics.median(_event_ms(once, _flush) for _ in range(repeats))
+    if timer == "graph" and estimate > LAUNCH_MS and warm < LEAST_OF_EVENTS * estimate:
+        alone = statistics.median(_event_ms(function, _wait) for _ in range(FEW_REPEATS))  # not one slow call
+        if alone > LAUNCH_MS and warm < LEAST_OF_EVENTS * alone:
+            raise RuntimeError(f"its graph takes {warm:.4f} ms and the call {alone:.4f}: not all of it was recorded")
     return Times(warm, cold, timer)
 
 
@@ -95,9 +107,9 @@ def peak_mb(function: Callable[[], Any]) -> float:
 
 
 def rates_rows(argument: None) -> Iterator[dict[str, Any]]:
-    """What the card reaches on plain work: copies of 1 GiB, matrix products of 8192 x 8192 (fp32 without TF32)."""
+    """What the card reaches on plain work: copies of 516 MiB, matrix products of 8192 x 8192 (fp32 without TF32)."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    size = 2**30 if torch.cuda.is_available() else 2**20
+    size = COPIED_BYTES if torch.cuda.is_available() else 2**20
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

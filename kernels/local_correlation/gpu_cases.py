@@ -88,9 +88,13 @@ def _call(function: Function, maps: list[Tensor], weight: Tensor, backward: bool
     if not backward:
         return lambda: function(maps[0], maps[1])
 
+    weights: dict[torch.dtype, Tensor] = {}  # cast by the first call, which no timing counts
+
     def forward_and_backward() -> tuple[Tensor, ...]:
         out = function(maps[0], maps[1])
-        return torch.autograd.grad(out, maps, weight.view_as(out).to(out.dtype))
+        if out.dtype not in weights:
+            weights[out.dtype] = weight.to(out.dtype)
+        return torch.autograd.grad(out, maps, weights[out.dtype].view_as(out))
 
     return forward_and_backward
 

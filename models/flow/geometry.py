@@ -21,6 +21,15 @@ UNKNOWN_ABOVE_PX = 1e9
 """Flow files mark unknown pixels by values above this."""
 
 
+def filled(like: Tensor, *values: float) -> Float[Tensor, "N"]:
+    """Numbers of the host with the dtype and device of `like`.
+
+    The device writes them itself. `new_tensor` copies them from the host, which waits for the device and which no CUDA
+    graph can record (models/cuda_graphs.py).
+    """
+    return torch.stack([like.new_full((), value) for value in values])
+
+
 def px_to_norm(flow_px: Float[Tensor, "*B 2 H W"]) -> Float[Tensor, "*B 2 H W"]:
     """Pixels to fractions of the image's width (x) and height (y)."""
     return flow_px / _size_xy(flow_px)
@@ -43,12 +52,12 @@ def half_to_px(flow_half: Float[Tensor, "*B 2 H W"]) -> Float[Tensor, "*B 2 H W"
 
 def points_px_to_norm(points_px: Float[Tensor, "*B 2"], height: int, width: int) -> Float[Tensor, "*B 2"]:
     """Pixel positions (centres at integers) to 0..1 from image edge to image edge."""
-    return (points_px + 0.5) / points_px.new_tensor([width, height])
+    return (points_px + 0.5) / filled(points_px, width, height)
 
 
 def points_norm_to_px(points_norm: Float[Tensor, "*B 2"], height: int, width: int) -> Float[Tensor, "*B 2"]:
     """Positions in 0..1 from image edge to image edge to pixel positions (centres at integers)."""
-    return points_norm * points_norm.new_tensor([width, height]) - 0.5
+    return points_norm * filled(points_norm, width, height) - 0.5
 
 
 def resize_flow(
@@ -62,7 +71,7 @@ def resize_flow(
     old_height, old_width = flow_px.shape[-2:]
     if (height, width) == (old_height, old_width):
         return flow_px
-    scale = flow_px.new_tensor([width / old_width, height / old_height]).view(2, 1, 1)
+    scale = filled(flow_px, width / old_width, height / old_height).view(2, 1, 1)
     return _resample(flow_px, height, width, antialias) * scale
 
 
@@ -104,7 +113,7 @@ def crop_flow(
     cropped = flow_px[..., top : top + height, left : left + width]
     if second_top_left is None:
         return cropped
-    shift = flow_px.new_tensor([left - second_top_left[1], top - second_top_left[0]])
+    shift = filled(flow_px, left - second_top_left[1], top - second_top_left[0])
     return cropped + shift.view(2, 1, 1)
 
 
@@ -118,7 +127,7 @@ def flip_flow(
 ) -> Float[Tensor, "*B 2 H W"]:
     """Flow between the mirrored frames (left-right and/or top-bottom); its own inverse."""
     axes = [axis for axis, flipped in ((-1, horizontal), (-2, vertical)) if flipped]
-    sign = flow_px.new_tensor([-1.0 if horizontal else 1.0, -1.0 if vertical else 1.0])
+    sign = filled(flow_px, -1.0 if horizontal else 1.0, -1.0 if vertical else 1.0)
     return flow_px.flip(axes) * sign.view(2, 1, 1)
 
 
@@ -210,7 +219,7 @@ def flow_to_colour(flow_px: Float[Tensor, "*B 2 H W"], max_px: float | None = No
     known = known_flow(flow_px)
     flow = torch.where(known.unsqueeze(-3), flow_px, 0.0).float()
     length = flow.norm(dim=-3)
-    longest = length.amax(dim=(-2, -1), keepdim=True) if max_px is None else length.new_tensor(max_px)
+    longest = length.amax(dim=(-2, -1), keepdim=True) if max_px is None else length.new_full((), max_px)
     radius = (length / longest.clamp_min(1e-6)).unsqueeze(-1)  # [..., H, W, 1]
     wheel = _colour_wheel().to(flow.device)
     angle = torch.atan2(-flow.select(-3, 1), -flow.select(-3, 0)) / math.pi  # -1..1
@@ -237,7 +246,7 @@ def _colour_wheel() -> Float[Tensor, "55 3"]:
 
 def _size_xy(flow: Tensor) -> Tensor:
     height, width = flow.shape[-2:]
-    return flow.new_tensor([width, height]).view(2, 1, 1)
+    return filled(flow, width, height).view(2, 1, 1)
 
 
 def _resample(maps: Tensor, height: int, width: int, antialias: bool) -> Tensor:

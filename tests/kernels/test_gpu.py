@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kinema.kernels.cosine_attention import gpu_cases as attention
 from kinema.kernels.gpu import __main__ as driver
 from kinema.kernels.gpu import rows, timing, worker
 from kinema.kernels.gpu.cases import BUDGET_S, Task, tasks
+from kinema.kernels.local_correlation import gpu_cases as local_correlation
 from kinema.models import gpu_steps
+from kinema.models.cuda_graphs import Graphed, Recording
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -239,6 +242,119 @@ def test_a_step_that_diverges_is_marked_wrong(monkeypatch):
     monkeypatch.setattr(timing, "STEP_ROUNDS", 1)
     row = gpu_steps.row_of(gpu_steps.Step("diverged", 1, lambda: torch.tensor([1.0, float("nan")])))
     assert row["status"] == "wrong" and "not finite" in row["note"]
+
+
+def test_a_graph_that_was_given_up_is_no_row_of_a_graph(monkeypatch):
+    """The function itself would be timed under the graph's name."""
+    for name in ("STEP_ROUNDS", "STEPS_PER_ROUND", "STEPS_BEFORE"):
+        monkeypatch.setattr(timing, name, 1)
+
+    def refuses(function, arguments):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of CUDA")
+
+    def records(function, arguments):
+        out = function(*arguments)
+        return Recording(list(arguments), out, lambda: None)
+
+    for record, status in ((refuses, "failed"), (records, "ok")):
+        graphed = Graphed(lambda x: 2 * x, record)
+        step = gpu_steps.Step("pairs", 1, lambda graphed=graphed: graphed(torch.ones(2)), "CUDA graph", graphed)
+        row = gpu_steps.row_of(step)
+        assert row["status"] == status and row["way"] == "CUDA graph" and "peak_mb" not in row
+        assert ("warm_ms" in row) == (status == "ok")
+        assert ("not permitted" if status == "failed" else "memory is not measured") in row["note"]
+
+
+def test_float32_steps_are_without_tf32_and_say_so():
+    cudnn = torch.backends.cudnn
+    assert cudnn.allow_tf32  # PyTorch's default, which a step must not change for others
+
+    class Network(torch.nn.Module):
+        def forward(self, *pair, iters):
+            return torch.tensor(cudnn.allow_tf32)
+
+    for precision, allowed in (("fp32", False), ("bf16", True)):
+        assert bool(gpu_steps._without_gradient(Network(), 1, precision)(torch.ones(1))) == allowed
+        assert cudnn.allow_tf32
+    notes = {step.name.split()[-2]: step.note for step in gpu_steps.STEPS["RAFT"]("cpu")}
+    assert notes == {"fp32": "without TF32", "bf16": ""}
+
+
+def test_fpts_weights_are_drawn_where_they_are_used(monkeypatch):
+    from kinema.models.fpt import model as fpt
+
+    devices = []
+
+    class Noted(Exception):
+        pass
+
+    def made(**_):
+        devices.append(torch.empty(1).device.type)
+        raise Noted
+
+    monkeypatch.setattr(fpt, "FlowPokeTransformer", made)
+    with pytest.raises(Noted):
+        next(gpu_steps.STEPS["FPT"]("meta"))
+    assert devices == ["meta"]
+
+
+def test_a_graph_without_what_the_call_does_is_refused(monkeypatch):
+    """A call that queues its work on a stream of its own leaves an empty graph behind; launches alone are no reason."""
+
+    def once():
+        raise AssertionError("not to be called")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def time_call(call_ms, graph_ms):
+        def event_ms(function, before=None):
+            return call_ms if function is call else graph_ms
+
+        def call():
+            pass
+
+        monkeypatch.setattr(timing, "_event_ms", event_ms)
+        monkeypatch.setattr(timing, "_captured", lambda function, calls: once)
+        return timing.time_call(call)
+
+    with pytest.raises(RuntimeError, match="its graph takes 0.0050 ms and the call 3.0000"):
+        time_call(3.0, 0.005)
+    assert time_call(3.0, 2.9).timer == "graph"
+    assert time_call(0.19, 0.016).warm_ms == 0.002  # of 8 calls: a short kernel behind a slow launch
+
+
+def test_a_baseline_with_an_empty_graph_is_missing(monkeypatch):
+    def refuse(function):
+        raise RuntimeError("its graph takes 0.0050 ms and the call 3.0000: not all of it was recorded")
+
+    monkeypatch.setattr(timing, "time_call", refuse)
+    written, case = [], worker.GpuCase("case", lambda: torch.ones(2), dict, 1e-5, {"other": lambda: torch.ones(2)})
+    worker.compare(case, timing.Times(1.0, 1.0, "graph"), {}, written.append, time.monotonic() + 60)
+    assert written[0]["status"] == "missing" and "not all of it was recorded" in written[0]["note"]
+
+
+def test_the_copy_that_is_rated_is_of_no_size_that_graphs_copy_slowly():
+    assert timing.COPIED_BYTES % 2**29 and timing.COPIED_BYTES > 2**29  # and far larger than any L2
+
+
+def test_the_gradients_weights_are_cast_before_the_timing():
+    class Casts(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += func.overloadpacket is torch.ops.aten._to_copy
+            return func(*args, **(kwargs or {}))
+
+    maps = [torch.randn(1, 3, 4, 5, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    weight = torch.randn(1, 3, 4, 5)
+    call = local_correlation._call(lambda a, b: a * b, maps, weight, backward=True)
+    first = call()
+    with Casts() as casts:
+        again = call()
+    assert casts.seen == 0
+    expected = (weight.bfloat16() * maps[1], weight.bfloat16() * maps[0])
+    for found in (first, again):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_float32_is_held_against_the_faster_of_its_two_ways():

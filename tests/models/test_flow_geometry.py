@@ -15,6 +15,12 @@ def _affine_flow(height, width):
     return torch.stack([0.1 * x - 0.05 * y + 1.0, 0.02 * x + 0.08 * y - 2.0])[None]
 
 
+def test_numbers_that_the_device_writes_are_those_of_the_host():
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        like = torch.zeros(3, 4, dtype=dtype)
+        assert torch.equal(geometry.filled(like, 0.485, -1, 1 / 3), like.new_tensor([0.485, -1, 1 / 3]))
+
+
 def test_units_have_known_values_and_round_trips():
     flow = torch.randn(2, 2, 30, 50)
     assert torch.equal(geometry.px_to_norm(flow)[:, 0], flow[:, 0] / 50)

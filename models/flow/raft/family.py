@@ -20,6 +20,7 @@ from kinema.kernels.correlation_lookup import (
 )
 from kinema.kernels.correlation_lookup.planner import GATHERED, VolumeCosts
 from kinema.kernels.correlation_lookup.window import WindowOrder
+from kinema.models.cuda_graphs import idle_bytes
 from kinema.models.flow.padding import grid_padding
 
 FREE_BYTES_CPU = 8 * 2**30
@@ -106,7 +107,7 @@ def choose_lookup(
         W,
         channels,
         iters,
-        free_bytes=FREE_BYTES_CPU if on_cpu else free_memory(device),
+        free_bytes=FREE_BYTES_CPU if on_cpu else _free_on(device),
         device_type="cpu (taken as fixed)" if on_cpu else device.type,
         radius=radius,
         training=torch.is_grad_enabled(),
@@ -118,6 +119,21 @@ def choose_lookup(
         plan = replace(plan, kind="on_demand", reason="on demand: lookup='on_demand' was asked for")
     _log.debug("%s", plan.reason)
     return plan
+
+
+_last_free: dict[torch.device, int] = {}
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes free on a device other than a CPU, without what only graphs may use.
+
+    While a CUDA graph is recorded the device is not asked: the last answer stands, which is that of the same function
+    called just before, so that what is recorded is what was tried (models/cuda_graphs.py).
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and device in _last_free:
+        return _last_free[device]
+    _last_free[device] = free_memory(device) - idle_bytes(device)
+    return _last_free[device]
 
 
 def lookup_between(

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kinema.kernels.convex_upsampling import convex_upsample
-from kinema.models.flow.geometry import warp
+from kinema.models.flow.geometry import filled, warp
 from kinema.models.flow.padding import Padding
 from kinema.models.flow.pair_network import check_image_pair, check_images
 from kinema.models.flow.raft.family import check_feature_pair
@@ -144,8 +144,9 @@ class WAFT(nn.Module):
     def encode(self, images: Float[Tensor, "_ _ _ _"]) -> WaftFeatures:
         """Features of frames [B, 3, H, W] in 0..1, for `flow_from_features`."""
         check_images(images, "WAFT")
-        mean, std = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (_MEAN, _STD))
-        scaled = (self._scaled(images.float()) - mean) / std
+        images = images.float()
+        mean, std = (filled(images, *values).view(3, 1, 1) for values in (_MEAN, _STD))
+        scaled = (self._scaled(images) - mean) / std
         padding = padding_to_patches(*scaled.shape[-2:])
         # The margins are of the mean colour, unlike RAFT's, which repeat the border.
         margins = (padding.left, padding.right, padding.top, padding.bottom)
