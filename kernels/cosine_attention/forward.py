@@ -66,6 +66,8 @@ def forward_kernel(
             sin, cos = turns_of(theta_k, b, h, rows, in_rows, HEAD)
         own1, own2, _ = unit_rotated(head_of(k, b, h, HEAD.ALIGN), sin, cos, rows, in_rows, HEAD)
         top = tl.sum(q1 * own1 + q2 * own2, axis=1)
+        total = tl.full([BLOCK_ROWS], 1.0, tl.float32)
+    own = top
     q_tile = joined(q1.to(DOT_DTYPE), q2.to(DOT_DTYPE), HEAD)
 
     last = tl.minimum(start + BLOCK_ROWS, lengths.N) - 1
@@ -73,9 +75,11 @@ def forward_kernel(
     plain = seen_by_all(start, last, lengths, KIND) // BLOCK_KEYS * BLOCK_KEYS
     limits = limits_of(rows, lengths, KIND)
     prepared = prepared_ptr + head.to(tl.int64) * lengths.padded * HEAD.WIDTH
-    bounded = False
     if WIDE:
         bounded = strength <= LARGEST_EXPONENT
+        if KIND != FULL:
+            total = tl.exp2(tl.where(bounded, top, 0.0))
+        top = tl.where(bounded, 0.0, top)
         done = tl.where(bounded, stop, 0)
         total, acc = _attend_bounded(
             q_tile, prepared, values, total, acc, 0, tl.minimum(plain, done), limits, lengths, False, WHOLE,
@@ -85,12 +89,6 @@ def forward_kernel(
             q_tile, prepared, values, total, acc, plain, done, limits, lengths, True, WHOLE,
             HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION,
         )  # fmt: skip
-    if KIND != FULL:
-        value = load_tile(head_of(v, b, h, HEAD.ALIGN), rows, in_rows, HEAD).to(tl.float32)
-        weight = tl.exp2(tl.where(bounded, top, 0.0))
-        total, acc = total + weight, acc + value * weight[:, None]
-    if WIDE:
-        top = tl.where(bounded, 0.0, top)
     else:
         top, total, acc = _attend(
             q_tile, prepared, values, top, total, acc, 0, plain, limits, lengths, False, WHOLE,
@@ -101,6 +99,10 @@ def forward_kernel(
         q_tile, prepared, values, top, total, acc, done, stop, limits, lengths, True, WHOLE,
         HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, 1 if WIDE else None,
     )  # fmt: skip
+    if KIND != FULL:
+        # Behind the loops there are registers for it.
+        value = load_tile(head_of(v, b, h, HEAD.ALIGN), rows, in_rows, HEAD).to(tl.float32)
+        acc += value * tl.exp2(own - top)[:, None]
     store_tile(head_of(out, b, h, HEAD.ALIGN), acc / total[:, None], rows, in_rows, HEAD)
     tl.store(lse_ptr + head.to(tl.int64) * lengths.N + rows, top + tl.log2(total), mask=in_rows)
 
