@@ -8,6 +8,7 @@ Source of the four sub-partitions: CUDA programming guide, section on compute ca
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -59,6 +60,7 @@ class Usage:
     """Of a thread: what did not fit into registers."""
 
 
+@functools.lru_cache(maxsize=32)
 def disassemble(cubin: bytes) -> tuple[Usage, list[Instruction]]:
     """Resources and instructions of a compiled kernel, by the tools that come with triton."""
     with tempfile.TemporaryDirectory() as folder:

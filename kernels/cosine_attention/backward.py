@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kinema.kernels.cosine_attention.prepare import (
+    LARGEST_EXPONENT,
     LOG2_E,
     head_of,
     load_halves,
@@ -75,6 +76,7 @@ def backward_rows_kernel(
     PRECISION: tl.constexpr,
     SAME_ANGLES: tl.constexpr,
     WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     num_blocks = placed.num // BLOCK_ROWS
     head = tl.program_id(0) // num_blocks
@@ -107,13 +109,28 @@ def backward_rows_kernel(
     lse, delta = tl.load(sums_ptr + lane), tl.load(sums_ptr + placed.num + lane)
     values = head_of(values, b, h, HEAD.ALIGN)
     total = tl.full([BLOCK_ROWS, HEAD.WIDTH], 0.0, tl.float32)
+    if WIDE:
+        # Rows are divided by their sums behind the loop.
+        bounded = strength * LOG2_E <= LARGEST_EXPONENT
+        done = tl.where(bounded, stop, 0)
+        total = _add_keys(
+            total, q_tile, dout_tile, None, delta, prepared, values, 0, tl.minimum(plain, done), limits, lengths,
+            False, WHOLE, HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, None,
+        )  # fmt: skip
+        total = _add_keys(
+            total, q_tile, dout_tile, None, delta, prepared, values, plain, done, limits, lengths, True, WHOLE,
+            HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, None,
+        )  # fmt: skip
+        total *= tl.exp2(tl.where(bounded, -lse, 0.0))[:, None]
+    else:
+        total = _add_keys(
+            total, q_tile, dout_tile, lse, delta, prepared, values, 0, plain, limits, lengths, False, WHOLE,
+            HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, None,
+        )  # fmt: skip
+        done = plain
     total = _add_keys(
-        total, q_tile, dout_tile, lse, delta, prepared, values, 0, plain, limits, lengths, False, WHOLE,
-        HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION,
-    )  # fmt: skip
-    total = _add_keys(
-        total, q_tile, dout_tile, lse, delta, prepared, values, plain, stop, limits, lengths, True, WHOLE,
-        HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION,
+        total, q_tile, dout_tile, lse, delta, prepared, values, done, stop, limits, lengths, True, WHOLE,
+        HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, 1 if WIDE else None,
     )  # fmt: skip
     tl.store(tile_of(totals_ptr, lane, HEAD.WIDTH, HEAD), total)
     tl.debug_barrier()
@@ -237,7 +254,7 @@ def _add_keys(
     total,  # [rows, WIDTH] gradient of the prepared rows so far
     q_tile,  # [rows, WIDTH] prepared and scaled
     dout_tile,  # [rows, WIDTH]
-    lse,  # [rows]
+    lse,  # [rows], or None: weights are left undivided
     delta,  # [rows]
     prepared,  # one head of shared keys
     values,  # Rows, one head
@@ -251,15 +268,19 @@ def _add_keys(
     BLOCK_KEYS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Adds what the keys first..stop give; without MASKED every row sees all of them."""
     lane, columns = tl.arange(0, BLOCK_KEYS), tl.arange(0, HEAD.WIDTH)
     k_tile = tile_of(prepared, first + lane, HEAD.WIDTH, HEAD)
     v_tile = pointers(values, first + lane, columns, HEAD.ALIGN)
-    for key in range(first, stop, BLOCK_KEYS):
+    for key in tl.range(first, stop, BLOCK_KEYS, num_stages=STAGES):
         keys = tl.load(k_tile)
         logits = tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION)
-        weights = tl.exp2(logits - lse[:, None])
+        if lse is None:
+            weights = tl.exp2(logits)
+        else:
+            weights = tl.exp2(logits - lse[:, None])
         if MASKED:
             weights = tl.where(lane[None, :] < (limits - key)[:, None], weights, 0.0)
         if MASKED and not WHOLE:

@@ -215,10 +215,12 @@ class _Call:
         self.lengths = Lengths(H, N, M, pattern.num_pokes, n, num_shared, padded)
         # Pokes are few: their values are copied, with zeros behind them, rather than masked.
         self.copies_values = half * 2 != D or (pattern.kind in POKE_KINDS and padded != num_shared)
-        # What a row's own key turns by, which stands where it stands; whether loops may read values up to `padded`.
+        # What a row's own key turns by, which stands where it stands; whether loops may read values up to `padded`;
+        # whether exponentials of any bounded logits may be multiplied (float32 itself has no registers to spare).
         self.facts = {
             "SAME_ANGLES": _same(theta_q, theta_k),
             "WHOLE": self.copies_values or padded == num_shared,
+            "WIDE": q.dtype == torch.bfloat16 or (INTERPRETING and q.dtype == torch.float32),
         }
 
     def constants(self, kernel: str) -> dict[str, Any]:

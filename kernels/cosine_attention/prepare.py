@@ -12,6 +12,9 @@ import triton.language as tl
 
 EPS = tl.constexpr(1e-6)
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Cosines bound the logits. Up to this, in units of log 2, their exponentials need no row's largest subtracted: in types
+# with float32's range neither they nor their sums overflow, and none is lost.
+LARGEST_EXPONENT = tl.constexpr(64.0)
 HALF_PI_INVERSE = tl.constexpr(0.6366197723675814)
 # pi / 2 in three parts; the first two have so few bits that their products with a quadrant number are exact.
 HALF_PI_1 = tl.constexpr(1.5703125)

@@ -23,7 +23,7 @@ DEFAULTS = {
     ("forward", True, False): Config((128, 64), 8, 3),
     ("forward", True, True): Config((128, 64), 8, 2),
     ("forward", False, False): Config((32, 32), 4, 2),
-    ("forward", False, True): Config((32, 32), 4, 1),
+    ("forward", False, True): Config((32, 64), 8, 1),
     ("rows", True, False): Config((128, 64), 8, 2),
     ("rows", True, True): Config((128, 64), 8, 2),
     ("rows", False, False): Config((32, 16), 4, 1),

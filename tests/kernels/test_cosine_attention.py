@@ -15,6 +15,8 @@ from kinema.kernels.cosine_attention import AttentionPattern, as_pattern, gpu_ca
 from kinema.kernels.cosine_attention.reference import cosine_attention_reference
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+# Scales of 44 to 150 instead of 10: logits of 216 in units of log 2 are rounded to 1e-5, and gradients follow.
+STRONG = {"float32 strong": 1e-4, "bfloat16 strong": 4e-2}
 INTERPRETED = Path(__file__).with_name("cosine_attention_interpreted.py")
 
 
@@ -245,7 +247,7 @@ def _assert_right(rows, at_least):
         (row["case"], name, error)
         for row in measured
         for name, error in row["errors"].items()
-        if not error < TOLERANCE[row["dtype"]]
+        if not error < (TOLERANCE | STRONG)[row["dtype"]]
     ]
     assert not wrong
 
@@ -256,7 +258,7 @@ def _assert_same_bytes(rows):
 
 def test_kernels_in_the_interpreter(interpreted):
     """Outputs and gradients against the reference in float64, on poisoned memory; and the same bytes twice."""
-    _assert_right(interpreted, at_least=16)
+    _assert_right(interpreted, at_least=19)
     _assert_same_bytes(interpreted)
 
 
@@ -302,5 +304,5 @@ def test_kernels_on_a_gpu():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     rows = _run_script("cuda")
-    _assert_right(rows, at_least=38)
+    _assert_right(rows, at_least=41)
     _assert_same_bytes(rows)
