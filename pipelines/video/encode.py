@@ -75,7 +75,6 @@ class ClipEncoder:
         self._stream = _add_stream(self._container, clip, spec, fps)
         self._time_base = 1 / fps
         self._clock = self._stream.codec_context.time_base
-        self._scheduling = _own_scheduling if clip.codec == "av1" else contextlib.nullcontext
         self.num_frames = 0
 
     def __enter__(self) -> ClipEncoder:
@@ -93,30 +92,28 @@ class ClipEncoder:
         picture.pts, picture.time_base = self.num_frames, self._clock
         picture.pict_type = 0  # the source's picture types must not steer the encoder
         self.num_frames += 1
-        try:
-            with self._scheduling():
-                packets = self._stream.encode(picture)
-        except av.FFmpegError:
-            if self.num_frames > 1 or not _takes_small_pictures(self._clip, self._spec):
-                raise
-            raise Unencodable(
-                f"pictures of {self._spec.width} x {self._spec.height} are larger or smaller than clip.codec="
-                f"{self._clip.codec} encodes; set another clip.codec, or clip.short_side if they are too large"
-            ) from None
-        self._mux(packets)
+        self._encode(picture)
         picture.pts, _, picture.pict_type = before  # it may be the decoder's own frame
         if before[1] is not None:
             picture.time_base = before[1]
 
     def finish(self) -> bytes:
         """Flush and return the whole mp4."""
-        with self._scheduling():
-            packets = self._stream.encode(None)
-        self._mux(packets)
+        self._encode(None)
         self._container.close()
         return self._path.read()
 
-    def _mux(self, packets: list[av.Packet]) -> None:
+    def _encode(self, picture: av.VideoFrame | None) -> None:
+        try:
+            with _own_scheduling(self._clip):
+                packets = self._stream.encode(picture)
+        except av.FFmpegError:
+            if picture is None or self.num_frames > 1 or not _takes_small_pictures(self._clip, self._spec):
+                raise
+            raise Unencodable(
+                f"pictures of {self._spec.width} x {self._spec.height} are larger or smaller than clip.codec="
+                f"{self._clip.codec} encodes; set another clip.codec, or clip.short_side if they are too large"
+            ) from None
         for packet in packets:
             packet.time_base = self._time_base
         self._container.mux(packets)
@@ -130,16 +127,17 @@ def _takes_small_pictures(clip: ClipConfig, spec: PictureSpec) -> bool:
     encoder.width, encoder.height, encoder.pix_fmt = 256, 256, spec.pix_fmt
     encoder.time_base, encoder.options = Fraction(1, 25), options
     try:
-        encoder.open()
+        with _own_scheduling(clip):
+            encoder.open()
     except av.FFmpegError:
         return False
     return True
 
 
 @contextlib.contextmanager
-def _own_scheduling() -> Iterator[None]:
+def _own_scheduling(clip: ClipConfig) -> Iterator[None]:
     """libsvtav1 gives the thread that opens it real-time priority where it may (as root), and leaves it there."""
-    if not hasattr(os, "sched_getscheduler"):
+    if clip.codec != "av1" or not hasattr(os, "sched_getscheduler"):
         yield
         return
     policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
