@@ -137,7 +137,7 @@ class _Pool:
     @classmethod
     def of_all(cls) -> _Pool:
         """The pool that there is, or a new one."""
-        pool = cls.current and cls.current()
+        pool = None if cls.current is None else cls.current()
         if pool is None:
             pool = cls()
             cls.current = weakref.ref(pool)
@@ -146,7 +146,7 @@ class _Pool:
 
 def idle_bytes(device: torch.device) -> int:
     """Bytes of this device that PyTorch counts as reserved and not allocated, and that only graphs may use."""
-    pool = _Pool.current and _Pool.current()
+    pool = None if _Pool.current is None else _Pool.current()
     if pool is None or device.type != "cuda":
         return 0
     segments = torch.cuda.memory_snapshot(pool.handle)
