@@ -3,8 +3,10 @@
 Each operation has its own `why_not_triton`, which asks here first and then checks its own limits.
 """
 
+import contextlib
 import importlib.metadata
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,12 @@ def _why_no_package() -> str | None:
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 """Whether Triton kernels run in its interpreter, on CPU tensors."""
 _NO_PACKAGE = _why_no_package()
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Products in the dtype of their operands on a tensor's device, which need not know autocast (meta does not)."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 def check_impl(impl: str) -> None:

@@ -33,6 +33,7 @@ from kinema.kernels.correlation_lookup.window import (
     unblend,
     window_axis,
 )
+from kinema.kernels.dispatch import without_autocast
 
 TILES_AT_ONCE = 8
 """Tiles that share the cost of starting an operation; their boxes should stay in the cache."""
@@ -74,7 +75,7 @@ def correlation_lookup_reference(
     if boxed is None:
         boxed = not torch.compiler.is_compiling()
     # Autocast would round the products to 16 bits.
-    with torch.autocast(fmap1.device.type, enabled=False):
+    with without_autocast(fmap1):
         return _Lookup.apply(coords, radius, window_order, boxed, fmap1, *fmap2_pyramid)
 
 

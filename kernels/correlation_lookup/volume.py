@@ -29,7 +29,7 @@ from kinema.kernels.correlation_lookup.window import (
     positions,
     window_axis,
 )
-from kinema.kernels.dispatch import check_impl, use_triton, why_no_triton
+from kinema.kernels.dispatch import check_impl, use_triton, why_no_triton, without_autocast
 
 NUM_LEVELS = 4
 LARGEST_GRID = 65535
@@ -58,7 +58,7 @@ def correlation_volume(fmap1: Float[Tensor, "B C H W"], fmap2: Float[Tensor, "B 
     dtype = accumulation_dtype(fmap1)
     # Scaling the queries costs N C multiplications, scaling the products N^2.
     queries = pixel_rows(fmap1, dtype) * (1.0 / math.sqrt(fmap1.shape[1]))
-    with torch.autocast(fmap1.device.type, enabled=False):
+    with without_autocast(fmap1):
         return (queries @ fmap2.to(dtype).flatten(2)).unflatten(2, fmap2.shape[-2:])
 
 

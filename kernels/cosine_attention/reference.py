@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kinema.kernels.cosine_attention.patterns import AttentionPattern
+from kinema.kernels.dispatch import without_autocast
 from kinema.kernels.recompute import made_again
 
 EPS = 1e-6
@@ -43,7 +44,7 @@ def cosine_attention_reference(
         scale: s, as learned.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         strength = (scale.to(dtype).abs() + EPS).sqrt()[:, None, None]
         rotated_q, rotated_k = _prepared(q, strength, theta_q), _prepared(k, strength, theta_k)
         return _attend(rotated_q, rotated_k, v.to(dtype), pattern).to(q.dtype)

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kinema.kernels.cosine_attention import AttentionPattern, cosine_attention
+from kinema.kernels.dispatch import without_autocast
 from kinema.kernels.recompute import made_again
 from kinema.models.backbones.inference_linear import Linear
 from kinema.models.backbones.rotary_layers import (
@@ -355,5 +356,5 @@ class HeadMlp(nn.Sequential):
         super().__init__(RMSNorm(width, NORM_EPS), *hidden, Linear(width, num_outputs))
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L outputs"]:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return super().forward(x)
