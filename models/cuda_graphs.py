@@ -47,7 +47,7 @@ class Graphed:
 
     The first repetition of every graph is compared with the function itself. Where recording fails or the comparison
     does, the function is called as it is from then on, and stderr says so once. A call that runs out of the GPU's
-    memory while graphs hold some is made once more without any.
+    memory while graphs hold some is made once more without any; the first time, stderr says so.
 
     Args: function, see the module; its arguments may differ in anything but the values of their tensors, which makes
         another graph; record, how a graph is made.
@@ -58,6 +58,7 @@ class Graphed:
         self._graphs: OrderedDict[Hashable, Recording | None] = OrderedDict()
         self.why_not = ""
         """Why no graph is used any more; empty while they are."""
+        self._has_said_so = False
         _all.add(self)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -67,6 +68,9 @@ class Graphed:
         except torch.OutOfMemoryError:
             if not _forget_graphs():
                 raise
+        if not self._has_said_so:
+            self._has_said_so = True
+            _say("the GPU's memory ran out: CUDA graphs were dropped, and are recorded again as calls come")
         # Only here, since the traceback of the handler above keeps the tensors of the call that failed.
         torch.cuda.empty_cache()
         return self._function(*arguments)
@@ -107,8 +111,12 @@ class Graphed:
     def _give_up(self, reason: str) -> None:
         self.why_not = reason
         self._graphs.clear()
-        sys.stderr.write(f"goes on without CUDA graphs: {reason} (teach.cuda_graphs=off never tries)\n")
-        sys.stderr.flush()
+        _say(f"goes on without CUDA graphs: {reason} (teach.cuda_graphs=off never tries)")
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
 
 
 _all: weakref.WeakSet[Graphed] = weakref.WeakSet()

@@ -36,12 +36,11 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = "none") -> Tensor:
     """Same as `F.linear`, with an activation behind it."""
-    if _is_plain_inference(x):
-        if _onednn_is_faster():
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_ONEDNN_NAMES[activation])
-        y = _few_rows(x, weight, bias) if _is_thin(x) and _few_rows_turned_are_faster() else F.linear(x, weight, bias)
-    else:
-        y = F.linear(x, weight, bias)
+    is_plain = _is_plain_inference(x)
+    if is_plain and _onednn_is_faster():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_ONEDNN_NAMES[activation])
+    turned = is_plain and _is_thin(x) and _few_rows_turned_are_faster()
+    y = _few_rows(x, weight, bias) if turned else F.linear(x, weight, bias)
     return y if activation == "none" else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 

@@ -124,25 +124,30 @@ class TokenInput(ExactConstants):
         return rearrange([phase.sin(), phase.cos()], "part b l xy d -> b l (xy part d)")
 
 
+@dataclass(frozen=True)
 class Rotation:
     """Scales heads to a length and turns them by angles, whose sines and cosines are computed once."""
 
-    def __init__(self, theta: Float[Tensor, "B H L R"]):
+    cos: Float[Tensor, "B H L e"]
+    """Of both halves of a head."""
+    sin: Float[Tensor, "B H L e"]
+    """The same; that of the first half is negative."""
+
+    @classmethod
+    def by(cls, theta: Float[Tensor, "B H L R"]) -> "Rotation":
+        """By these angles."""
         cos, sin = theta.cos(), theta.sin()
-        self.cos: Float[Tensor, "B H L e"] = torch.cat([cos, cos], dim=-1)
-        self.sin: Float[Tensor, "B H L e"] = torch.cat([-sin, sin], dim=-1)
-        self.half = theta.shape[-1]
+        return cls(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
     def tokens(self, part: slice) -> "Rotation":
         """The rotation of some of the tokens."""
-        chosen = object.__new__(Rotation)
-        chosen.cos, chosen.sin, chosen.half = self.cos[:, :, part], self.sin[:, :, part], self.half
-        return chosen
+        return Rotation(self.cos[:, :, part], self.sin[:, :, part])
 
     def __call__(self, x: Float[Tensor, "*B H L e"], length: Float[Tensor, "H 1 1"]) -> Float[Tensor, "*B H L e"]:
         wide = at_least_float32(x)
         unit = wide * (length * torch.rsqrt(wide.square().sum(-1, keepdim=True) + COSINE_EPS))
-        return torch.addcmul(unit * self.cos, unit.roll(self.half, dims=-1), self.sin).to(x.dtype)
+        swapped = unit.roll(unit.shape[-1] // 2, dims=-1)
+        return torch.addcmul(unit * self.cos, swapped, self.sin).to(x.dtype)
 
 
 @dataclass
@@ -300,7 +305,7 @@ def prepare(
     x: Float[Tensor, "*B H L e"], theta: Float[Tensor, "_ H L R"], scale: Float[Tensor, "H"]
 ) -> Float[Tensor, "*B H L e"]:
     """Queries or keys whose plain inner products are the logits of `cosine_attention`; for caches."""
-    return Rotation(theta)(x, length_of(scale))
+    return Rotation.by(theta)(x, length_of(scale))
 
 
 class Transformer(nn.Module):

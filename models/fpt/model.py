@@ -237,7 +237,7 @@ class FlowPokeTransformer(nn.Module):
         caches = [
             layer.new_cache(kv, cond, num_pokes + num_queries) for layer, kv in zip(layers, keys_values, strict=True)
         ]
-        rotation = Rotation(self.transformer.pos_emb(pos))
+        rotation = Rotation.by(self.transformer.pos_emb(pos))
         start = 0
         for step in range(num_queries):
             end = num_pokes + step + 1

@@ -1,10 +1,10 @@
 """Predictions of the Flow Poke Transformer against the published way to compute them (`plain_fpt.py`).
 
 A joint sample: both keep keys and values of the tokens seen; the published way projects the image again in every step
-and draws one sample at a time. Many queries at once: the published way projects the image in every call. Ours projects
-an image in the first call about it: rows of an image seen before, and of a new one in every call. Both sides compute in
-float32; beside them, where the CPU has instructions for it, ours in bf16 against the same in float32, with how far its
-numbers are off.
+and draws one sample at a time, so that n samples are n times the time of one. Many queries at once: the published way
+projects the image in every call. Ours projects an image in the first call about it: rows of an image seen before, and
+of a new one in every call. Both sides compute in float32; beside them, where the CPU has instructions for it, ours in
+bf16 against the same in float32, with how far its numbers are off.
 """
 
 from __future__ import annotations

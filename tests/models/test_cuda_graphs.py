@@ -136,7 +136,7 @@ def test_on_without_a_gpu_is_refused(tmp_path):
         teach._place(TeachConfig(teacher="alltracker", device="cpu", cuda_graphs="on"), spec)
 
 
-def test_a_call_without_memory_is_made_again_without_any_graphs():
+def test_a_call_without_memory_is_made_again_without_any_graphs(capsys):
     """Graphs of all functions go, since they share their memory, and what the failed call held has gone before."""
     other, failed = Graphed(lambda x: 2 * x, record), []
 
@@ -153,6 +153,7 @@ def test_a_call_without_memory_is_made_again_without_any_graphs():
     assert len(recordings) == 1
     assert Graphed(large, record)(torch.ones(1)).tolist() == [2.0, 2.0, 2.0]
     assert len(failed) == 1 and not other._graphs
+    assert capsys.readouterr().err.count("memory ran out: CUDA graphs were dropped") == 1
     for _ in range(3):
         assert other(torch.ones(1)).tolist() == [2.0]
     assert len(recordings) == 2 and not other.why_not  # graphs may be made again
