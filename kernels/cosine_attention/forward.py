@@ -81,23 +81,23 @@ def forward_kernel(
             total = tl.exp2(tl.where(bounded, top, 0.0))
         top = tl.where(bounded, 0.0, top)
         done = tl.where(bounded, stop, 0)
-        total, acc = _attend_bounded(
-            q_tile, prepared, values, total, acc, 0, tl.minimum(plain, done), limits, lengths, False, WHOLE,
-            HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION,
+        top, total, acc = _attend(
+            q_tile, prepared, values, top, total, acc, 0, tl.minimum(plain, done), limits, lengths, False, True,
+            WHOLE, HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, None,
         )  # fmt: skip
-        total, acc = _attend_bounded(
-            q_tile, prepared, values, total, acc, plain, done, limits, lengths, True, WHOLE,
-            HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION,
+        top, total, acc = _attend(
+            q_tile, prepared, values, top, total, acc, plain, done, limits, lengths, True, True,
+            WHOLE, HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, None,
         )  # fmt: skip
     else:
         top, total, acc = _attend(
-            q_tile, prepared, values, top, total, acc, 0, plain, limits, lengths, False, WHOLE,
-            HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, None,
+            q_tile, prepared, values, top, total, acc, 0, plain, limits, lengths, False, False,
+            WHOLE, HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, None,
         )  # fmt: skip
         done = plain
     top, total, acc = _attend(
-        q_tile, prepared, values, top, total, acc, done, stop, limits, lengths, True, WHOLE,
-        HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, 1 if WIDE else None,
+        q_tile, prepared, values, top, total, acc, done, stop, limits, lengths, True, False,
+        WHOLE, HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, 1 if WIDE else None,
     )  # fmt: skip
     if KIND != FULL:
         # Behind the loops there are registers for it.
@@ -120,6 +120,7 @@ def _attend(
     limits,  # [rows]
     lengths,
     MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     WHOLE: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -127,13 +128,20 @@ def _attend(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Softmax attention continued over keys first..stop; without MASKED every row sees all of them."""
+    """Softmax attention continued over keys first..stop; without MASKED every row sees all of them.
+
+    BOUNDED: exponentials are summed up as they are, and `top` stays what it is.
+    """
     lane, columns = tl.arange(0, BLOCK_KEYS), tl.arange(0, HEAD.WIDTH)
     k_tile = prepared + columns[:, None] + (first + lane)[None, :] * HEAD.WIDTH
     v_tile = pointers(values, first + lane, columns, HEAD.ALIGN)
     for key in tl.range(first, stop, BLOCK_KEYS, num_stages=STAGES):
         logits = tl.dot(q_tile, tl.load(k_tile), input_precision=PRECISION)
-        if MASKED:
+        if BOUNDED:
+            weights = tl.exp2(logits)
+            if MASKED:
+                weights = tl.where(lane[None, :] < (limits - key)[:, None], weights, 0.0)
+        elif MASKED:
             logits = tl.where(lane[None, :] < (limits - key)[:, None], logits, float("-inf"))
         if MASKED and not WHOLE:
             value = tl.load(v_tile, mask=(key + lane < lengths.num_shared)[:, None], other=0.0)
@@ -141,47 +149,12 @@ def _attend(
             value = tl.load(v_tile)
         k_tile += BLOCK_KEYS * HEAD.WIDTH
         v_tile += BLOCK_KEYS * values.n
-        raised = tl.maximum(top, tl.max(logits, axis=1))
-        weights = tl.exp2(logits - raised[:, None])
-        fade = tl.exp2(top - raised)
-        total = total * fade + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(DOT_DTYPE), value.to(DOT_DTYPE), acc * fade[:, None], input_precision=PRECISION)
-        top = raised
-    return top, total, acc
-
-
-@triton.jit
-def _attend_bounded(
-    q_tile,  # [rows, WIDTH]
-    prepared,  # one head of shared keys
-    values,  # Rows, one head
-    total,  # [rows] sum of exponentials
-    acc,  # [rows, WIDTH] weighted sum of values
-    first,
-    stop,
-    limits,  # [rows]
-    lengths,
-    MASKED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    HEAD: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`_attend` where exponentials may be summed up as they are."""
-    lane, columns = tl.arange(0, BLOCK_KEYS), tl.arange(0, HEAD.WIDTH)
-    k_tile = prepared + columns[:, None] + (first + lane)[None, :] * HEAD.WIDTH
-    v_tile = pointers(values, first + lane, columns, HEAD.ALIGN)
-    for key in range(first, stop, BLOCK_KEYS):
-        weights = tl.exp2(tl.dot(q_tile, tl.load(k_tile), input_precision=PRECISION))
-        if MASKED:
-            weights = tl.where(lane[None, :] < (limits - key)[:, None], weights, 0.0)
-        if MASKED and not WHOLE:
-            value = tl.load(v_tile, mask=(key + lane < lengths.num_shared)[:, None], other=0.0)
-        else:
-            value = tl.load(v_tile)
-        k_tile += BLOCK_KEYS * HEAD.WIDTH
-        v_tile += BLOCK_KEYS * values.n
+        if not BOUNDED:
+            raised = tl.maximum(top, tl.max(logits, axis=1))
+            weights = tl.exp2(logits - raised[:, None])
+            fade = tl.exp2(top - raised)
+            total, acc = total * fade, acc * fade[:, None]
+            top = raised
         total += tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(DOT_DTYPE), value.to(DOT_DTYPE), acc, input_precision=PRECISION)
-    return total, acc
+    return top, total, acc

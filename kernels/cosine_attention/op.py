@@ -26,6 +26,9 @@ from kinema.kernels.cosine_attention.visibility import KIND_CODES, Lengths
 from kinema.kernels.dispatch import INTERPRETING
 from kinema.kernels.launch import launch, on_device
 
+WIDE_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16,)
+"""Whose exponentials of bounded logits are summed up as they are: float16 does not hold them, and float32 has no
+registers to spare for the loop of the heads that are not bounded."""
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -216,11 +219,11 @@ class _Call:
         # Pokes are few: their values are copied, with zeros behind them, rather than masked.
         self.copies_values = half * 2 != D or (pattern.kind in POKE_KINDS and padded != num_shared)
         # What a row's own key turns by, which stands where it stands; whether loops may read values up to `padded`;
-        # whether exponentials of any bounded logits may be multiplied (float32 itself has no registers to spare).
+        # whether exponentials of any bounded logits may be multiplied.
         self.facts = {
             "SAME_ANGLES": _same(theta_q, theta_k),
             "WHOLE": self.copies_values or padded == num_shared,
-            "WIDE": q.dtype == torch.bfloat16 or (INTERPRETING and q.dtype == torch.float32),
+            "WIDE": q.dtype in WIDE_DTYPES,
         }
 
     def constants(self, kernel: str) -> dict[str, Any]:
