@@ -15,6 +15,7 @@ import torch
 import uvicorn
 
 from kinema.configs import PageConfig, build
+from kinema.models.backbones.inference_linear import can_keep_fp16
 from kinema.models.fpt.model import PRESETS, FlowPokeTransformer
 from kinema.models.weights import LEDGER
 from kinema.pipelines.loader import ClipIndex
@@ -80,9 +81,7 @@ def make_server(config: PageConfig) -> PageServer:
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but no GPU is at hand; use device=cpu or device=auto")
-    if config.precision == "bf16":
-        check_bf16(config.precision, device, config.model, is_network=True)
-        model = model.eval().to(device).in_bf16()
+    model = _in_precision(model.eval().to(device), config, device)
     untrained = config.model in PRESETS and not config.weights
     facts = PageFacts(
         model=_title(config.model),
@@ -93,6 +92,18 @@ def make_server(config: PageConfig) -> PageServer:
         grid=config.grid,
     )
     return PageServer(Predictor(model, device, config.cached_images), facts, clips)
+
+
+def _in_precision(model: FlowPokeTransformer, config: PageConfig, device: str) -> FlowPokeTransformer:
+    check_bf16(config.precision, device, config.model, is_network=True)
+    if config.precision == "bf16":
+        return model.in_bf16()
+    if config.precision == "fp16_weights":
+        if device != "cpu" or not can_keep_fp16():
+            where = "a GPU" if device != "cpu" else "this CPU"
+            raise ValueError(f"precision=fp16_weights is for x86 CPUs, not for {where}; use precision=fp32 or bf16")
+        return model.with_fp16_weights()
+    return model
 
 
 def load_page_model(name: str, weights: str = "") -> FlowPokeTransformer:

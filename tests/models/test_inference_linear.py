@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from kinema.models.backbones import inference_linear
-from kinema.models.backbones.inference_linear import Bf16Linear, Linear, linear, multiplying_in_bf16
+from kinema.models.backbones.inference_linear import (
+    Bf16Linear,
+    Fp16WeightLinear,
+    Linear,
+    can_keep_fp16,
+    linear,
+    multiplying_in_bf16,
+    with_fp16_weights,
+)
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (3, 257, 7), (0, 7), (2, 1, 5, 7)])
@@ -82,16 +90,54 @@ def test_products_in_bf16_are_those_of_bf16_values(shape, with_bias, packed, mon
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-3)  # the result's own rounding
 
 
-def test_a_copy_in_bf16_shares_what_it_does_not_multiply_with():
+needs_fbgemm = pytest.mark.skipif(not can_keep_fp16(), reason="this build of PyTorch has no FBGEMM")
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("shape", [(1, 70), (2, 70), (3, 257, 70), (0, 70), (2, 1, 5, 70)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_weights_in_fp16_are_multiplied_in_float32(shape, with_bias):
+    torch.manual_seed(0)
+    layer, x = Linear(70, 110, bias=with_bias), torch.randn(shape)
+    found = Fp16WeightLinear(layer)(x)
+    assert found.dtype == torch.float32 and not found.requires_grad
+    weight = layer.weight.half().double()
+    bias = layer.bias.double() if with_bias else None
+    torch.testing.assert_close(found.double(), F.linear(x.double(), weight, bias), rtol=1e-5, atol=1e-5)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("largest", [1e5, float("inf"), float("nan")])
+def test_weights_that_fp16_cannot_hold_are_refused(largest):
+    layer = Linear(4, 4)
+    layer.weight.data[1, 2] = largest
+    with pytest.raises(ValueError, match="fp16 cannot hold"):
+        Fp16WeightLinear(layer)
+
+
+def test_weights_in_fp16_need_a_cpu_that_can(monkeypatch):
+    monkeypatch.setattr(inference_linear, "can_keep_fp16", lambda: False)
+    with pytest.raises(ValueError, match="x86 CPUs only"):
+        with_fp16_weights(nn.Sequential(Linear(4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("narrow", "kind", "allowed"),
+    [
+        (multiplying_in_bf16, Bf16Linear, 0.05),
+        pytest.param(with_fp16_weights, Fp16WeightLinear, 0.002, marks=needs_fbgemm),
+    ],
+)
+def test_a_narrow_copy_shares_what_it_does_not_multiply_with(narrow, kind, allowed):
     class Own(Linear):
         def forward(self, x):
             return -super().forward(x)
 
     module = nn.Sequential(Own(8, 8), nn.LayerNorm(8), Linear(8, 8)).train()
-    twin = multiplying_in_bf16(module)
+    twin = narrow(module)
     assert type(module[2]) is Linear and module.training and not twin.training
-    assert isinstance(twin[2], Bf16Linear) and isinstance(twin[0], Own)
+    assert isinstance(twin[2], kind) and isinstance(twin[0], Own)
     assert twin[1].weight is module[1].weight and twin[0].weight is module[0].weight
     x = torch.randn(4, 8)
     difference = (twin(x) - module(x)).abs().max()
-    assert 0 < difference < 0.05
+    assert 0 < difference < allowed

@@ -20,7 +20,7 @@ from PIL import Image
 
 from kinema.configs import PageConfig, build
 from kinema.configs.describe import describe
-from kinema.models.backbones.inference_linear import Bf16Linear
+from kinema.models.backbones.inference_linear import Bf16Linear, Fp16WeightLinear, can_keep_fp16
 from kinema.models.fpt import model as fpt
 from kinema.models.fpt.mixture import GaussianMixture
 from kinema.pipelines import page, precision
@@ -463,6 +463,17 @@ def test_products_in_bf16_where_asked_for_and_possible(monkeypatch):
     page.make_server(build(PageConfig, {}, ["model=fpt_tiny", "precision=bf16", "device=cpu"]))
     narrow = [any(isinstance(part, Bf16Linear) for part in model.modules()) for model in models]
     assert narrow == [False, True]
+
+
+def test_weights_in_fp16_where_asked_for_and_possible(monkeypatch):
+    monkeypatch.setitem(fpt.PRESETS, "fpt_tiny", MINIATURE)
+    config = build(PageConfig, {}, ["model=fpt_tiny", "precision=fp16_weights", "device=cpu"])
+    if can_keep_fp16():
+        model = page.make_server(config)._predictor.model
+        assert any(isinstance(part, Fp16WeightLinear) for part in model.modules())
+    monkeypatch.setattr(page, "can_keep_fp16", lambda: False)
+    with pytest.raises(ValueError, match="precision=fp16_weights is for x86 CPUs"):
+        page.make_server(config)
 
 
 @pytest.mark.parametrize("override", ["port=70000", "grid=1", "cached_images=0", "max_upload_mb=0", "colour=red"])
