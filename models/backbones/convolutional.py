@@ -19,6 +19,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kinema.models.backbones.training_conv import Conv2d
+
 _GROUPS = 8
 
 
@@ -44,12 +46,12 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width_in: int, width_out: int, stride: int = 1):
         super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False)
+        self.conv1 = Conv2d(width_in, width_out, 3, stride, padding=1, bias=False)
         self.norm1 = nn.GroupNorm(_GROUPS, width_out)
-        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(width_out, width_out, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(_GROUPS, width_out)
         same = width_in == width_out and stride == 1
-        self.skip = nn.Identity() if same else nn.Conv2d(width_in, width_out, 1, stride, bias=False)
+        self.skip = nn.Identity() if same else Conv2d(width_in, width_out, 1, stride, bias=False)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h2 w2"]:
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
@@ -67,7 +69,7 @@ class PyramidEncoder(nn.Module):
         self.config, self.image_size, self.patch_size = config, image_size, config.patch_size
         half = config.widths[0] // 2
         self.stem = nn.Sequential(
-            nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), nn.GroupNorm(_GROUPS, half), nn.ReLU()
+            Conv2d(3, half, 3, stride=2, padding=1, bias=False), nn.GroupNorm(_GROUPS, half), nn.ReLU()
         )
         widths = (half, *config.widths)
         self.stages = nn.ModuleList(ResidualBlock(a, b, 2) for a, b in zip(widths, widths[1:], strict=False))
@@ -111,7 +113,7 @@ class CellEncoder(nn.Module):
         self.width, self.patch_size = config.width, config.patch_size
         half = config.width // 2
         self.stem = nn.Sequential(
-            nn.Conv2d(3, half, 5, stride=2, padding=2, bias=False), nn.GroupNorm(_GROUPS, half), nn.ReLU()
+            Conv2d(3, half, 5, stride=2, padding=2, bias=False), nn.GroupNorm(_GROUPS, half), nn.ReLU()
         )
         self.blocks = nn.ModuleList(
             ResidualBlock(half if i == 0 else config.width, config.width, 2 if i == 0 else 1)

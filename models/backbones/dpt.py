@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kinema.models.backbones.inference_linear import linear
+from kinema.models.backbones.training_conv import Conv2d, ConvTranspose2d
 
 
 class ResidualUnit(nn.Module):
@@ -27,8 +28,8 @@ class ResidualUnit(nn.Module):
     def __init__(self, width: int, rectified_skip: bool = True):
         super().__init__()
         self.rectified_skip = rectified_skip
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv1 = Conv2d(width, width, 3, padding=1)
+        self.conv2 = Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "B F h w"]) -> Float[Tensor, "B F h w"]:
         rectified = F.relu(x)
@@ -41,7 +42,7 @@ class Fusion(nn.Module):
 
     def __init__(self, width: int, rectified_skip: bool = True, out_conv: bool = False):
         super().__init__()
-        self.out_conv = nn.Conv2d(width, width, 1) if out_conv else nn.Identity()
+        self.out_conv = Conv2d(width, width, 1) if out_conv else nn.Identity()
         self.resConfUnit1 = ResidualUnit(width, rectified_skip)
         self.resConfUnit2 = ResidualUnit(width, rectified_skip)
 
@@ -58,11 +59,11 @@ class Reassemble(nn.Module):
 
     def __init__(self, width_in: int, width_out: int, scale: int | float):
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(width_in, width_out, 1)]
+        layers: list[nn.Module] = [Conv2d(width_in, width_out, 1)]
         if scale > 1:
-            layers.append(nn.ConvTranspose2d(width_out, width_out, int(scale), stride=int(scale)))
+            layers.append(ConvTranspose2d(width_out, width_out, int(scale), stride=int(scale)))
         elif scale < 1:
-            layers.append(nn.Conv2d(width_out, width_out, 3, stride=2, padding=1))
+            layers.append(Conv2d(width_out, width_out, 3, stride=2, padding=1))
         self.post = nn.Sequential(*layers)
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Tensor:
@@ -86,14 +87,14 @@ class Scratch(nn.Module):
     def __init__(self, widths: Sequence[int], width: int):
         super().__init__()
         self.layer1_rn, self.layer2_rn, self.layer3_rn, self.layer4_rn = (
-            nn.Conv2d(width_level, width, 3, padding=1, bias=False) for width_level in widths
+            Conv2d(width_level, width, 3, padding=1, bias=False) for width_level in widths
         )
         self.refinenet4 = Fusion(width)
         self.refinenet3 = Fusion(width)
         self.refinenet2 = Fusion(width)
         self.refinenet1 = Fusion(width)
-        self.output_conv0 = nn.Conv2d(width, width, 3, padding=1)
-        self.output_conv1 = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1))
+        self.output_conv0 = Conv2d(width, width, 3, padding=1)
+        self.output_conv1 = nn.Sequential(Conv2d(width, width, 3, padding=1), nn.ReLU(), Conv2d(width, width, 1))
 
 
 class DPTDecoder(nn.Module):

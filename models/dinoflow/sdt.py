@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kinema.models.backbones.inference_linear import Linear
+from kinema.models.backbones.training_conv import Conv2d
 from kinema.models.dinoflow.dysample import DySample
 
 HIDDEN_OUTPUT_CHANNELS = 32
@@ -91,7 +92,7 @@ class SpatialDetailEnhancer(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.dwconv = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.dwconv = Conv2d(width, width, 3, padding=1, groups=width, bias=False)
         self.norm = nn.BatchNorm2d(width)
 
     def forward(self, x: Float[Tensor, "B F h w"]) -> Float[Tensor, "B F h w"]:
@@ -146,11 +147,11 @@ class SDTHead(nn.Module):
         self.upsample_2 = Upsampler(width, factors[1])
         self.refinement_2 = nn.Sequential(*conv_norm_relu(width, width))
         self.output_conv = nn.Sequential(
-            nn.Conv2d(width, width // 2, 3, padding=1),
+            Conv2d(width, width // 2, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(width // 2, HIDDEN_OUTPUT_CHANNELS, 3, padding=1),
+            Conv2d(width // 2, HIDDEN_OUTPUT_CHANNELS, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(HIDDEN_OUTPUT_CHANNELS, n_output_channels, 1),
+            Conv2d(HIDDEN_OUTPUT_CHANNELS, n_output_channels, 1),
         )
 
     def forward(
@@ -177,4 +178,4 @@ class SDTHead(nn.Module):
 
 def conv_norm_relu(width_in: int, width_out: int, bias: bool = True) -> list[nn.Module]:
     """A 3x3 convolution, a batch norm and a rectifier."""
-    return [nn.Conv2d(width_in, width_out, 3, padding=1, bias=bias), nn.BatchNorm2d(width_out), nn.ReLU()]
+    return [Conv2d(width_in, width_out, 3, padding=1, bias=bias), nn.BatchNorm2d(width_out), nn.ReLU()]

@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kinema.configs import FlowFeatConfig, LoaderConfig, TrainConfig
+from kinema.models.backbones import training_conv
 from kinema.models.flow.raft.network import raft
 from kinema.models.flowfeat.model import encoder_maps
 from kinema.models.flowfeat.training import FlowFeatTraining, edge_loss, sample_crop, standardise_flow
@@ -78,7 +80,7 @@ def run(variant: str = "dinov2_vits14_yt", crop: int = 224, batch_size: int = 2)
             "plain RAFT": lambda: teach(as_published=True),
             "RAFT": lambda: teach(as_published=False),
             "step": lambda: step(stored_flow_loss),
-            "plain step": lambda: step(published_loss),
+            "plain step": lambda: published_step(step),
         }
         if cpu_multiplies_bf16():
             sides["bf16 step"] = lambda: step(stored_flow_loss, "bf16")
@@ -112,6 +114,12 @@ def stored_flow_loss(module: FlowFeatTraining, batch: dict[str, Any]) -> Tensor:
     """The loss as `kinema train` computes it."""
     images = normalise_images(batch["image"].float() / 255)
     return module(images, batch["flow"], batch["crop1"], batch["crop2"]).total
+
+
+def published_step(step: Callable[..., Tensor]) -> Tensor:
+    """One with PyTorch's own convolutions, on maps with the channels last, as the published decoder's are."""
+    with mock.patch.object(training_conv, "slow_with_channels_last", lambda: False):
+        return step(published_loss)
 
 
 def published_loss(module: FlowFeatTraining, batch: dict[str, Any]) -> Tensor:
