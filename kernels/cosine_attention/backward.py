@@ -272,26 +272,26 @@ def _add_keys(
 ):
     """Adds what the keys first..stop give; without MASKED every row sees all of them."""
     lane, columns = tl.arange(0, BLOCK_KEYS), tl.arange(0, HEAD.WIDTH)
+    k_tile = tile_of(prepared, first + lane, HEAD.WIDTH, HEAD)
     v_tile = pointers(values, first + lane, columns, HEAD.ALIGN)
-    # One scalar for all of a thread's addresses takes fewer instructions than addresses that move on.
-    moved = tl.full([], 0, tl.int64)
     for key in tl.range(first, stop, BLOCK_KEYS, num_stages=STAGES):
-        keys = tl.load(tile_of(prepared + key * HEAD.WIDTH, lane, HEAD.WIDTH, HEAD))
+        keys = tl.load(k_tile)
         logits = tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION)
         if shift is None:
             weights = tl.exp2(logits)
         else:
-            weights = tl.exp2(logits + shift[:, None])
+            weights = tl.exp2(logits - (-shift)[:, None])
         if MASKED:
             weights = tl.where(lane[None, :] < (limits - key)[:, None], weights, 0.0)
         if MASKED and not WHOLE:
-            value = tl.load(v_tile + moved, mask=(key + lane < lengths.num_shared)[:, None], other=0.0)
+            value = tl.load(v_tile, mask=(key + lane < lengths.num_shared)[:, None], other=0.0)
         else:
-            value = tl.load(v_tile + moved)
+            value = tl.load(v_tile)
         dweights = tl.dot(dout_tile, tl.trans(value.to(DOT_DTYPE)), input_precision=PRECISION)
         dlogits = (weights * (dweights - delta[:, None])).to(DOT_DTYPE)
         total = tl.dot(dlogits, keys, total, input_precision=PRECISION)
-        moved += BLOCK_KEYS * values.n
+        k_tile += BLOCK_KEYS * HEAD.WIDTH
+        v_tile += BLOCK_KEYS * values.n
     return total
 
 
