@@ -34,13 +34,13 @@ LN_2 = tl.constexpr(0.6931471805599453)
 class Placed(NamedTuple):
     """What the pass over keys needs of rows, at their places: as they come, but queries after whole blocks of pokes.
 
-    Places without a row hold zeros and an infinite sum.
+    Places without a row hold zeros and minus an infinite sum.
     """
 
     rows: Any
     """[B, H, num, 2 WIDTH], contiguous: queries, prepared and scaled, beside the output's gradients."""
     sums: Any
-    """[B, H, 2, num] float32, contiguous: log2 of the sum of exponentials; <gradient, output>."""
+    """[B, H, 2, num] float32, contiguous: minus log2 of the sum of exponentials; <gradient, output>."""
     num: int
     """Places of a head, in whole blocks."""
     queries_from: int
@@ -106,7 +106,7 @@ def backward_rows_kernel(
     prepared = prepared_ptr + head.to(tl.int64) * lengths.padded * HEAD.WIDTH
     q_tile = tl.load(tile_of(rows_ptr, lane, 2 * HEAD.WIDTH, HEAD))
     dout_tile = tl.load(tile_of(rows_ptr + HEAD.WIDTH, lane, 2 * HEAD.WIDTH, HEAD))
-    lse, delta = tl.load(sums_ptr + lane), tl.load(sums_ptr + placed.num + lane)
+    shift, delta = tl.load(sums_ptr + lane), tl.load(sums_ptr + placed.num + lane)
     values = head_of(values, b, h, HEAD.ALIGN)
     total = tl.full([BLOCK_ROWS, HEAD.WIDTH], 0.0, tl.float32)
     if WIDE:
@@ -121,15 +121,15 @@ def backward_rows_kernel(
             total, q_tile, dout_tile, None, delta, prepared, values, plain, done, limits, lengths, True, WHOLE,
             HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, None,
         )  # fmt: skip
-        total *= tl.exp2(tl.where(bounded, -lse, 0.0))[:, None]
+        total *= tl.exp2(tl.where(bounded, shift, 0.0))[:, None]
     else:
         total = _add_keys(
-            total, q_tile, dout_tile, lse, delta, prepared, values, 0, plain, limits, lengths, False, WHOLE,
+            total, q_tile, dout_tile, shift, delta, prepared, values, 0, plain, limits, lengths, False, WHOLE,
             HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, None,
         )  # fmt: skip
         done = plain
     total = _add_keys(
-        total, q_tile, dout_tile, lse, delta, prepared, values, done, stop, limits, lengths, True, WHOLE,
+        total, q_tile, dout_tile, shift, delta, prepared, values, done, stop, limits, lengths, True, WHOLE,
         HEAD, BLOCK_KEYS, DOT_DTYPE, PRECISION, 1 if WIDE else None,
     )  # fmt: skip
     tl.store(tile_of(totals_ptr, lane, HEAD.WIDTH, HEAD), total)
@@ -192,7 +192,7 @@ def _take_in(
     product = load_tile(out, rows, known, HEAD).to(tl.float32) * gradient.to(tl.float32)
     tl.store(sums_ptr + apart + piece, tl.sum(product, axis=1))
     # Places without a row get no weight from an infinite sum.
-    tl.store(sums_ptr + piece, tl.load(lse_ptr + rows, mask=known, other=float("inf")))
+    tl.store(sums_ptr + piece, -tl.load(lse_ptr + rows, mask=known, other=float("inf")))
 
 
 @triton.jit
@@ -234,7 +234,7 @@ def _give_back(
         gradient = load_tile(dout, rows, known, HEAD).to(tl.float32)
         value = load_tile(v, rows, known, HEAD).to(tl.float32)
         dweight = tl.sum(gradient * value, axis=1) - tl.load(sums_ptr + apart + piece)
-        weight = tl.exp2(tl.sum(q1 * own1 + q2 * own2, axis=1) * (strength * LOG2_E) - tl.load(sums_ptr + piece))
+        weight = tl.exp2(tl.sum(q1 * own1 + q2 * own2, axis=1) * (strength * LOG2_E) + tl.load(sums_ptr + piece))
         dlogit = weight * dweight
         dq1 += dlogit[:, None] * own1
         dq2 += dlogit[:, None] * own2
@@ -254,7 +254,7 @@ def _add_keys(
     total,  # [rows, WIDTH] gradient of the prepared rows so far
     q_tile,  # [rows, WIDTH] prepared and scaled
     dout_tile,  # [rows, WIDTH]
-    lse,  # [rows], or None: weights are left undivided
+    shift,  # [rows] added to logits, or None: weights are left undivided
     delta,  # [rows]
     prepared,  # one head of shared keys
     values,  # Rows, one head
@@ -277,10 +277,10 @@ def _add_keys(
     for key in tl.range(first, stop, BLOCK_KEYS, num_stages=STAGES):
         keys = tl.load(k_tile)
         logits = tl.dot(q_tile, tl.trans(keys), input_precision=PRECISION)
-        if lse is None:
+        if shift is None:
             weights = tl.exp2(logits)
         else:
-            weights = tl.exp2(logits - lse[:, None])
+            weights = tl.exp2(logits - (-shift)[:, None])
         if MASKED:
             weights = tl.where(lane[None, :] < (limits - key)[:, None], weights, 0.0)
         if MASKED and not WHOLE:
@@ -343,23 +343,26 @@ def backward_keys_kernel(
         all_pokes = tl.minimum(tl.cdiv(end, BLOCK_ROWS) * BLOCK_ROWS, stop_pokes)
         dk_tile, dv_tile = _add_rows(
             dk_tile, dv_tile, k_tile, v_tile, placed, head, keys,
-            some_pokes, all_pokes, some_queries, all_queries, lengths, True, HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
+            some_pokes, all_pokes, some_queries, all_queries, lengths, KIND, True, HEAD, BLOCK_ROWS, DOT_DTYPE,
+            PRECISION,
         )  # fmt: skip
     dk_tile, dv_tile = _add_rows(
         dk_tile, dv_tile, k_tile, v_tile, placed, head, keys,
-        all_pokes, stop_pokes, all_queries, num, lengths, False, HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
+        all_pokes, stop_pokes, all_queries, num, lengths, KIND, False, HEAD, BLOCK_ROWS, DOT_DTYPE, PRECISION,
     )  # fmt: skip
 
-    totals_ptr += head.to(tl.int64) * lengths.padded * (2 * HEAD.WIDTH)
-    tl.store(tile_of(totals_ptr, keys, 2 * HEAD.WIDTH, HEAD), dk_tile * LN_2)
-    tl.store(tile_of(totals_ptr + HEAD.WIDTH, keys, 2 * HEAD.WIDTH, HEAD), dv_tile)
+    totals_ptr += (head.to(tl.int64) * lengths.padded + start) * (2 * HEAD.WIDTH)
+    lane = tl.arange(0, BLOCK_KEYS)
+    tl.store(tile_of(totals_ptr, lane, 2 * HEAD.WIDTH, HEAD), dk_tile * LN_2)
+    tl.store(tile_of(totals_ptr + HEAD.WIDTH, lane, 2 * HEAD.WIDTH, HEAD), dv_tile)
     tl.debug_barrier()
     for chunk in range(0, BLOCK_KEYS, CHUNK):
-        piece = start + chunk + tl.arange(0, CHUNK)
-        known = piece < lengths.num_shared
+        piece = chunk + tl.arange(0, CHUNK)
         value_gradient = tl.load(tile_of(totals_ptr + HEAD.WIDTH, piece, 2 * HEAD.WIDTH, HEAD))
-        store_tile(head_of(dv, b, h, HEAD.ALIGN), value_gradient, piece, known, HEAD)
         dk1, dk2 = load_halves(totals_ptr, piece, 2 * HEAD.WIDTH, HEAD)
+        piece += start
+        known = piece < lengths.num_shared
+        store_tile(head_of(dv, b, h, HEAD.ALIGN), value_gradient, piece, known, HEAD)
         sin, cos = turns_of(theta_k, b, h, piece, known, HEAD)
         k1, k2, k_inverse = unit_rotated(head_of(k, b, h, HEAD.ALIGN), sin, cos, piece, known, HEAD)
         store_input_gradient(head_of(dk, b, h, HEAD.ALIGN), sin, cos, dk1, dk2, k1, k2, k_inverse, piece, known, HEAD)
@@ -379,6 +382,7 @@ def _add_rows(
     first_query,
     stop_queries,
     lengths,
+    KIND: tl.constexpr,
     MASKED: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -392,20 +396,31 @@ def _add_rows(
     poke_blocks = (stop_pokes - first_poke) // BLOCK_ROWS
     blocks = poke_blocks + (stop_queries - first_query) // BLOCK_ROWS
     for block in range(0, blocks):
-        is_poke = block < poke_blocks
-        place = block * BLOCK_ROWS + tl.where(is_poke, first_poke, first_query - poke_blocks * BLOCK_ROWS)
+        if KIND == CAUSAL:
+            place = first_poke + block * BLOCK_ROWS
+        else:
+            is_poke = block < poke_blocks
+            place = block * BLOCK_ROWS + tl.where(is_poke, first_poke, first_query - poke_blocks * BLOCK_ROWS)
         tile = tile_of(rows_ptr + place * (2 * HEAD.WIDTH), lane, 2 * HEAD.WIDTH, HEAD)
         q_tile, gradient = tl.load(tile), tl.load(tile + HEAD.WIDTH)
-        lse, delta = tl.load(sums_ptr + place + lane), tl.load(sums_ptr + placed.num + place + lane)
+        # One load for both: where a product begins with it alone, it is not copied ahead.
+        sums = tl.load(sums_ptr + place + lane[:, None] + tl.arange(0, 2)[None, :] * placed.num)
+        shift, delta = tl.split(sums)
         # Both products before what is made of them: fewer registers at a time.
         dweights = tl.dot(v_tile, tl.trans(gradient), input_precision=PRECISION)  # [keys, rows]
-        logits = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        weights = tl.exp2(logits - lse[None, :])
         if MASKED:
             # A poke sees itself and the pokes before it; key c is below the limit of the queries from (c + 1) n on.
-            seen_from = keys * tl.where(is_poke, 1, lengths.n)
-            seen_from += tl.where(is_poke, 0, placed.queries_from + lengths.n) - place
-            weights = tl.where(lane[None, :] >= seen_from[:, None], weights, 0.0)
+            if KIND == CAUSAL:
+                seen_from = keys - place
+            else:
+                seen_from = keys * tl.where(is_poke, 1, lengths.n)
+                seen_from += tl.where(is_poke, 0, placed.queries_from + lengths.n) - place
+            # The product begins with what is added to it, and at -inf where a key is not seen: no mask behind it.
+            logits = tl.where(lane[None, :] >= seen_from[:, None], shift[None, :], float("-inf"))
+            weights = tl.exp2(tl.dot(k_tile, tl.trans(q_tile), logits, input_precision=PRECISION))
+        else:
+            # Added, it would become the product's beginning: up to 40 bytes of spills more.
+            weights = tl.exp2(tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) - (-shift)[None, :])
         dlogits = (weights * (dweights - delta[None, :])).to(DOT_DTYPE)
         dv_tile = tl.dot(weights.to(DOT_DTYPE), gradient, dv_tile, input_precision=PRECISION)
         dk_tile = tl.dot(dlogits, q_tile, dk_tile, input_precision=PRECISION)
