@@ -44,7 +44,7 @@ def test_few_rows_come_second_where_that_is_faster(shape, turned, with_bias, mon
     few_rows = inference_linear._few_rows
     monkeypatch.setattr(inference_linear, "_few_rows", lambda *given: ways.append(1) or few_rows(*given))
     monkeypatch.setattr(inference_linear, "_onednn_is_faster", lambda: False)
-    monkeypatch.setattr(inference_linear, "_few_rows_turned_are_faster", lambda: True)
+    monkeypatch.setattr(inference_linear, "_is_amd_with_avx2", lambda: True)
     torch.manual_seed(0)
     layer, x = Linear(70, 110, bias=with_bias), torch.randn(shape)
     found = layer(x)
@@ -52,6 +52,21 @@ def test_few_rows_come_second_where_that_is_faster(shape, turned, with_bias, mon
     torch.testing.assert_close(found, F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
     with torch.enable_grad():
         assert layer(x.requires_grad_()).requires_grad and len(ways) == turned
+
+
+@pytest.mark.parametrize(("rows", "outputs", "wide"), [(5, 3072, 1), (4, 3072, 0), (5, 3071, 0), (1029, 3072, 0)])
+@torch.no_grad()
+def test_many_outputs_take_the_library_that_is_faster_there(rows, outputs, wide, monkeypatch):
+    if not inference_linear._has_onednn():
+        pytest.skip("this build of PyTorch has no oneDNN")
+    monkeypatch.setattr(inference_linear, "_onednn_is_faster", lambda: False)
+    monkeypatch.setattr(inference_linear, "_is_amd_with_avx2", lambda: True)
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 70), torch.randn(outputs, 70)
+    assert inference_linear._many_outputs(x, weight) == bool(wide)
+    torch.testing.assert_close(linear(x, weight, None), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+    exact = F.gelu(F.linear(x, weight))
+    torch.testing.assert_close(linear(x, weight, None, "gelu"), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_reach_weight_and_input():
