@@ -419,7 +419,7 @@ def _add_rows(
             logits = tl.where(lane[None, :] >= seen_from[:, None], shift[None, :], float("-inf"))
             weights = tl.exp2(tl.dot(k_tile, tl.trans(q_tile), logits, input_precision=PRECISION))
         else:
-            # Added, it would become the product's beginning: up to 40 bytes of spills more.
+            # Added, it would become the product's beginning: spills, above 64 columns in the loop.
             weights = tl.exp2(tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) - (-shift)[None, :])
         dlogits = (weights * (dweights - delta[None, :])).to(DOT_DTYPE)
         dv_tile = tl.dot(weights.to(DOT_DTYPE), gradient, dv_tile, input_precision=PRECISION)
