@@ -43,7 +43,8 @@ def slow_with_channels_last() -> bool:
 
 def _is_slow(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     return (
-        torch.is_grad_enabled()
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
         and layer.weight.requires_grad
         and x.device.type == "cpu"
         and x.dtype == layer.weight.dtype == torch.float32
@@ -54,7 +55,6 @@ def _is_slow(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
         and not isinstance(layer.padding, str)
         and slow_with_channels_last()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
 
