@@ -23,9 +23,9 @@ class PageConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
     precision: Literal["fp32", "fp16_weights", "bf16"] = "fp32"
-    """Of matrix products. fp16_weights draws samples in 0.6 of the time on any x86 CPU, with weights rounded to fp16
-    and all else in fp32; bf16 answers sooner on CPUs with instructions for it. Rounding is part of what is shown (how
-    much: `python -m kinema.pipelines.bench fpt_sampling`)."""
+    """Of matrix products. fp16_weights (x86 CPUs) draws one sample in 0.6 of the time, measured on a Zen 3, with
+    weights rounded to fp16 and all else in fp32; bf16 answers sooner on CPUs with instructions for it. Rounding is part
+    of what is shown (how much: `python -m kinema.pipelines.bench fpt_sampling`)."""
     grid: int = 32
     """Points a side of dense pictures; while a poke is dragged, as many as a quarter of a second allows."""
     cached_images: int = 4

@@ -280,6 +280,7 @@ def _add_keys(
         if shift is None:
             weights = tl.exp2(logits)
         else:
+            # Subtracted, not added: a sum would become the product's beginning.
             weights = tl.exp2(logits - (-shift)[:, None])
         if MASKED:
             weights = tl.where(lane[None, :] < (limits - key)[:, None], weights, 0.0)

@@ -9,7 +9,6 @@ of 4, from 16 x 16: 235 ms, and 67 with the channels first. Gradients agree to r
 
 import functools
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,15 +19,15 @@ from torch.autograd.function import once_differentiable
 
 POSITIONS_PER_STRIP = 2048
 _ORDINARY = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-"""Stride, padding, dilation and so on of a 3x3 convolution that keeps the size of a map."""
+"""Stride, padding, dilation, transposed, output padding and groups of a 3x3 convolution that keeps a map's size."""
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` whose weights' gradient does not wait for channels-last maps on CPUs that are slow with them."""
+    """`nn.Conv2d` with a fast gradient of its weights on CPUs that are slow with channels-last maps."""
 
     def forward(self, input: Tensor) -> Tensor:
         if _is_slow(self, input):
-            return _convolution(self, input, (0, 0), is_transposed=False)
+            return _convolution(self, input)
         return super().forward(input)
 
 
@@ -37,7 +36,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is None and _is_slow(self, input):
-            return _convolution(self, input, self.output_padding, is_transposed=True)
+            return _convolution(self, input)
         return super().forward(input, output_size)
 
 
@@ -65,10 +64,8 @@ def _is_slow(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> bool:
     )
 
 
-def _convolution(
-    layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, output_padding: Sequence[int], is_transposed: bool
-) -> Tensor:
-    settings = (layer.stride, layer.padding, layer.dilation, is_transposed, output_padding, 1)
+def _convolution(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> Tensor:
+    settings = (layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups)
     result: Tensor = _Convolution.apply(x, layer.weight, layer.bias, settings)
     return result
 

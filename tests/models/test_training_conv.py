@@ -10,7 +10,7 @@ from kinema.models.backbones.training_conv import Conv2d, ConvTranspose2d
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The settings of each call that went our way, on a CPU that is slow with channels-last maps."""
+    """One entry for each call that went our way, on a CPU that is slow with channels-last maps."""
     calls = []
     ours = training_conv._convolution
     monkeypatch.setattr(training_conv, "_convolution", lambda *given, **named: calls.append(1) or ours(*given, **named))
@@ -58,7 +58,7 @@ def test_output_and_gradients_are_pytorchs(make, wants_input, taken):
 
 @pytest.mark.parametrize("size", [(9, 12), (1, 12), (12, 1), (2, 2), (31, 5)])
 @pytest.mark.parametrize("positions", [1, 30, 45])
-def test_strips_meet_at_their_borders(size, positions, taken, monkeypatch):
+def test_strips_meet_at_their_borders(size, positions, monkeypatch):
     monkeypatch.setattr(training_conv, "POSITIONS_PER_STRIP", positions)
     torch.manual_seed(0)
     layer = Conv2d(3, 5, 3, padding=1).double()
