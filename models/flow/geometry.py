@@ -8,8 +8,9 @@ Shapes: flow is [..., 2, H, W], points are [..., 2], masks are [..., H, W].
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
@@ -19,6 +20,9 @@ from kinema.models.flow.padding import Padding
 
 UNKNOWN_ABOVE_PX = 1e9
 """Flow files mark unknown pixels by values above this."""
+
+Array = TypeVar("Array", Tensor, np.ndarray)
+Points = TypeVar("Points", Float[Tensor, "*B 2"], Float[np.ndarray, "*B 2"])
 
 
 def filled(like: Tensor, *values: float) -> Float[Tensor, "N"]:
@@ -50,9 +54,14 @@ def half_to_px(flow_half: Float[Tensor, "*B 2 H W"]) -> Float[Tensor, "*B 2 H W"
     return flow_half * _size_xy(flow_half) / 2
 
 
-def points_px_to_norm(points_px: Float[Tensor, "*B 2"], height: int, width: int) -> Float[Tensor, "*B 2"]:
-    """Pixel positions (centres at integers) to 0..1 from image edge to image edge."""
-    return (points_px + 0.5) / filled(points_px, width, height)
+def points_px_to_norm(points_px: Points, height: int, width: int) -> Points:
+    """Pixel positions (centres at integers) to 0..1 from image edge to image edge; of a tensor or an array."""
+    return (points_px + 0.5) / xy_like(points_px, width, height)
+
+
+def xy_like(points: Array, x: float, y: float) -> Array:
+    """(x, y) [2], to compute with `points`."""
+    return filled(points, x, y) if isinstance(points, Tensor) else np.array([x, y], points.dtype)
 
 
 def points_norm_to_px(points_norm: Float[Tensor, "*B 2"], height: int, width: int) -> Float[Tensor, "*B 2"]:

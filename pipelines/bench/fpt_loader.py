@@ -16,7 +16,6 @@ from typing import Any
 
 import av
 import numpy as np
-import torch
 from torch import Tensor
 
 from kinema.configs import ClipConfig, FPTConfig, LoaderConfig
@@ -126,7 +125,7 @@ def _theirs(
 
     def read(clip: Clip, rng: np.random.Generator) -> dict[str, Any]:
         stored = clip.tracks()
-        points = points_in_square(torch.from_numpy(stored.points_px), *stored.size).numpy()
+        points = points_in_square(stored.points_px, *stored.size)
         motion = extract_motion(points, stored.visible, gap_in_frames(gap_s, clip.fps), rule, rng)
         found = build_targets(motion, rule, rng)
         file = files[int(clip.row["source"].removeprefix("scene-"))]

@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 from jaxtyping import Bool, Float32, Int16
 
 from kinema.configs.json_text import json_text
@@ -397,8 +398,9 @@ def unpack_differences(packed: bytes, height: int, width: int) -> Int16[np.ndarr
     sign = folded & 1
     folded >>= 1
     folded ^= np.negative(sign, out=sign)
-    rows = folded.reshape(2, height, width)
-    return np.cumsum(rows, axis=2, dtype=np.uint16).view(np.int16)
+    rows = torch.from_numpy(folded.view(np.int16).reshape(2, height, width))
+    # numpy's sums along a row wait for the store before: 0.55 ms for 2 x 1024 x 96 where torch takes 0.14.
+    return torch.cumsum(rows, 2, dtype=torch.int16, out=rows).numpy()
 
 
 def decompress(payload: bytes, size: int, crc: int, name: str) -> bytes:

@@ -266,6 +266,13 @@ def test_points_and_image_of_a_frame_agree(height, width):
     torch.testing.assert_close(corner, torch.tensor([0.0, 1.0]))
 
 
+def test_points_of_an_array_are_those_of_a_tensor():
+    points_px = np.random.default_rng(0).uniform(-100, 700, (3, 50, 2)).astype(np.float32)
+    found = points_in_square(points_px, 270, 481)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, points_in_square(torch.from_numpy(points_px), 270, 481).numpy())
+
+
 def test_image_stays_in_range_where_cubic_interpolation_overshoots():
     frame = np.zeros((32, 32, 3), dtype=np.uint8)
     frame[:, 16:] = 255

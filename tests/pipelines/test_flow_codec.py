@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair, encode_clip_flow
+from kinema.pipelines.sidecars.flow_codec import (
+    FlowBlob,
+    FlowPair,
+    encode_clip_flow,
+    pack_differences,
+    unpack_differences,
+)
 
 
 def smooth_flow(seed: int, height: int, width: int, amplitude_px: float = 20.0) -> np.ndarray:
@@ -243,3 +249,10 @@ def test_unknown_flow_costs_little_and_a_number_that_is_none_is_refused():
         encode([FlowPair(0, 1, np.where(valid, np.float32(np.nan), flow), None, None, valid)])
     with pytest.raises(ValueError, match="validity of shape"):
         encode([FlowPair(0, 1, flow, None, None, valid[1:])])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 16, 129), (2, 1, 1), (2, 0, 5)])
+def test_differences_that_wrap_come_back(shape):
+    """Neighbours up to 65535 apart, as no flow has them: sums go around modulo 2^16 as differences did."""
+    integers = np.random.default_rng(0).choice(np.array([-32768, 32767, -1, 0, 30000], np.int16), shape)
+    np.testing.assert_array_equal(unpack_differences(pack_differences(integers), *shape[1:]), integers)

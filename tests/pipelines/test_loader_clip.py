@@ -66,6 +66,15 @@ def test_frames_equal_decoding_the_whole_clip(clip, indices):
     np.testing.assert_array_equal(found, all_frames(stored_mp4(clip))[indices])
 
 
+def test_pictures_are_the_frames_by_index(clip):
+    found = fresh(clip).pictures([30, 2, 30])
+    assert set(found) == {2, 30}
+    np.testing.assert_array_equal(np.stack([found[2], found[30]]), clip.frames([2, 30]))
+    assert fresh(clip).pictures([]) == {}
+    with pytest.raises(ValueError, match=f"frames 0..{clip.num_frames - 1}, not {clip.num_frames}"):
+        clip.pictures([0, clip.num_frames])
+
+
 def test_lossless_frames_are_the_scenes(tmp_path):
     write_scene_clips([SCENE], tmp_path, ClipConfig(codec="h264_lossless", preset="ultrafast"))
     frames = ClipIndex.open(tmp_path).clip(0).frames([0, 20])

@@ -161,4 +161,4 @@ class TrackSamples:
 def _tracks_in_square(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
     """Positions [T, N, 2] in units of the central square, and visibility [T, N]."""
     tracks = clip.tracks()
-    return points_in_square(torch.from_numpy(tracks.points_px), *tracks.size).numpy(), tracks.visible
+    return points_in_square(tracks.points_px, *tracks.size), tracks.visible

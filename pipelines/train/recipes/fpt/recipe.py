@@ -125,9 +125,8 @@ class FPTRecipe:
                 drawn.append((motion.start, build_targets(motion, rule, rng)))
             except NoTrainingSample as error:
                 drawn.append((-1, Skip(error.reason)))
-        starts = sorted({start for start, _ in drawn if start >= 0})
-        frames = zip(starts, clip.frames(starts), strict=True)
-        images = {t: square_pixels(frame, self.config.image_px) for t, frame in frames}
+        frames = clip.pictures({start for start, _ in drawn if start >= 0})
+        images = {t: square_pixels(frame, self.config.image_px) for t, frame in frames.items()}
         samples: list[Sample | Skip] = []
         for start, found in drawn:
             if isinstance(found, Skip):
@@ -207,8 +206,7 @@ class _PointsInSquare:
         return len(self.tracks.visible)
 
     def __getitem__(self, frames: Frames) -> Float[np.ndarray, "t N 2"]:
-        points_px = torch.from_numpy(np.ascontiguousarray(self.tracks.points_px(frames)))
-        return points_in_square(points_px, *self.tracks.size).numpy()
+        return points_in_square(self.tracks.points_px(frames), *self.tracks.size)
 
 
 def draw_motion(
