@@ -23,6 +23,7 @@ from kinema.models.fpt.data_rules import build_targets, extract_motion, gap_in_f
 from kinema.pipelines.artifacts import Artifact
 from kinema.pipelines.bench.paired import paired
 from kinema.pipelines.loader import Clip, ClipIndex, Loader
+from kinema.pipelines.loader.memory import keep_freed_memory
 from kinema.pipelines.scenes import Scene
 from kinema.pipelines.scenes.packed import write_scene_clips, write_scene_tracks
 from kinema.pipelines.train.recipes.fpt.recipe import FPTRecipe, model_image, square_pixels
@@ -54,6 +55,7 @@ def run(
 
     Raises: ValueError if no setting of ours comes within `ALLOWED_DB` of the baseline's PSNR.
     """
+    keep_freed_memory()  # as a loader's workers do; for both sides
     rows = []
     for num_frames, gap_s, num_clips in cases:
         with tempfile.TemporaryDirectory(prefix="kinema-bench-") as name:

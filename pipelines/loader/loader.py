@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from kinema.configs import LoaderConfig
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.loader.index import ClipIndex
+from kinema.pipelines.loader.memory import keep_freed_memory
 from kinema.pipelines.loader.order import Order
 from kinema.pipelines.loader.reader import Account, Batch, BatchReader, Reading, ReadSample, ReadSamples
 from kinema.pipelines.loader.stream import ShardCache, StreamOrder
@@ -322,6 +323,7 @@ def _as_it_is(reading: Any) -> Any:
 
 def _start_worker(worker: int) -> None:
     """One thread for each worker: torch's own are limited already, OpenCV's would take every core."""
+    keep_freed_memory()
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(1)
     threading.Thread(target=_end_with_parent, name="loader-parent", daemon=True).start()
