@@ -104,28 +104,53 @@ def decode_gop(
     Returns: presentation index -> uint8 RGB [H, W, 3]. Equal to decoding the whole clip.
     Raises: ValueError for an unknown codec, damaged packets, or a wanted frame that did not come out.
     """
-    if codec not in DECODERS:
-        raise ValueError(f"codec {codec!r} is not known; use one of {', '.join(DECODERS)}")
-    decoder = av.CodecContext.create(DECODERS[codec], "r")
-    assert isinstance(decoder, av.VideoCodecContext)  # DECODERS names no others
-    if extradata:
-        decoder.extradata = extradata
-    decoder.thread_count = 1
-    missing = {index for _, index in packets} if wanted is None else set(wanted)
-    pictures: dict[int, np.ndarray] = {}
-    try:
-        for data, index in packets:
-            packet = av.Packet(memoryview(data + _PADDING)[: len(data)])  # type: ignore[arg-type]  # any buffer will do
-            packet.pts = packet.dts = index
-            _collect(decoder.decode(packet), missing, pictures)
-            if not missing:
-                return pictures
-        _collect(decoder.decode(None), missing, pictures)
-    except av.FFmpegError as error:
-        raise ValueError(f"packets of {codec} do not decode: {error.strerror}") from error
-    if missing:
-        raise ValueError(f"frames {sorted(missing)} did not come out of {len(packets)} packets of {codec}")
-    return pictures
+    return GroupDecoder(codec, extradata).decode(packets, wanted)
+
+
+class GroupDecoder:
+    """Decodes groups of pictures of clips that share codec and extradata, with one decoder that keeps its memory.
+
+    Args and errors: those of `decode_gop`. After an error the next group gets a decoder of its own.
+    """
+
+    def __init__(self, codec: str, extradata: bytes):
+        if codec not in DECODERS:
+            raise ValueError(f"codec {codec!r} is not known; use one of {', '.join(DECODERS)}")
+        self._codec, self._extradata = codec, extradata
+        self._clean: av.VideoCodecContext | None = None
+
+    def decode(
+        self, packets: Sequence[tuple[bytes, int]], wanted: Collection[int] | None = None
+    ) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
+        """Presentation index -> uint8 RGB [H, W, 3]; see `decode_gop`."""
+        decoder = self._clean or self._new()
+        self._clean = None
+        missing = {index for _, index in packets} if wanted is None else set(wanted)
+        pictures: dict[int, np.ndarray] = {}
+        try:
+            for data, index in packets:
+                packet = av.Packet(memoryview(data + _PADDING)[: len(data)])  # type: ignore[arg-type]  # any buffer will do
+                packet.pts = packet.dts = index
+                _collect(decoder.decode(packet), missing, pictures)
+                if not missing:
+                    break
+            else:
+                _collect(decoder.decode(None), missing, pictures)
+        except av.FFmpegError as error:
+            raise ValueError(f"packets of {self._codec} do not decode: {error.strerror}") from error
+        if missing:
+            raise ValueError(f"frames {sorted(missing)} did not come out of {len(packets)} packets of {self._codec}")
+        decoder.flush_buffers()
+        self._clean = decoder
+        return pictures
+
+    def _new(self) -> av.VideoCodecContext:
+        decoder = av.CodecContext.create(DECODERS[self._codec], "r")
+        assert isinstance(decoder, av.VideoCodecContext)  # DECODERS names no others
+        if self._extradata:
+            decoder.extradata = self._extradata
+        decoder.thread_count = 1
+        return decoder
 
 
 def _collect(frames: Sequence[av.VideoFrame], missing: set[int], pictures: dict[int, np.ndarray]) -> None:

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from kinema.pipelines.video.packets import decode_gop, group_of_frame, packet_table
+from kinema.pipelines.video.packets import GroupDecoder, decode_gop, group_of_frame, packet_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from made_videos import CODECS, decode, encode, number_of, paint
@@ -28,6 +28,27 @@ def test_each_group_decodes_alone_and_exactly(codec):
         alone = decode_gop(codec, table.extradata, packets(mp4, table, first, last))
         assert frame in alone
         for index, picture in alone.items():
+            np.testing.assert_array_equal(picture, whole[index])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_one_decoder_gives_every_group_as_its_own_would(codec):
+    """Groups in any order, left before their end, and one that is damaged between them."""
+    rng = np.random.default_rng(0)
+    mp4 = encode([paint(i, shift=i) for i in range(31)], codec=codec, gop=6, preset="medium")
+    table, whole = packet_table(mp4), decode(mp4)
+    decoder = GroupDecoder(codec, table.extradata)
+    for number in range(40):
+        frame = int(rng.integers(31))
+        first, last = group_of_frame(frame, table.frame, table.keyframe)
+        group = packets(mp4, table, first, last)
+        if number % 8 == 5:
+            with pytest.raises(ValueError, match="did not come out|do not decode|is damaged"):
+                decoder.decode([(bytes(len(data)), index) for data, index in group], {frame})
+        wanted = {frame, int(rng.choice([index for _, index in group]))}
+        found = decoder.decode(group, wanted)
+        assert set(found) == wanted
+        for index, picture in found.items():
             np.testing.assert_array_equal(picture, whole[index])
 
 
