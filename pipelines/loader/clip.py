@@ -27,7 +27,7 @@ from kinema.pipelines.loader._h264 import is_unreferenced, length_size
 from kinema.pipelines.loader.flows import AveragedFlow
 from kinema.pipelines.sidecars.flow_codec import FlowBlob, FlowPair
 from kinema.pipelines.sidecars.tracks_codec import StoredTracks, Tracks, TracksBlob
-from kinema.pipelines.video.packets import DECODERS, GroupDecoder, PacketTable, packet_table
+from kinema.pipelines.video.packets import DECODERS, PacketTable, group_decoder, packet_table
 
 _AVERAGE = -1
 
@@ -244,7 +244,7 @@ class Clip:
         table, read = self._packets
         spans = _needed_packets(table, wanted)
         blocks = read([_byte_range(table, span) for span in spans])
-        decoder = GroupDecoder(self.row["codec"], table.extradata)
+        decoder = group_decoder(self.row["codec"], table.extradata)
         pictures: dict[int, np.ndarray] = {}
         for first, last in spans:
             here = wanted.intersection(table.frame[first:last])

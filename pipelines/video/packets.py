@@ -7,6 +7,8 @@ name, its `extradata` and the bytes of one group: no container is opened.
 from __future__ import annotations
 
 import io
+import threading
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +29,9 @@ DECODERS = {
 
 _PADDING = bytes(64)
 """FFmpeg reads so far behind a packet and wants zeros there; PyAV's packets lie where the bytes given to it lie."""
+
+_KEPT_DECODERS = 4
+_of_thread = threading.local()
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,21 @@ class GroupDecoder:
             decoder.extradata = self._extradata
         decoder.thread_count = 1
         return decoder
+
+
+def group_decoder(codec: str, extradata: bytes) -> GroupDecoder:
+    """This thread's decoder for such clips, ready from clip to clip: opening one takes a sixth of decoding a frame.
+
+    Raises: ValueError for an unknown codec.
+    """
+    kept: OrderedDict[tuple[str, bytes], GroupDecoder] = _of_thread.__dict__.setdefault("decoders", OrderedDict())
+    key = codec, extradata
+    if key not in kept:
+        kept[key] = GroupDecoder(codec, extradata)
+        while len(kept) > _KEPT_DECODERS:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return kept[key]
 
 
 def _collect(frames: Sequence[av.VideoFrame], missing: set[int], pictures: dict[int, np.ndarray]) -> None:

@@ -2,13 +2,20 @@
 
 import io
 import sys
+import threading
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from kinema.pipelines.video.packets import GroupDecoder, decode_gop, group_of_frame, packet_table
+from kinema.pipelines.video.packets import (
+    GroupDecoder,
+    decode_gop,
+    group_decoder,
+    group_of_frame,
+    packet_table,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from made_videos import CODECS, decode, encode, number_of, paint
@@ -50,6 +57,24 @@ def test_one_decoder_gives_every_group_as_its_own_would(codec):
         assert set(found) == wanted
         for index, picture in found.items():
             np.testing.assert_array_equal(picture, whole[index])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_threads_decoder_goes_from_clip_to_clip(codec):
+    """Of several sizes, more than are kept."""
+    clips = [encode([paint(i, seed=n)[: 64 + 16 * n] for i in range(9)], codec=codec, gop=3) for n in range(6)]
+    tables, whole = [packet_table(mp4) for mp4 in clips], [decode(mp4) for mp4 in clips]
+    for frame in (0, 8, 4, 2):
+        for number, (mp4, table) in enumerate(zip(clips, tables, strict=True)):
+            group = packets(mp4, table, *group_of_frame(frame, table.frame, table.keyframe))
+            decoder = group_decoder(codec, table.extradata)
+            np.testing.assert_array_equal(decoder.decode(group, {frame})[frame], whole[number][frame])
+            assert group_decoder(codec, table.extradata) is decoder
+    others = []
+    thread = threading.Thread(target=lambda: others.append(group_decoder(codec, tables[-1].extradata)))
+    thread.start()
+    thread.join()
+    assert others[0] is not group_decoder(codec, tables[-1].extradata)
 
 
 @pytest.mark.parametrize("codec", [c for c in CODECS if c != "mjpeg"])
