@@ -10,14 +10,10 @@ from kinema.models.backbones.training_conv import Conv2d, ConvTranspose2d
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The name of our way for each call that went it, on a CPU that is slow with channels-last maps."""
+    """One entry for each call that went our way, on a CPU that is slow with channels-last maps."""
     calls = []
-
-    def counted(ours):
-        return lambda *given: calls.append(ours.__name__) or ours(*given)
-
-    for name in ("_convolution", "_product"):
-        monkeypatch.setattr(training_conv, name, counted(getattr(training_conv, name)))
+    ours = training_conv._convolution
+    monkeypatch.setattr(training_conv, "_convolution", lambda *given, **named: calls.append(1) or ours(*given, **named))
     monkeypatch.setattr(training_conv, "slow_with_channels_last", lambda: True)
     return calls
 
@@ -33,9 +29,6 @@ LAYERS = [
     lambda: Conv2d(6, 5, 5, stride=2, padding=2),
     lambda: Conv2d(6, 5, 3, padding=2, dilation=2),
     lambda: ConvTranspose2d(6, 5, 4, stride=4),
-    lambda: ConvTranspose2d(6, 5, (2, 3), stride=(2, 3), bias=False),
-    lambda: ConvTranspose2d(6, 5, 2, stride=2, padding=1),
-    lambda: ConvTranspose2d(6, 5, 2, stride=2, dilation=2),
     lambda: ConvTranspose2d(6, 5, 3, stride=2, padding=1, output_padding=1, bias=False),
 ]
 
@@ -61,13 +54,6 @@ def test_output_and_gradients_are_pytorchs(make, wants_input, taken):
         assert (ours is None) == (theirs is None)
         if theirs is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-def test_outputs_that_do_not_overlap_are_a_product(taken):
-    x = channels_last(2, 6, 9, 12)
-    ConvTranspose2d(6, 5, 4, stride=4)(x)
-    ConvTranspose2d(6, 5, 4, stride=2)(x)
-    assert taken == ["_product", "_convolution"]
 
 
 def test_a_frozen_bias_and_a_piece_of_a_larger_map(taken):
@@ -102,7 +88,7 @@ def test_pytorch_has_what_is_fast_already_or_not_ours_to_do(taken):
         layer(x)
     assert taken == []
     layer(x)
-    assert taken == ["_convolution"]
+    assert taken == [1]
 
 
 def test_other_cpus_are_left_alone(taken, monkeypatch):
