@@ -3,8 +3,8 @@
 Maps with the channels last suit everything else, but on CPUs with AVX2 and without AVX-512 oneDNN has no good kernel
 for the weights' gradient of such maps. One thread of a Zen 3, 3x3 convolution of 128 to 128 channels, two maps of
 224 x 224: 3.5 s; 0.86 s with copies of both maps that have the channels first; 0.45 s by Winograd's algorithm. Forward
-and the input's gradient take 0.5 s each. A transposed convolution of 384 channels, 4x4 with a stride
-of 4, from 16 x 16: 235 ms, and 67 with the channels first. Gradients agree to rounding.
+and the input's gradient take 0.5 s each. A transposed convolution of 384 channels, 4x4 with a stride of 4, from
+16 x 16: 235 ms, and 67 with the channels first. Gradients agree to rounding.
 """
 
 import functools
