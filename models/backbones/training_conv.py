@@ -2,22 +2,21 @@
 
 Maps with the channels last suit everything else, but on CPUs with AVX2 and without AVX-512 oneDNN has no good kernel
 for the weights' gradient of such maps. One thread of a Zen 3, 3x3 convolution of 128 to 128 channels, two maps of
-224 x 224: 3.5 s; 0.86 s with copies of both maps that have the channels first; 0.63 s as matrix products of strips
-of them. Forward and the input's gradient take 0.5 s each. A transposed convolution of 384 channels, 4x4 with a stride
-of 4, from 16 x 16: 235 ms, and 67 with the channels first. Gradients agree to rounding.
+224 x 224: 3.5 s; 0.86 s with copies of both maps that have the channels first; 0.45 s by Winograd's algorithm. Forward
+and the input's gradient take 0.5 s each. A transposed convolution of 384 channels, 4x4 with a stride of 4, from
+16 x 16: 235 ms, and 67 with the channels first. Gradients agree to rounding.
 """
 
 import functools
-import itertools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-POSITIONS_PER_STRIP = 2048
+from kinema.models.backbones.winograd import weights_gradient
+
 _ORDINARY = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
 """Stride, padding, dilation, transposed, output padding and groups of a 3x3 convolution that keeps a map's size."""
 
@@ -95,30 +94,10 @@ class _Convolution(torch.autograd.Function):
 
         dx = gradients(gradient, x, [True, False, False])[0] if for_x else None
         if weight.shape[2:] == (3, 3) and ctx.settings == _ORDINARY:
-            dweight = _product_of_strips(x, gradient) if for_weight else None
+            dweight = weights_gradient(x, gradient) if for_weight else None
             return dx, dweight, gradient.sum((0, 2, 3)) if for_bias else None, None
         _, dweight, dbias = gradients(_channels_first(gradient), _channels_first(x), [False, for_weight, for_bias])
         return dx, dweight, dbias, None
-
-
-def _product_of_strips(x: Float[Tensor, "B C H W"], gradient: Float[Tensor, "B O H W"]) -> Float[Tensor, "O C 3 3"]:
-    """The weights' gradient as nine products of a strip of rows with the strip shifted, while both are in the cache.
-
-    Rows have zeros between them, so that a shift of the strip is an offset.
-    """
-    height, width = x.shape[2], x.shape[3] + 2
-    total = x.new_zeros(3, 3, gradient.shape[1], x.shape[1])
-    rows = max(1, POSITIONS_PER_STRIP // width)
-    for image, slope in zip(x, gradient, strict=True):
-        for top in range(0, height, rows):
-            bottom = min(top + rows, height)
-            strip = image[:, max(0, top - 1) : bottom + 1]
-            strip = F.pad(strip, (1, 1, int(top == 0), int(bottom == height))).flatten(1)
-            piece = F.pad(slope[:, top:bottom], (0, 2)).flatten(1)[:, :-2]
-            for row, column in itertools.product(range(3), repeat=2):
-                first = row * width + column
-                total[row, column].addmm_(piece, strip[:, first : first + piece.shape[1]].T)
-    return total.permute(2, 3, 0, 1)
 
 
 def _channels_first(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:

@@ -151,7 +151,7 @@ class NormalEquations:
     def add(self, features: Float[Tensor, "P F"], flow: Float[Tensor, "P 2"]) -> None:
         """Take in P more pixels."""
         gram, sums = features.T @ features, features.sum(dim=0)
-        products = torch.cat([features.T @ flow, flow.sum(dim=0, keepdim=True)])
+        products = torch.cat([(flow.T @ features).T, flow.sum(dim=0, keepdim=True)])
         if self.num_pixels:
             gram, sums, products = self.gram + gram, self.sums + sums, self.products + products
         self.gram, self.sums, self.products = gram, sums, products
@@ -380,19 +380,18 @@ def _pieces(hidden: Float[Tensor, "B P F"]) -> Iterator[tuple[slice, slice, Floa
     """
     num_pixels = hidden.shape[1]
     budget = PIXELS_PER_PIECE.get(hidden.device.type, PIXELS_PER_PIECE_ELSEWHERE)
-    group = max(1, budget // num_pixels)
-    rest = [num_pixels % budget] if num_pixels % budget else []
-    first = 0
-    for block in hidden.split(group):
-        samples = slice(first, first + len(block))
-        first = samples.stop
-        if group > 1 or num_pixels <= budget:
-            yield samples, slice(0, num_pixels), block
-            continue
-        start = 0
-        for piece in block.split([budget] * (num_pixels // budget) + rest, dim=1):
-            yield samples, slice(start, start + piece.shape[1]), piece
-            start += piece.shape[1]
+    if num_pixels <= budget:
+        group, first = budget // num_pixels, 0
+        for block in hidden.split(group):
+            yield slice(first, first + len(block)), slice(0, num_pixels), block
+            first += len(block)
+        return
+    starts = range(0, num_pixels, budget)
+    sizes = [min(budget, num_pixels - start) for start in starts]
+    pieces = iter(hidden.flatten(0, 1).split(sizes * len(hidden)))
+    for sample in range(len(hidden)):
+        for start, size in zip(starts, sizes, strict=True):
+            yield slice(sample, sample + 1), slice(start, start + size), next(pieces)[None]
 
 
 def _pixels(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P C"]:

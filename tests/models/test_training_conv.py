@@ -56,18 +56,6 @@ def test_output_and_gradients_are_pytorchs(make, wants_input, taken):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [(9, 12), (1, 12), (12, 1), (2, 2), (31, 5)])
-@pytest.mark.parametrize("positions", [1, 30, 45])
-def test_strips_meet_at_their_borders(size, positions, monkeypatch):
-    monkeypatch.setattr(training_conv, "POSITIONS_PER_STRIP", positions)
-    torch.manual_seed(0)
-    layer = Conv2d(3, 5, 3, padding=1).double()
-    x, slope = channels_last(2, 3, *size).double(), torch.randn(2, 5, *size).double()
-    (expected,) = torch.autograd.grad(layer(x), layer.weight, slope)
-    found = training_conv._product_of_strips(x.detach(), slope)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
 def test_a_frozen_bias_and_a_piece_of_a_larger_map(taken):
     """The layout of what `unflatten` makes of tokens behind a class token: channels last with a gap."""
     torch.manual_seed(0)
