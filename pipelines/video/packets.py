@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +29,6 @@ DECODERS = {
 _PADDING = bytes(64)
 """FFmpeg reads so far behind a packet and wants zeros there; PyAV's packets lie where the bytes given to it lie."""
 
-_KEPT_DECODERS = 4
 _of_thread = threading.local()
 
 
@@ -159,18 +157,16 @@ class GroupDecoder:
 
 
 def group_decoder(codec: str, extradata: bytes) -> GroupDecoder:
-    """This thread's decoder for such clips, ready from clip to clip: opening one takes a sixth of decoding a frame.
+    """This thread's decoder if the last clip was such a one too, else one of its own.
 
+    Opening one takes a sixth of decoding a frame. Only one is kept: large pictures make it tens of megabytes.
     Raises: ValueError for an unknown codec.
     """
-    kept: OrderedDict[tuple[str, bytes], GroupDecoder] = _of_thread.__dict__.setdefault("decoders", OrderedDict())
-    key = codec, extradata
-    if key not in kept:
-        kept[key] = GroupDecoder(codec, extradata)
-        while len(kept) > _KEPT_DECODERS:
-            kept.popitem(last=False)
-    kept.move_to_end(key)
-    return kept[key]
+    key, decoder = getattr(_of_thread, "last", (None, None))
+    if decoder is None or key != (codec, extradata):
+        decoder = GroupDecoder(codec, extradata)
+        _of_thread.last = (codec, extradata), decoder
+    return decoder
 
 
 def _collect(frames: Sequence[av.VideoFrame], missing: set[int], pictures: dict[int, np.ndarray]) -> None:
