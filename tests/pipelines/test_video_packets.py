@@ -1,6 +1,7 @@
 """One group of pictures decodes on its own, exactly as in the whole clip."""
 
 import io
+import itertools
 import sys
 import threading
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 
 from kinema.pipelines.video.packets import (
     GroupDecoder,
@@ -15,6 +17,7 @@ from kinema.pipelines.video.packets import (
     group_decoder,
     group_of_frame,
     packet_table,
+    to_rgb,
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -123,3 +126,17 @@ def test_offsets_are_those_of_the_payload():
         expected = [bytes(packet) for packet in container.demux(video=0) if packet.size]
     found = [mp4[start : start + size] for start, size in zip(table.offset, table.size, strict=True)]
     assert found == expected
+
+
+def test_a_reformatter_used_again_follows_each_frames_colour_tags_and_size():
+    reformatter = VideoReformatter()
+    seen = set()
+    for colorspace, color_range, width in itertools.product((1, 5, 9), (1, 2), (48, 64)):
+        frame = av.VideoFrame(width, 32, "yuv420p")
+        for plane in frame.planes:
+            plane.update(np.random.default_rng(0).integers(16, 235, plane.buffer_size, dtype=np.uint8).tobytes())
+        frame.colorspace, frame.color_range = colorspace, color_range
+        found = to_rgb(frame, reformatter)
+        np.testing.assert_array_equal(found, to_rgb(frame))
+        seen.add(found.tobytes())
+    assert len(seen) == 12
