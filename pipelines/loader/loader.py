@@ -322,8 +322,8 @@ def _as_it_is(reading: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread for each worker: torch's own are limited already, OpenCV's would take every core."""
     keep_freed_memory()
+    # One thread for each worker: torch's own are limited already, OpenCV's would take every core.
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(1)
     threading.Thread(target=_end_with_parent, name="loader-parent", daemon=True).start()

@@ -400,7 +400,7 @@ def unpack_differences(packed: bytes, height: int, width: int) -> Int16[np.ndarr
     folded ^= np.negative(sign, out=sign)
     rows = torch.from_numpy(folded.view(np.int16).reshape(2, height, width))
     # numpy's sums along a row wait for the store before: 0.55 ms for 2 x 1024 x 96 where torch takes 0.14.
-    return torch.cumsum(rows, 2, dtype=torch.int16, out=rows).numpy()
+    return rows.cumsum_(2).numpy()
 
 
 def decompress(payload: bytes, size: int, crc: int, name: str) -> bytes:
