@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from kinema.pipelines.scenes.packed import write_scene_clips
 CASES = ((24, 2), (96, 1))
 """Frames, number of films."""
 SETTINGS = {
-    "clip.codec=mpeg4 clip.gop=4": CLIP,
+    "clip.codec=mpeg4 clip.gop=3": CLIP,
+    "clip.codec=mpeg4 clip.gop=4": replace(CLIP, gop=4),
     "clip.gop=4 clip.preset=veryfast": ClipConfig(gop=4, preset="veryfast"),
     "clip.gop=12 clip.preset=veryfast": ClipConfig(preset="veryfast"),
     "clip.gop=12 clip.preset=medium (the default)": ClipConfig(),

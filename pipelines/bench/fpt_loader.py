@@ -34,7 +34,7 @@ CASES = ((24, 0.25, 6), (96, 1.0, 3))
 GRID = 32
 SAMPLES_PER_CLIP = (1, 8, 16)
 NUM_BATCHES = 16
-CLIP = ClipConfig(codec="mpeg4", gop=4)
+CLIP = ClipConfig(codec="mpeg4", gop=3)
 """Fast to read from, and large; what is not larger than MPEG-1, and what it costs to read: `bench clip_size`."""
 MPEG1_QUANTISER = 3
 ALLOWED_DB = 0.3
