@@ -87,30 +87,11 @@ def group_of_frame(frame: int, packet_frame: Sequence[int], packet_keyframe: Seq
     raise ValueError(f"frame {frame} is outside of the clip's {len(packet_frame)} frames")
 
 
-def decode_gop(
-    codec: str,
-    extradata: bytes,
-    packets: Sequence[tuple[bytes, int]],
-    wanted: Collection[int] | None = None,
-) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
-    """Decode the packets of one or several whole groups of pictures without a container.
-
-    Args:
-        codec: value of `clip.codec` (a key of DECODERS).
-        extradata: of the clip's packet table.
-        packets: (bytes, presentation index) in decoding order, starting at a keyframe.
-        wanted: presentation indices to convert to RGB; None means all.
-
-    Returns: presentation index -> uint8 RGB [H, W, 3]. Equal to decoding the whole clip.
-    Raises: ValueError for an unknown codec, damaged packets, or a wanted frame that did not come out.
-    """
-    return GroupDecoder(codec, extradata).decode(packets, wanted)
-
-
 class GroupDecoder:
-    """Decodes groups of pictures of clips that share codec and extradata, with one decoder that keeps its memory.
+    """Decodes groups of pictures without a container, with one decoder that keeps its memory from group to group.
 
-    Args and errors: those of `decode_gop`. After an error the next group gets a decoder of its own.
+    Args: codec, value of `clip.codec` (a key of DECODERS); extradata, of the clips' packet tables.
+    Raises: ValueError for an unknown codec.
     """
 
     def __init__(self, codec: str, extradata: bytes):
@@ -123,7 +104,15 @@ class GroupDecoder:
     def decode(
         self, packets: Sequence[tuple[bytes, int]], wanted: Collection[int] | None = None
     ) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
-        """Presentation index -> uint8 RGB [H, W, 3]; see `decode_gop`."""
+        """Decode the packets of one or several whole groups of pictures.
+
+        Args:
+            packets: (bytes, presentation index) in decoding order, starting at a keyframe.
+            wanted: presentation indices to convert to RGB; None means all.
+        Returns: presentation index -> uint8 RGB [H, W, 3]. Equal to decoding the whole clip.
+        Raises: ValueError for damaged packets, or a wanted frame that did not come out; the next group gets a decoder
+            of its own.
+        """
         decoder = self._clean or self._new()
         self._clean = None
         missing = {index for _, index in packets} if wanted is None else set(wanted)

@@ -13,7 +13,7 @@ import pytest
 from kinema.configs import ClipConfig, ShardConfig
 from kinema.pipelines.artifacts import Artifact, read_range
 from kinema.pipelines.shard import ShardSummary, run
-from kinema.pipelines.video.packets import decode_gop, group_of_frame, to_rgb
+from kinema.pipelines.video.packets import GroupDecoder, group_of_frame, to_rgb
 
 sys.path.insert(0, str(Path(__file__).parent))
 from made_videos import decode, numbered, set_display_matrix, write_video
@@ -70,7 +70,7 @@ def test_copied_clips_hold_the_sources_pictures(tmp_path, name, codec, how):
                 (row["mp4"][row["packet_offset"][i] :][: row["packet_size"][i]], row["packet_frame"][i])
                 for i in range(first, last)
             ]
-            picture = decode_gop(row["codec"], row["extradata"], packets)[frame]
+            picture = GroupDecoder(row["codec"], row["extradata"]).decode(packets)[frame]
             np.testing.assert_array_equal(picture, decode(row["mp4"])[frame])
     assert rows[1]["start_s"] == pytest.approx(float(Fraction(rows[0]["num_frames"], 24)))
 

@@ -21,7 +21,7 @@ from kinema.pipelines.artifacts import Artifact, read_range, tar
 from kinema.pipelines.artifacts.store import disk_full_is_clear
 from kinema.pipelines.errors import StageError
 from kinema.pipelines.shard import ShardSummary, build, run, stage
-from kinema.pipelines.video.packets import decode_gop, group_of_frame
+from kinema.pipelines.video.packets import GroupDecoder, group_of_frame
 
 sys.path.insert(0, str(Path(__file__).parent))
 from made_videos import decode, number_of, numbered, paint, set_display_matrix, texture, tree, write_sound, write_video
@@ -84,7 +84,7 @@ def test_clips_cover_every_frame_and_the_rows_say_what_they_are(tmp_path):
             (row["mp4"][row["packet_offset"][i] :][: row["packet_size"][i]], row["packet_frame"][i])
             for i in range(first, last)
         ]
-        pictures = decode_gop(row["codec"], row["extradata"], packets)
+        pictures = GroupDecoder(row["codec"], row["extradata"]).decode(packets)
         np.testing.assert_array_equal(pictures[13], row["frames"][13])
 
 

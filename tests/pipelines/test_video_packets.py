@@ -13,7 +13,6 @@ from av.video.reformatter import VideoReformatter
 
 from kinema.pipelines.video.packets import (
     GroupDecoder,
-    decode_gop,
     group_decoder,
     group_of_frame,
     packet_table,
@@ -35,7 +34,7 @@ def test_each_group_decodes_alone_and_exactly(codec):
     assert len(whole) == 31 and [number_of(frame) for frame in whole] == list(range(31))
     for frame in (30, 5, 12, 23):
         first, last = group_of_frame(frame, table.frame, table.keyframe)
-        alone = decode_gop(codec, table.extradata, packets(mp4, table, first, last))
+        alone = GroupDecoder(codec, table.extradata).decode(packets(mp4, table, first, last))
         assert frame in alone
         for index, picture in alone.items():
             np.testing.assert_array_equal(picture, whole[index])
@@ -96,7 +95,7 @@ def test_only_wanted_frames_are_returned():
     mp4 = encode([paint(i) for i in range(24)])
     table = packet_table(mp4)
     first, last = group_of_frame(15, table.frame, table.keyframe)
-    found = decode_gop("h264", table.extradata, packets(mp4, table, first, last), wanted={15, 17})
+    found = GroupDecoder("h264", table.extradata).decode(packets(mp4, table, first, last), wanted={15, 17})
     assert {index: number_of(picture) for index, picture in found.items()} == {15: 15, 17: 17}
 
 
@@ -104,11 +103,11 @@ def test_a_frame_that_does_not_come_out_is_an_error():
     mp4 = encode([paint(i) for i in range(12)])
     table = packet_table(mp4)
     with pytest.raises(ValueError, match=r"frames \[40\] did not come out"):
-        decode_gop("h264", table.extradata, packets(mp4, table, 0, 12), wanted=[40])
+        GroupDecoder("h264", table.extradata).decode(packets(mp4, table, 0, 12), wanted=[40])
     with pytest.raises(ValueError, match="outside of the clip's 12 frames"):
         group_of_frame(12, table.frame, table.keyframe)
     with pytest.raises(ValueError, match="codec 'vp9' is not known"):
-        decode_gop("vp9", b"", [])
+        GroupDecoder("vp9", b"")
 
 
 def test_damaged_packets_are_an_error():
@@ -116,7 +115,7 @@ def test_damaged_packets_are_an_error():
     table = packet_table(mp4)
     damaged = [(bytes(len(data)), index) for data, index in packets(mp4, table, 0, 12)]
     with pytest.raises(ValueError):
-        decode_gop("h264", table.extradata, damaged)
+        GroupDecoder("h264", table.extradata).decode(damaged)
 
 
 def test_offsets_are_those_of_the_payload():
